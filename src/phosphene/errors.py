@@ -1,0 +1,84 @@
+"""The error tree: each error says what was asked, what there is, and what to do next.
+
+Every error is a `PhospheneError` and also the builtin exception that fits it, so that callers who know neither
+name can still catch it. The command line turns a `PhospheneError` into one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PhospheneError(Exception):
+    """The request could not be carried out."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of its argument
+        return str(self.args[0]) if self.args else type(self).__name__
+
+
+class InvalidRequest(PhospheneError, ValueError):
+    """An argument is outside what it may be."""
+
+
+class ModelNotFound(PhospheneError, LookupError):
+    """No model goes by that reference."""
+
+
+class ModelRefused(PhospheneError, ValueError):
+    """The model was found, but it cannot be shown."""
+
+
+class LayerNotFound(PhospheneError, KeyError):
+    """The model has no layer of that address."""
+
+
+class LayerRefused(PhospheneError, ValueError):
+    """The layer exists, but what it returns does not fit the request."""
+
+
+class ChannelNotFound(PhospheneError, IndexError):
+    """The layer has no such channel, or the network no such class."""
+
+
+class RecipeNotFound(PhospheneError, KeyError):
+    """No recipe goes by that name."""
+
+
+class SizeRefused(PhospheneError, ValueError):
+    """The network does not take a picture of that size."""
+
+
+class WeightsRefused(PhospheneError, ValueError):
+    """A weights file is missing, damaged, of another network, or wants to run code; or weights are not finite."""
+
+
+class PhotoRefused(PhospheneError, ValueError):
+    """The file is not a photo that can be read."""
+
+
+class OutputRefused(PhospheneError, OSError):
+    """The place for the results cannot be written."""
+
+
+class ExtraMissing(PhospheneError, ImportError):
+    """A part that is installed separately is not there."""
+
+
+class OutOfMemory(PhospheneError, MemoryError):
+    """Not even a single picture fits into the memory."""
+
+
+class Interrupted(PhospheneError, KeyboardInterrupt):
+    """The work was stopped by the user; `finished` holds what was done until then, or None."""
+
+    def __init__(self, message: str, finished: object = None) -> None:
+        super().__init__(message)
+        self.finished = finished
+
+
+def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
+    """Return the `count` names most like `name`, joined for an error message; the first ones where none is alike."""
+    known = list(names)
+    alike = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    return ", ".join(alike or known[:count])

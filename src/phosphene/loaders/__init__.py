@@ -1,0 +1,112 @@
+"""`load`: from a reference, or a module object, to a `Model`. One adapter a framework, each imported when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from phosphene.errors import InvalidRequest, ModelNotFound
+from phosphene.loaders.pytorch import Sources, from_module, from_reference
+from phosphene.model import Model, Preprocessing
+
+
+def load(
+    model: str | nn.Module,
+    *,
+    weights: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_size: int | tuple[int, int] | None = None,
+    channels_in: int | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """Return the handle of a model.
+
+    Args:
+        model: `builtin/vgg19`, `builtin/efficientnet-lite0`, `torchvision/NAME`, `timm/NAME`, `package.module:callable`
+            (called without arguments), or a `torch.nn.Module`, which is used where it is and never changed.
+        weights: `none` for random ones, or a `.safetensors`, `.pt` or `.pth` file; by default the trained ones.
+        mean, std: one number a channel, in units of an image in [0, 1]; by default the model's own, else 0 and 1.
+        input_size: side or (h, w) in pixels of the network's input; by default the model's own, else found by trying.
+        channels_in: channels of its images; by default those of its first convolution.
+        labels: class names, or a text file with one a line.
+        device: where to put a model that is loaded by reference.
+
+    Raises:
+        ModelNotFound, WeightsRefused, ExtraMissing, InvalidRequest, SizeRefused.
+
+    Example:
+        >>> load("builtin/vgg19").input_size
+        (224, 224)
+    """
+    sources = Sources(None if weights is None else str(weights), size_pair(input_size), channels_in)
+    if isinstance(model, nn.Module):
+        handle = from_module(model, sources)
+    elif isinstance(model, str):
+        handle = from_reference(model, sources)
+        handle.module.to(torch_device(device))
+    else:
+        raise ModelNotFound(f"a model is a reference such as 'builtin/vgg19' or a torch.nn.Module, not {type(model)}")
+    changes: dict[str, Any] = {}
+    if mean is not None or std is not None:
+        changes["preprocessing"] = preprocessing(handle, mean, std)
+    if labels is not None:
+        changes["labels"] = read_labels(labels)
+    handle = dataclasses.replace(handle, **changes)
+    handle.check_finite()
+    return handle
+
+
+def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return a side or (h, w) as (h, w)."""
+    pair = (size, size) if isinstance(size, int) else size
+    if pair is not None and (len(pair) != 2 or min(pair) < 1):
+        raise InvalidRequest(f"an input size is a side or (height, width) of at least 1 px, not {size}")
+    return pair
+
+
+def torch_device(name: str | torch.device) -> torch.device:
+    """Return the device of a name; `auto` is the first GPU where there is one.
+
+    Raises:
+        InvalidRequest: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InvalidRequest(
+            f"the device {name!r} cannot be used: {reason}; choose auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    return device
+
+
+def preprocessing(model: Model, mean: Sequence[float] | None, std: Sequence[float] | None) -> Preprocessing:
+    """Return the model's own preprocessing with another mean or standard deviation."""
+    own = model.preprocessing if isinstance(model.preprocessing, Preprocessing) else Preprocessing()
+    chosen = [tuple(map(float, new)) if new is not None else old for new, old in ((mean, own.mean), (std, own.std))]
+    for name, values in zip(("mean", "std"), chosen, strict=True):
+        if len(values) not in (1, model.channels_in):
+            raise InvalidRequest(f"{name} needs 1 or {model.channels_in} numbers, one a channel, not {len(values)}")
+    if min(chosen[1]) <= 0:
+        raise InvalidRequest(f"a standard deviation is above 0, not {min(chosen[1])}")
+    return Preprocessing(chosen[0], chosen[1], own.bgr)
+
+
+def read_labels(labels: Sequence[str] | str | Path) -> tuple[str, ...]:
+    """Return class names from a sequence or a text file."""
+    if not isinstance(labels, str | Path):
+        return tuple(labels)
+    try:
+        return tuple(Path(labels).read_text(encoding="utf-8").split("\n")[:100_000])
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the labels file {labels} cannot be read: {error}") from error

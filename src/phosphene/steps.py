@@ -1,0 +1,82 @@
+"""Step rules: how a gradient becomes an update, `rule(gradient, state) -> (update, state)`.
+
+The gradient is that of the score, so an update is ADDED. Every statistic is taken per image: gradients are (n, ...) and
+row k never looks at another row. A rule keeps its memory in `state`, which is None at the start of each scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, zeros_like
+
+State = dict[str, Any] | None
+StepRule = Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+def per_image(statistic: Tensor, like: Tensor) -> Tensor:
+    """Return (n,) numbers shaped to multiply (n, ...) tensors."""
+    return statistic.view(-1, *[1] * (like.dim() - 1))
+
+
+def root_mean_square(gradient: Tensor) -> Tensor:
+    """Return the root mean square of each image's gradient, (n, 1, ...)."""
+    return per_image(gradient.square().flatten(1).mean(1).sqrt(), gradient)
+
+
+def max_step(rate: float, epsilon: float = 1e-8) -> StepRule:
+    """Divide by the signed maximum: rate · g / (max(g) + 1e-8) (R1, step 3)."""
+    return lambda g, state: (rate * g / (per_image(g.flatten(1).amax(1), g) + epsilon), state)
+
+
+def std_step(rate: float, epsilon: float = 1e-8) -> StepRule:
+    """Divide by the (population) standard deviation: rate · g / (std(g) + 1e-8) (R1, the variant of step 3)."""
+    return lambda g, state: (rate * g / (per_image(g.flatten(1).std(1, correction=0), g) + epsilon), state)
+
+
+def rms_step(rate: float, epsilon: float = 1e-5) -> StepRule:
+    """Divide by the root mean square: rate · g / (sqrt(mean(g²)) + 1e-5) (R4.2)."""
+    return lambda g, state: (rate * g / (root_mean_square(g) + epsilon), state)
+
+
+def adam(rate: float, betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8) -> StepRule:
+    """Adam (Kingma & Ba, ICLR 2015, algorithm 1), climbing."""
+
+    def rule(gradient: Tensor, state: State) -> tuple[Tensor, State]:
+        past = state or {"count": 0, "mean": zeros_like(gradient), "square": zeros_like(gradient)}
+        count = past["count"] + 1
+        mean = betas[0] * past["mean"] + (1 - betas[0]) * gradient
+        square = betas[1] * past["square"] + (1 - betas[1]) * gradient.square()
+        update = rate * (mean / (1 - betas[0] ** count)) / ((square / (1 - betas[1] ** count)).sqrt() + epsilon)
+        return update, {"count": count, "mean": mean, "square": square}
+
+    return rule
+
+
+def normalised_adam(rate: float, betas: tuple[float, float] = (0.5, 0.9), epsilon: float = 1e-8) -> StepRule:
+    """Adam on the gradient divided by its root mean square, so that every step of an image weighs the same."""
+    inner = adam(rate, betas, epsilon)
+    return lambda g, state: inner(g / (root_mean_square(g) + 1e-30), state)
+
+
+def momentum(rate: float, keep: float = 0.9, epsilon: float = 1e-30) -> StepRule:
+    """Heavy-ball momentum on the gradient divided by its root mean square: v = keep · v + (1 − keep) · g / rms(g)."""
+
+    def rule(gradient: Tensor, state: State) -> tuple[Tensor, State]:
+        velocity = (1 - keep) * gradient / (root_mean_square(gradient) + epsilon)
+        if state:
+            velocity = velocity + keep * state["velocity"]
+        return rate * velocity, {"velocity": velocity}
+
+    return rule
+
+
+STEPS: dict[str, Callable[..., StepRule]] = {
+    "max": max_step,
+    "std": std_step,
+    "rms": rms_step,
+    "adam": adam,
+    "normalised-adam": normalised_adam,
+    "momentum": momentum,
+}

@@ -1,0 +1,120 @@
+"""Random transforms of an image while it is optimised: `transform(image, draws) -> image`.
+
+An image that keeps its score under small shifts, turns and scalings shows what the filter answers to, rather than one
+fragile pattern of pixels (Olah et al., "Feature Visualization", Distill 2017). Every image of a batch has a random
+generator of its own, so what is drawn for one filter never depends on which others share its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Transform = Callable[[Tensor, "Draws"], Tensor]
+
+
+class Draws:
+    """Random numbers for a batch of images, each image from its own generator."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
+        """Return (n, *shape) numbers uniform in [low, high), float64 on the CPU."""
+        rows = [torch.rand(shape, generator=one, dtype=torch.float64) for one in self.generators]
+        return torch.stack(rows) * (high - low) + low
+
+    def normal(self, shape: tuple[int, ...] = ()) -> Tensor:
+        """Return (n, *shape) standard normal numbers, float64 on the CPU."""
+        return torch.stack([torch.randn(shape, generator=one, dtype=torch.float64) for one in self.generators])
+
+
+def resample(image: Tensor, shift: Tensor, degrees: Tensor, scale: Tensor, padding: str = "reflection") -> Tensor:
+    """Return the images shifted, turned about their centre and scaled, in one bilinear resampling.
+
+    image (n, c, h, w); shift (n, 2) in pixels, down and right; degrees (n,) counter-clockwise; scale (n,), above 1
+    enlarges. What lies outside the image is mirrored in.
+    """
+    height, width = image.shape[-2:]
+    angle = degrees * (math.pi / 180)
+    # affine_grid maps output positions to input positions, in coordinates that run from -1 to 1 along each side
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    right, down = -2 * shift[:, 1] / width, -2 * shift[:, 0] / height
+    rows = [
+        torch.stack([cos, -sin * height / width, cos * right - sin * down * height / width], -1),
+        torch.stack([sin * width / height, cos, sin * right * width / height + cos * down], -1),
+    ]
+    theta = torch.stack(rows, 1).to(image)
+    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def affine(pixels: float = 0.0, degrees: float = 0.0, scale: float = 0.0) -> Transform:
+    """Return a transform that shifts by up to ±`pixels`, turns by up to ±`degrees`, scales by 1 ± `scale`, at once."""
+
+    def transform(image: Tensor, draws: Draws) -> Tensor:
+        shift = draws.uniform(-pixels, pixels, (2,))
+        turn = draws.uniform(-degrees, degrees)
+        return resample(image, shift, turn, draws.uniform(1 - scale, 1 + scale))
+
+    return transform
+
+
+def jitter(pixels: int = 8) -> Transform:
+    """Return a transform that moves each image by whole pixels, up to ±`pixels` down and right, wrapping around."""
+
+    def transform(image: Tensor, draws: Draws) -> Tensor:
+        moves = draws.uniform(-pixels, pixels + 1, (2,)).floor().long().tolist()
+        return torch.stack([one.roll((down, right), (-2, -1)) for one, (down, right) in zip(image, moves, strict=True)])
+
+    return transform
+
+
+def scale(low: float = 0.9, high: float = 1.1) -> Transform:
+    """Return a transform that scales each image about its centre by a factor uniform in [low, high)."""
+
+    def transform(image: Tensor, draws: Draws) -> Tensor:
+        still = torch.zeros(len(image), dtype=torch.float64)
+        return resample(image, torch.stack([still, still], 1), still, draws.uniform(low, high))
+
+    return transform
+
+
+def rotate(degrees: float = 10.0) -> Transform:
+    """Return a transform that turns each image about its centre by up to ±`degrees`."""
+    return affine(degrees=degrees)
+
+
+def pad(pixels: int = 12, value: float = 0.5) -> Transform:
+    """Return a transform that puts `pixels` of a constant `value` around each image."""
+    return lambda image, draws: F.pad(image, [pixels] * 4, value=value)
+
+
+def blur(sigma: float = 1.0) -> Transform:
+    """Return a Gaussian blur of standard deviation `sigma` pixels, mirrored at the border."""
+    radius = max(1, math.ceil(3 * sigma))
+
+    def transform(image: Tensor, draws: Draws) -> Tensor:
+        at = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
+        kernel = torch.exp(-(at**2) / (2 * sigma**2))
+        kernel = kernel / kernel.sum()
+        channels = image.shape[1]
+        down = kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+        padded = F.pad(image, [radius] * 4, mode="reflect")
+        return F.conv2d(F.conv2d(padded, down, groups=channels), down.transpose(2, 3), groups=channels)
+
+    return transform
+
+
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    "affine": affine,
+    "jitter": jitter,
+    "scale": scale,
+    "rotate": rotate,
+    "pad": pad,
+    "blur": blur,
+}
