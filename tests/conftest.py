@@ -12,8 +12,8 @@ from torch import nn
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src/phosphene"
 FLOORS = (
-    ("errors", "version", "transforms", "steps", "colour"),
-    ("capture", "receptive", "objectives", "parameterizations", "photo", "store", "figure"),
+    ("errors", "version", "transforms", "steps", "colour", "receptive"),
+    ("capture", "tracing", "objectives", "parameterizations", "photo", "store", "figure"),
     ("layers", "recipes", "rendered"),
     ("model", "ascent"),
+    ("loaders.weights",),
     ("loaders.builtin",),
     ("loaders.pytorch",),
     ("loaders",),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,60 +36,20 @@ class Frame(NamedTuple):
     image: Tensor
 
 
-def climb(
-    read: Read, objective: Objective, recipe: Recipe, items: Tensor, draws: Draws, like: Tensor, base: Base
-) -> Iterator[Frame]:
-    """Yield the frames of one batch while its images climb: the render loop."""
-    transforms = [TRANSFORMS[name](**dict(options)) for name, options in recipe.transforms]
-    parameterization, options = recipe.parameterization
-    rule = STEPS[recipe.step_rule[0]](**dict(recipe.step_rule[1]))
-    total, done, image = len(recipe.sizes) * recipe.steps, 0, None
-    for size in recipe.sizes:
-        shape, start = base.start(size, image, recipe.blur, draws)
-        current = PARAMETERIZATIONS[parameterization]((len(items), *shape), start, like, **dict(options))
-        state: State = None
-        for _ in range(recipe.steps):
-            image = current.image()
-            seen = image
-            for transform in transforms:
-                seen = transform(seen, draws)
-            scores = objective.score(read(seen), image, items)
-            yield Frame(done, total, items, scores.detach(), image.detach())
-            gradient = ascent_direction(scores, current.tensor) - recipe.weight_decay * current.tensor.detach()
-            update, state = rule(gradient, state)
-            with torch.no_grad():
-                current.tensor.add_(update)
-            done += 1
-        image = current.image().detach()
-    assert image is not None
-    yield Frame(total, total, items, clean_scores(read, objective, image, items), image)
-
-
-def ascent_direction(scores: Tensor, tensor: Tensor) -> Tensor:
-    """Return d scores.sum() / d tensor: of the sum, so that each image's gradient is exactly what it is alone."""
-    if not scores.requires_grad:
-        raise LayerRefused("no gradient flows from this layer back to the image: the network cuts it off before")
-    return torch.autograd.grad(scores.sum(), tensor)[0]
-
-
-def clean_scores(read: Read, objective: Objective, image: Tensor, items: Tensor) -> Tensor:
-    """Return the scores of finished images as they are, without transforms."""
-    with torch.no_grad():
-        return objective.score(read(image), image, items)
-
-
 @dataclass(frozen=True)
 class Base:
-    """What images start from: a photo (1, c, h, w), whose shape they keep, or nothing, for squares of noise."""
+    """What images start from: a photo (1, c, h, w), whose shape they keep, or nothing, for noise.
+
+    `sides` are the proportions (height, width) of the noise, by default a square's.
+    """
 
     channels: int
     photo: Tensor | None = None
+    sides: tuple[int, int] = (1, 1)
 
     def shape(self, size: int) -> Shape:
         """Return (c, h, w) with `size` as the short side."""
-        if self.photo is None:
-            return self.channels, size, size
-        height, width = self.photo.shape[-2:]
+        height, width = self.sides if self.photo is None else self.photo.shape[-2:]
         short = min(height, width)
         return self.channels, max(1, round(height * size / short)), max(1, round(width * size / short))
 
@@ -109,6 +70,80 @@ class Base:
             return shape, at_scale
         added = before - resize(photo, (shape[0], *before.shape[-2:])).to(before)
         return shape, at_scale.to(before) + box_blur(resize(added, shape), blur)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what the pictures become, beside the network.
+
+    `layers` are the paths that the objective's addresses stand for; `like` has the network's device and dtype.
+    """
+
+    objective: Objective
+    recipe: Recipe
+    base: Base
+    layers: tuple[str, ...]
+    like: Tensor
+
+    def draws(self, items: Sequence[int]) -> Draws:
+        """Return the random numbers of some pictures: the same whichever others are rendered with them."""
+        return Draws([self.picture_seed(self.objective.names[item]) for item in items])
+
+    def picture_seed(self, name: str) -> int:
+        """Return the seed of one picture's random numbers."""
+        text = f"{self.recipe.seed}/{'/'.join(self.layers)}/{name}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
+    """Yield the frames of one batch while its images climb: the render loop."""
+    objective, recipe, draws = plan.objective, plan.recipe, plan.draws(items)
+    transforms = [TRANSFORMS[name](**dict(options)) for name, options in recipe.transforms]
+    parameterization, options = recipe.parameterization
+    rule = STEPS[recipe.step_rule[0]](**dict(recipe.step_rule[1]))
+    rows = torch.tensor(items, device=plan.like.device)
+    total, done, image = len(recipe.sizes) * recipe.steps, 0, None
+    for size in recipe.sizes:
+        shape, start = plan.base.start(size, image, recipe.blur, draws)
+        current = PARAMETERIZATIONS[parameterization]((len(items), *shape), start, plan.like, **dict(options))
+        state: State = None
+        for _ in range(recipe.steps):
+            image = current.image()
+            seen = image
+            for transform in transforms:
+                seen = transform(seen, draws)
+            acts = read(seen)
+            need_gradient(acts)
+            scores = objective.score(acts, image, rows)
+            yield Frame(done, total, rows, scores.detach(), image.detach())
+            # of the sum, so that each image's gradient is exactly what it is alone
+            gradient = torch.autograd.grad(scores.sum(), current.tensor)[0]
+            if recipe.weight_decay:
+                gradient = gradient - recipe.weight_decay * current.tensor.detach()
+            update, state = rule(gradient, state)
+            with torch.no_grad():
+                current.tensor.add_(update)
+            done += 1
+        image = current.image().detach()
+    assert image is not None
+    yield Frame(total, total, rows, clean_scores(read, objective, image, rows), image)
+
+
+def need_gradient(acts: Acts) -> None:
+    """Refuse layers that no gradient leads back from."""
+    for address, act in acts.items():
+        if not act.requires_grad:
+            where = repr(address) if address != "" else "the network's output"
+            raise LayerRefused(
+                f"no gradient flows from {where} back to the image: the network cuts it off before; "
+                "take away its torch.no_grad() or detach(), or choose an earlier layer"
+            )
+
+
+def clean_scores(read: Read, objective: Objective, image: Tensor, items: Tensor) -> Tensor:
+    """Return the scores of finished images as they are, without transforms."""
+    with torch.no_grad():
+        return objective.score(read(image), image, items)
 
 
 def resize(image: Tensor, shape: Shape) -> Tensor:

@@ -1,21 +1,24 @@
 """Reading what layers computed: the only place with hooks.
 
 A hook that keeps `output` is wrong wherever an in-place operation follows, for that overwrites what was kept; a hook
-that keeps a clone has the right value but no gradient. `capture` keeps the ORIGINAL output, which nothing can overwrite
-any more, because the rest of the network is handed a CLONE. The forward pass stops at the last layer wanted, by an
-exception that only this file knows.
+that keeps a clone has the right value but no gradient. `capture` keeps a copy that nothing else can reach, and hands
+the rest of the network a copy OF that one, so that values and gradients are both right; even where a module returns
+what it was given, or keeps hold of its output. The forward pass stops at the last layer wanted, by an exception that
+only this file knows.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -52,25 +55,33 @@ def parts(output: Any) -> dict[str, Tensor]:
         return {"": output}
     found: dict[str, Tensor] = {}
     for name, value in children(output).items():
-        found |= {f"{name}.{inner}" if inner else name: tensor for inner, tensor in parts(value).items()}
+        found |= {dotted(name, inner): tensor for inner, tensor in parts(value).items()}
     return found
+
+
+def dotted(name: str, inner: str) -> str:
+    return f"{name}.{inner}" if inner else name
 
 
 def with_part(output: Any, part: str, tensor: Tensor) -> Any:
     """Return a copy of what a module returned with one tensor replaced."""
     if not part:
         return tensor
-    name, _, rest = part.partition(".")
-    value = with_part(children(output)[name], rest, tensor)
+    name, old, inner = next(  # a key may have dots of its own, so that the part cannot be cut at them
+        (name, old, inner)
+        for name, old in children(output).items()
+        for inner in parts(old)
+        if dotted(name, inner) == part
+    )
+    value = with_part(old, inner, tensor)
     if isinstance(output, tuple | list):
         values = [value if str(index) == name else old for index, old in enumerate(output)]
         return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
     changed = copy.copy(output)
     if isinstance(output, Mapping):
-        key = next(key for key in output if str(key) == name)
-        changed[key] = value
+        changed[next(key for key in output if str(key) == name)] = value
     else:
-        setattr(changed, name, value)
+        object.__setattr__(changed, name, value)  # which a frozen dataclass allows, too
     return changed
 
 
@@ -86,9 +97,12 @@ def watch(modules: Mapping[str, nn.Module], see: Callable[[str, Any], Any]) -> I
 
 @contextmanager
 def capture(
-    run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], places: Mapping[Hashable, Place]
+    run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], places: Mapping[Any, Place]
 ) -> Iterator[Callable[[Tensor], dict[Any, Tensor]]]:
     """Hook the wanted layers once and yield `read(image)`, which runs up to the last and returns their tensors.
+
+    A network that goes on from a layer goes on from the very tensor returned here, so that a later one can be
+    differentiated with respect to an earlier one.
 
     Args:
         run: the forward pass, image (b, c, h, w) -> whatever the network returns.
@@ -96,7 +110,7 @@ def capture(
         places: what is wanted, by any key; `read` returns a dict with the same keys.
 
     Raises:
-        LayerRefused: on reading, where a wanted layer did not run.
+        LayerRefused: on reading, where a wanted layer did not run, or returned something else than asked for.
     """
     calls: Counter[str] = Counter()
     kept: dict[Any, Tensor] = {}
@@ -107,25 +121,35 @@ def capture(
     def see(path: str, output: Any) -> Any:
         here = [(key, place) for key, place in wanted[path] if place.call == calls[path]]
         calls[path] += 1
+        if not here:
+            return None
+        found = parts(output)
         for key, place in here:
-            kept[key] = parts(output)[place.part]
+            if place.part not in found:
+                raise LayerRefused(f"{path} returned no tensor {place.part!r} this time; it has: {', '.join(found)}")
+            kept[key] = found[place.part]
         if len(kept) == len(places):
             raise Stop
         for part in {place.part for _, place in here}:
-            output = with_part(output, part, parts(output)[part].clone())
+            own = found[part].clone()
+            kept.update({key: own for key, place in here if place.part == part})
+            output = with_part(output, part, own.clone())
         return output
 
     def read(image: Tensor) -> dict[Any, Tensor]:
-        calls.clear()
-        kept.clear()
         try:
-            run(image)
+            if places:
+                run(image)
         except Stop:
             return dict(kept)
-        if not places:
+        else:
+            missing = ", ".join(place.path for key, place in places.items() if key not in kept)
+            if missing:
+                raise LayerRefused(f"{missing} did not run in this forward pass, so there is nothing to read")
             return {}
-        missing = ", ".join(place.path for key, place in places.items() if key not in kept)
-        raise LayerRefused(f"{missing} did not run in this forward pass, so there is nothing to read")
+        finally:
+            calls.clear()
+            kept.clear()  # lest the tensors live on until the next reading
 
     with watch({path: modules[path] for path in wanted}, see):
         yield read
@@ -136,24 +160,23 @@ def borrowed(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode with its weights frozen, and give it back exactly as it was.
 
     Restored on the way out, after an exception too: the training flag of every module, `requires_grad` of every
-    parameter, every buffer, `Module.compile()` (hooks need the plain forward), and the global random state.
+    parameter, every buffer (those that a forward pass added are taken away), `Module.compile()` (hooks need the plain
+    forward), and the global random state of PyTorch, NumPy and Python.
     """
     flags = [(one, one.training, one._compiled_call_impl) for one in module.modules()]
     wishes = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    buffers = [
-        (one, name, buffer, buffer.detach().clone())
-        for one in module.modules()
-        for name, buffer in one._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(one, dict(one._buffers), set(one._non_persistent_buffers_set)) for one in module.modules()]
+    values = [(one, one.detach().clone()) for one in module.buffers()]
     devices = sorted({parameter.device.index for parameter, _ in wishes if parameter.device.type == "cuda"})
+    draws = random.getstate(), numpy.random.get_state()
     try:
         for one, _, compiled in flags:
             one.training = False
             if compiled is not None:
                 one._compiled_call_impl = None
-        for parameter, _ in wishes:
-            parameter.requires_grad_(False)
+        for parameter, wish in wishes:
+            if wish:
+                parameter.requires_grad_(False)
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
@@ -162,8 +185,14 @@ def borrowed(module: nn.Module) -> Iterator[None]:
             if compiled is not None:
                 one._compiled_call_impl = compiled
         for parameter, wish in wishes:
-            parameter.requires_grad_(wish)
-        for one, name, buffer, before in buffers:
-            one._buffers[name] = buffer
+            if wish:
+                parameter.requires_grad_(True)
+        for one, own, transient in buffers:
+            one._buffers.clear()
+            one._buffers.update(own)
+            one._non_persistent_buffers_set = transient
+        for buffer, before in values:
             if not torch.equal(buffer, before):
                 buffer.copy_(before)
+        random.setstate(draws[0])
+        numpy.random.set_state(draws[1])

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from phosphene.errors import InvalidRequest
+
 Picture = Image.Image
 MARGIN = 5  # black pixels between the pictures of a grid (R4.2)
 DEAD = (200, 60, 60)
@@ -74,8 +76,13 @@ def grid(tiles: Sequence[Picture], columns: int | None = None, margin: int = MAR
     """Return the tiles row by row, with `margin` black pixels between them.
 
     `columns` is by default the side of the smallest square that holds all: 3 for six (R1), 8 for sixty-four (R4.2).
+
+    Raises:
+        InvalidRequest: there are no tiles, or fewer than one column.
     """
-    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    columns = math.ceil(math.sqrt(len(tiles))) if columns is None else columns
+    if not tiles or columns < 1:
+        raise InvalidRequest(f"a grid needs pictures and columns, not {len(tiles)} pictures in {columns} columns")
     rows = math.ceil(len(tiles) / columns)
     width, height = (max(tile.size[axis] for tile in tiles) for axis in (0, 1))
     mode = "L" if all(tile.mode == "L" for tile in tiles) else "RGB"

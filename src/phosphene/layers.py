@@ -14,28 +14,33 @@ from torch import Tensor, nn
 
 from phosphene.capture import Place, borrowed, parts, watch
 from phosphene.errors import LayerNotFound, LayerRefused, nearest
-from phosphene.receptive import Field, Tracer
+from phosphene.receptive import DOWN, RIGHT, Field
+from phosphene.tracing import Tracer
+
+# Class names, so that the convolutions of other frameworks count without an import; a subclass counts as its parent.
+CONVOLUTIONS = {"Conv2d", "ConvTranspose2d", "Conv2D", "Conv2DTranspose", "DepthwiseConv2D", "SeparableConv2D"}
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
     """How much of the input image one position of a map sees, (down, right), in input pixels.
 
-    Position i sees the pixels from `i · stride - padding` to `i · stride - padding + size - 1`.
+    Position i sees the pixels from `i · stride - padding` to `i · stride - padding + size - 1`, as far as these are
+    on the image. At stride 0 all positions see the same.
     """
 
     size: tuple[int, int]
-    stride: tuple[float, float]
-    padding: tuple[float, float]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
 
     def __str__(self) -> str:
         size, stride, padding = (shown(pair) for pair in (self.size, self.stride, self.padding))
         return f"{size} / {stride} / {padding}"
 
 
-def shown(pair: Sequence[float]) -> str:
+def shown(pair: tuple[int, int]) -> str:
     """Return a pair of numbers as "7" or "7×5"."""
-    return "×".join(f"{one:g}" for one in (pair[:1] if pair[0] == pair[1] else pair))
+    return "×".join(map(str, pair[:1] if pair[0] == pair[1] else pair))
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Layer:
         path: what the user types.
         place: the module, call and part that `path` means.
         kind: the module's class name.
+        convolution: whether it is a two-dimensional convolution, which an integer address counts.
         channels: channels of a map (b, c, h, w), numbers of a vector (b, c); None for anything else.
         size: (h, w) of the map, None where it is none.
         receptive_field: None where it is the whole image or is not known; `sees` tells which.
@@ -56,6 +62,7 @@ class Layer:
     path: str
     place: Place
     kind: str
+    convolution: bool
     channels: int | None
     size: tuple[int, int] | None
     receptive_field: ReceptiveField | None
@@ -65,6 +72,11 @@ class Layer:
     @property
     def is_map(self) -> bool:
         return self.size is not None
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """The path with and without the leading dot that marks a path of digits alone."""
+        return (self.path, self.path.removeprefix("."))
 
 
 class Layers(Sequence[Layer]):
@@ -91,7 +103,7 @@ class Layers(Sequence[Layer]):
     @property
     def convolutions(self) -> tuple[Layer, ...]:
         """The two-dimensional convolutions, which an integer address counts."""
-        return tuple(one for one in self if "Conv" in one.kind and one.is_map)
+        return tuple(one for one in self if one.convolution)
 
     def find(self, address: str | int) -> Layer:
         """Return the layer of an address: its path, or n for the n-th convolution (0-based).
@@ -103,9 +115,10 @@ class Layers(Sequence[Layer]):
         if isinstance(address, int):
             count = len(self.convolutions)
             if not 0 <= address < count:
-                raise LayerNotFound(f"there is no convolution {address}: the network has {count}, 0 to {count - 1}")
+                counted = f"{count}, 0 to {count - 1}" if count else "none; give a path"
+                raise LayerNotFound(f"there is no convolution {address}: the network has {counted}")
             return self.convolutions[address]
-        by_path = {one.path: one for one in self} | {one.path.lstrip("."): one for one in self}
+        by_path = {path: one for one in self for path in one.spellings}
         if address in by_path:
             return by_path[address]
         several = [one.path for one in self if one.place.path == address.lstrip(".")]
@@ -122,7 +135,7 @@ class Layers(Sequence[Layer]):
         Raises:
             LayerNotFound: none does.
         """
-        found = [one for one in self if fnmatch.fnmatchcase(one.path, pattern)]
+        found = [one for one in self if any(fnmatch.fnmatchcase(path, pattern) for path in one.spellings)]
         if not found:
             near = nearest(pattern.rstrip("*"), [one.path for one in self])
             raise LayerNotFound(f"no layer matches {pattern!r}; the nearest are: {near}")
@@ -163,10 +176,9 @@ class Sighting:
     """One tensor that a module returned during the survey."""
 
     place: Place
-    kind: str
+    module: nn.Module
     shape: tuple[int, ...]
     field: Field | None
-    storage: int
 
 
 def survey(run: Callable[[Tensor], Any], module: nn.Module, modules: Mapping[str, nn.Module], image: Tensor) -> Layers:
@@ -176,62 +188,75 @@ def survey(run: Callable[[Tensor], Any], module: nn.Module, modules: Mapping[str
     one row a tensor, `path#0`, `path#logits` …; an all-digit path gets a leading dot, for a bare integer means the n-th
     convolution. The module is left as it was.
     """
+    with borrowed(module), torch.no_grad():
+        try:
+            return trace(run, modules, image, Tracer(image, arithmetic=False))
+        except Exception:  # the network minds what is computed, or does not take the image and says so better this way
+            return trace(run, modules, image, Tracer(image))
+
+
+def trace(run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], image: Tensor, tracer: Tracer) -> Layers:
+    """Run a network under a tracer and return its table."""
     calls: Counter[str] = Counter()
     sightings: list[Sighting] = []
-    held: list[Tensor] = []  # a freed tensor's storage address may be given to another
 
-    with borrowed(module), torch.no_grad():
-        tracer = Tracer(image)
+    def see(path: str, output: Any) -> None:
+        for part, tensor in parts(output).items():
+            field = tracer.show(len(sightings), tensor)
+            sightings.append(Sighting(Place(path, calls[path], part), modules[path], tuple(tensor.shape), field))
+        calls[path] += 1
 
-        def see(path: str, output: Any) -> None:
-            for part, tensor in parts(output).items():
-                place = Place(path, calls[path], part)
-                kind, storage = type(modules[path]).__name__, tensor.untyped_storage().data_ptr()
-                sightings.append(Sighting(place, kind, tuple(tensor.shape), tracer.field(tensor), storage))
-                held.append(tensor)
-            calls[path] += 1
-
-        with watch(modules, see), tracer:
-            run(image)
+    with watch(modules, see), tracer:
+        run(image)
     pieces = Counter((one.place.path, one.place.call) for one in sightings)
     return Layers(
         [
-            describe(one, calls[one.place.path] > 1, pieces[one.place.path, one.place.call] > 1, tracer)
-            for one in sightings
+            describe(
+                one,
+                tracer.overwritten.get(number),
+                calls[one.place.path] > 1,
+                pieces[one.place.path, one.place.call] > 1,
+            )
+            for number, one in enumerate(sightings)
             if one.place.path
         ]
     )
 
 
-def describe(seen: Sighting, repeated: bool, several: bool, tracer: Tracer) -> Layer:
+def describe(seen: Sighting, overwritten: str | None, repeated: bool, several: bool) -> Layer:
     """Return the row of one sighting."""
     path = f".{seen.place.path}" if seen.place.path.isdigit() else seen.place.path
     path += f"@{seen.place.call}" if repeated else ""
     path += f"#{seen.place.part}" if several else ""
-    is_map = len(seen.shape) == 4
+    is_map = len(seen.shape) == 4 and channels_first(seen.field)
     sees, field = receptive_field(seen.field)
     return Layer(
         path=path,
         place=seen.place,
-        kind=seen.kind,
-        channels=seen.shape[1] if len(seen.shape) in (2, 4) else None,
+        kind=type(seen.module).__name__,
+        convolution=is_map and any(one.__name__ in CONVOLUTIONS for one in type(seen.module).__mro__),
+        channels=seen.shape[1] if is_map or len(seen.shape) == 2 else None,
         size=(seen.shape[2], seen.shape[3]) if is_map else None,
         receptive_field=field,
         sees=sees,
-        in_place=tracer.overwritten.get(seen.storage),
+        in_place=overwritten,
     )
+
+
+def channels_first(field: Field | None) -> bool:
+    """Return whether the sides of the image lie along the last two of four dimensions, as far as is known."""
+    if field is None:
+        return True
+    along = [{one.side for one in factors} - {None} for factors in field.layout]
+    return not along[0] | along[1] and along[2] <= {DOWN} and along[3] <= {RIGHT}
 
 
 def receptive_field(field: Field | None) -> tuple[str, ReceptiveField | None]:
     """Return ("part", its figures), ("whole", None) or ("unknown", None)."""
-    if field is None:
-        return "unknown", None
-    if any(side.whole for side in field.sides):
+    if field is not None and field.whole:
         return "whole", None
-    down, right = field.sides
-    figures = ReceptiveField(
-        (down.size, right.size),
-        (float(down.stride), float(right.stride)),
-        (float(-down.start), float(-right.start)),
-    )
-    return "part", figures
+    down, right = (field and field.along(side) for side in (DOWN, RIGHT))
+    if not down or not right:
+        return "unknown", None
+    size, stride, start = zip(down, right, strict=True)
+    return "part", ReceptiveField(size, stride, (-start[0], -start[1]))

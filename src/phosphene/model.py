@@ -8,6 +8,7 @@ handle's business, inside `Model.forward`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,8 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from phosphene.capture import Place, borrowed, capture, parts
-from phosphene.errors import InvalidRequest, LayerRefused, PhospheneError, SizeRefused, WeightsRefused
+from phosphene.errors import (
+    ChannelNotFound,
+    InvalidRequest,
+    LayerRefused,
+    PhospheneError,
+    SizeRefused,
+    WeightsRefused,
+)
 from phosphene.layers import Layer, Layers, survey
+
+SINGLE = re.compile(r"\d{1,9}", re.ASCII)
+RANGE = re.compile(r"(\d{0,9}):(\d{0,9})(?::([1-9]\d{0,8})?)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,8 @@ class Model:
 
     @cached_property
     def _layers(self) -> Layers:
-        image = torch.full((1, self.channels_in, *self.input_size), 0.5).to(self.like)
-        try:
-            return survey(self.forward, self.module, self.modules, image)
-        except RuntimeError as error:
-            raise SizeRefused(
-                f"{self.name} does not take a picture of {self.channels_in}×{self.input_size[0]}×{self.input_size[1]}: "
-                f"{first_line(error)}; say what it takes (--input-size, --channels-in)"
-            ) from error
+        with self.taking(self.input_size):
+            return survey(self.forward, self.module, self.modules, self.grey(self.input_size))
 
     def find(self, address: str | int) -> Layer:
         """Return the layer of an address; see `Layers.find`."""
@@ -117,19 +122,23 @@ class Model:
         Raises:
             LayerRefused: it returns several and none is called so.
         """
-        image = torch.full((1, self.channels_in, *self.input_size), 0.5).to(self.like)
-        with borrowed(self.module), torch.no_grad():
-            found = parts(self.forward(image))
+        with self.taking(self.input_size), borrowed(self.module), torch.no_grad():
+            found = parts(self.forward(self.grey(self.input_size)))
         if len(found) == 1:
             return next(iter(found))
         if "logits" in found:
             return "logits"
-        raise LayerRefused(f"{self.name} returns several tensors ({', '.join(found)}); name the layer that you mean")
+        several = f"several tensors ({', '.join(found)})" if found else "no tensor"
+        raise LayerRefused(f"{self.name} returns {several}; name the layer that you mean")
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the weights' names, shapes, dtypes and bytes, 16 hexadecimal digits of it."""
-        digest = hashlib.sha256()
+        """16 hexadecimal digits that change with the weights (names, shapes, dtypes, bytes) and the preprocessing.
+
+        Taken anew each time, for a network may be trained on while its handle lives.
+        """
+        known = self.preprocessing if isinstance(self.preprocessing, Preprocessing) else type(self.preprocessing)
+        digest = hashlib.sha256(repr(known).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             if isinstance(tensor, Tensor):
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -156,25 +165,40 @@ class Model:
         Raises:
             SizeRefused: the network does not take it.
         """
-        try:
-            with torch.no_grad():
-                acts = read(torch.full((1, self.channels_in, *size), 0.5).to(self.like))
-        except PhospheneError:
-            raise
-        except (RuntimeError, ValueError, AssertionError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise self.size_error(size, first_line(error)) from error
+        with self.taking(size), torch.no_grad():
+            acts = read(self.grey(size))
         for address, act in acts.items():
             if act.numel() == 0:
                 raise self.size_error(size, f"nothing is left of it at {address!r}")
 
+    def grey(self, size: tuple[int, int]) -> Tensor:
+        """Return one image (1, c, h, w) of 0.5 throughout, on the network's device and in its dtype."""
+        return self.like.new_full((1, self.channels_in, *size), 0.5)
+
+    @contextmanager
+    def taking(self, size: tuple[int, int]) -> Iterator[None]:
+        """Refuse the size if a forward pass inside fails, for whatever reason but a lack of memory.
+
+        Raises:
+            SizeRefused: it failed.
+        """
+        try:
+            yield
+        except PhospheneError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise self.size_error(size, first_line(error)) from error
+
     def size_error(self, size: tuple[int, int], reason: str) -> SizeRefused:
+        """Return the refusal of a size, which says what to do next."""
         usual = "×".join(map(str, self.input_size))
-        return SizeRefused(
-            f"{self.name} does not take a picture of {size[0]}×{size[1]} px ({reason}); its usual size is {usual}, "
-            "give another with --size"
-        )
+        advice = f"its usual size is {usual}, give another with --size"
+        if size == self.input_size:
+            advice = "say what it takes (--input-size, --channels-in)"
+        shape = "×".join(map(str, (self.channels_in, *size)))
+        return SizeRefused(f"{self.name} does not take a picture of {shape} px ({reason}); {advice}")
 
 
 def first_line(error: BaseException) -> str:
@@ -188,27 +212,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def parse_channels(text: str, count: int) -> list[int]:
-    """Return the channels that `0:64`, `3,7,11`, `0:8,20` or `all` mean, for a layer that has `count`.
+    """Return the channels that `0:64`, `3,7,11`, `0:8,20` or `all` mean, for a layer that has `count`, each once.
+
+    A range is as in Python: `0:64:2` takes every second one, and a bound may be left out.
 
     Raises:
         InvalidRequest: the text is none of these, or chooses nothing.
+        ChannelNotFound: the layer has no such channel.
     """
     chosen: list[int] = []
     for piece in text.split(","):
-        if piece.strip() == "all":
-            chosen += range(count)
-            continue
-        try:
-            bounds = [int(bound) if bound.strip() else None for bound in piece.split(":")]
-        except ValueError:
-            bounds = []
-        if len(bounds) == 1 and bounds[0] is not None:
-            chosen.append(bounds[0])
-        elif len(bounds) in (2, 3):
-            stop = count if bounds[1] is None else bounds[1]
-            chosen += range(bounds[0] or 0, stop, (bounds[2] if len(bounds) == 3 else 1) or 1)
+        single, several = SINGLE.fullmatch(piece.strip()), RANGE.fullmatch(piece.strip().replace("all", "::"))
+        if single:
+            start, stop, step = int(single[0]), int(single[0]) + 1, 1
+        elif several:
+            start, stop, step = int(several[1] or 0), int(several[2] or count), int(several[3] or 1)
         else:
             raise InvalidRequest(f"channels are given as 0:64, 3,7,11 or all, not {text!r}")
+        if max(start + 1, stop) > count:
+            raise ChannelNotFound(f"there is no channel {max(start, stop - 1)}: the layer has 0 to {count - 1}")
+        chosen += range(start, stop, step)
     if not chosen:
         raise InvalidRequest(f"the channels {text!r} choose nothing")
-    return chosen
+    return list(dict.fromkeys(chosen))

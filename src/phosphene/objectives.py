@@ -7,8 +7,11 @@ batch (b, c, h, w) in [0, 1] before random transforms. The score is (b,), and ro
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,13 +27,16 @@ OUTPUT = ""  # the address of what the whole network returns
 
 @dataclass(frozen=True)
 class Objective:
-    """A score for each of `n` pictures; see the module's text. `spec` says in JSON terms what it is."""
+    """A score for each of `n` pictures; see the module's text.
+
+    `spec` says in JSON terms what it is; `names` says of each picture what it shows, such as `filter_12`.
+    """
 
     layers: tuple[Address, ...]
     n: int
     score: Score = field(repr=False, compare=False)
     spec: Mapping[str, Any]
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]
 
     def __add__(self, other: Objective | float) -> Objective:
         return add(self, other)
@@ -50,19 +56,27 @@ class Objective:
     def __mul__(self, factor: float) -> Objective:
         if isinstance(factor, Objective):
             raise InvalidRequest("an objective is multiplied by a number, not by another objective")
+        number = real_number(factor, "an objective is multiplied by a number")
         return replace(
             self,
-            score=lambda acts, image, items: factor * self.score(acts, image, items),
-            spec={"times": factor, "of": self.spec},
+            score=lambda acts, image, items: number * self.score(acts, image, items),
+            spec={"times": number, "of": self.spec},
         )
 
     __rmul__ = __mul__
 
 
+def real_number(value: Any, wanted: str) -> float:
+    """Return a finite number as a float, or refuse it."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InvalidRequest(f"{wanted}, not {value!r}")
+    return float(value)
+
+
 def add(one: Objective, other: Objective | float) -> Objective:
     """Return the sum of two objectives, or of an objective and a number; an objective of one picture fits any other."""
     if not isinstance(other, Objective):
-        number = float(other)
+        number = real_number(other, "to an objective another objective or a number is added")
         return replace(
             one,
             score=lambda acts, image, items: one.score(acts, image, items) + number,
@@ -76,28 +90,38 @@ def add(one: Objective, other: Objective | float) -> Objective:
         first, second = (items if part.n > 1 else torch.zeros_like(items) for part in (one, other))
         return one.score(acts, image, first) + other.score(acts, image, second)
 
+    # what the pictures show is said by the part that has most of them, and never by a regulariser if it can be helped
+    naming = max(one, other, key=lambda part: (part.n, bool(part.layers)))
     return Objective(
         layers=tuple(dict.fromkeys(one.layers + other.layers)),
-        n=max(one.n, other.n),
+        n=naming.n,
         score=score,
         spec={"sum": [one.spec, other.spec]},
-        names=max(one.names, other.names, key=len),
+        names=naming.names,
     )
 
 
 def numbers(chosen: int | Iterable[int], noun: str) -> list[int]:
-    """Return the chosen indices as a list.
+    """Return the chosen indices as a list; whole numbers of numpy and torch are as good as Python's.
 
     Raises:
         InvalidRequest: none is chosen, or one is no whole number of at least 0.
     """
-    listed = [chosen] if isinstance(chosen, int) else list(chosen)
+    listed: list[Any] = list(chosen) if isinstance(chosen, Iterable) else [chosen]
     if not listed:
         raise InvalidRequest(f"no {noun} was chosen; give at least one")
-    for one in listed:
-        if isinstance(one, bool) or not isinstance(one, int) or one < 0:
-            raise InvalidRequest(f"a {noun} is a whole number from 0, not {one!r}")
-    return listed
+    return [whole_number(one, noun) for one in listed]
+
+
+def whole_number(value: Any, noun: str) -> int:
+    """Return a value as an int of at least 0, or refuse it."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InvalidRequest(f"a {noun} is a whole number from 0, not {value!r}")
+    return number
 
 
 def need_map(act: Tensor, layer: Address, highest: int) -> None:
@@ -128,7 +152,8 @@ def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         need_map(acts[layer], layer, max(listed))
-        return pick(acts[layer], chosen, items).mean((-2, -1))
+        # one axis after the other: both at once would round otherwise for a batch of one large map
+        return pick(acts[layer], chosen, items).mean(-1).mean(-1)
 
     spec = {"objective": "channel", "layer": layer, "channels": listed}
     return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed))
@@ -137,6 +162,8 @@ def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
 def neuron(layer: Address, channels: int | Iterable[int], position: tuple[int, int] | None = None) -> Objective:
     """Excite single neurons: the value of the channel at `position` (row, column), by default the map's centre."""
     listed = numbers(channels, "channel")
+    if position is not None and len(numbers(position, "row or column")) != 2:
+        raise InvalidRequest(f"a position in a map is (row, column), not {position}")
     chosen = torch.tensor(listed)
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
@@ -188,7 +215,9 @@ def logit(classes: int | Iterable[int], layer: Address = OUTPUT) -> Objective:
                 "use the objective 'channel' for maps"
             )
         if max(listed) >= act.shape[1]:
-            raise ChannelNotFound(f"{shown} has {act.shape[1]} classes, 0 to {act.shape[1] - 1}; no {max(listed)}")
+            raise ChannelNotFound(
+                f"{shown} has {act.shape[1]} classes, 0 to {act.shape[1] - 1}; there is no {max(listed)}"
+            )
         return pick(act, chosen, items)
 
     spec = {"objective": "logit", "layer": layer, "classes": listed}
@@ -206,7 +235,7 @@ def layer(layer: Address) -> Objective:
 
 def regulariser(name: str, measure: Callable[[Tensor], Tensor]) -> Objective:
     """Return an objective of the image alone, one that fits any number of pictures."""
-    return Objective((), 1, lambda acts, image, items: measure(image), {"objective": name})
+    return Objective((), 1, lambda acts, image, items: measure(image), {"objective": name}, (name,))
 
 
 def total_variation() -> Objective:

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from phosphene.colour import correlate, decorrelate
+from phosphene.errors import InvalidRequest
 from phosphene.transforms import Draws
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,12 +42,17 @@ def units(unit: str, channels: int) -> tuple[Tensor, Tensor]:
 
     `byte`: 0..255, as in R1 and R4.2. `imagenet`: standard deviations from ImageNet's mean, as in R3; networks that
     see other than three channels use 0.5 ± 0.25. `one`: the image itself.
+
+    Raises:
+        InvalidRequest: there is no such unit.
     """
+    if unit not in ("byte", "imagenet", "one"):
+        raise InvalidRequest(f"pixels are counted in the unit byte, imagenet or one, not {unit!r}")
     if unit == "imagenet":
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
         offset, factor = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     else:
-        step = {"byte": 1 / 255, "one": 1.0}[unit]
+        step = 1 / 255 if unit == "byte" else 1.0
         offset, factor = torch.zeros(channels, dtype=torch.float64), torch.full((channels,), step, dtype=torch.float64)
     return offset.view(-1, 1, 1), factor.view(-1, 1, 1)
 
@@ -123,15 +129,38 @@ def natural_spectrum() -> Tensor:
 def natural_magnitude(channels: int, height: int, width: int) -> Tensor:
     """Return the natural spectrum for an image of that size, (c, h, w // 2 + 1), for `norm="ortho"`.
 
-    For other than three channels every channel gets the spectrum of light.
+    Read off bilinearly at the frequencies of that size. For other than three channels every channel gets the spectrum
+    of light.
     """
-    spectrum = natural_spectrum()
+    spectrum = natural_spectrum().clone()
+    # the file has no mean; slower waves than it holds get the strength of its slowest, not less
+    spectrum[:, 0, 0] = (spectrum[:, 0, 1] + spectrum[:, 1, 0]) / 2
     spectrum = spectrum if channels == 3 else spectrum[:1].expand(channels, -1, -1)
+    rows, columns = spectrum.shape[1:]
     centred = torch.fft.fftshift(spectrum, dim=1)[None]
-    sized = F.interpolate(centred, (height, width // 2 + 1), mode="bilinear", align_corners=False)[0]
-    magnitude: Tensor = torch.fft.ifftshift(sized, dim=1)
+    # -1 to 1 over the rows -rows/2 ... rows/2 - 1 and the columns 0 ... columns - 1, in cycles per `rows` pixels
+    down = (torch.fft.fftfreq(height, dtype=torch.float64) * rows + rows / 2) * 2 / (rows - 1) - 1
+    right = torch.fft.rfftfreq(width, dtype=torch.float64) * rows * 2 / (columns - 1) - 1
+    places = torch.stack(torch.meshgrid(down, right, indexing="ij")[::-1], -1)[None]
+    magnitude = F.grid_sample(centred, places, padding_mode="border", align_corners=True)[0]
+    magnitude = with_edges(magnitude, width, lambda edge, mirrored: (edge + mirrored) / 2)
     magnitude[:, 0, 0] = 0.0  # the mean is not the spectrum's to decide
     return magnitude
+
+
+def with_edges(spectrum: Tensor, width: int, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return (..., h, w // 2 + 1) with the columns that are their own mirror image merged with it.
+
+    Of a real picture's spectrum, the columns of horizontal frequency 0 and, for an even width, w / 2 hold every number
+    twice: row -k is the conjugate of row k. What breaks that is dropped by the inverse transform without a word.
+    """
+    own = [0, width // 2] if width % 2 == 0 else [0]
+    edge = spectrum[..., own]
+    mirrored = edge.flip(-2).roll(1, -2)
+    columns = list(spectrum.unbind(-1))
+    for place, column in zip(own, merge(edge, mirrored).unbind(-1), strict=True):
+        columns[place] = column
+    return torch.stack(columns, -1)
 
 
 def maco(shape: Shape, start: Start, like: Tensor) -> Parameterization:
@@ -140,7 +169,8 @@ def maco(shape: Shape, start: Start, like: Tensor) -> Parameterization:
     magnitude = natural_magnitude(channels, height, width).to(like)
 
     def image() -> Tensor:
-        spectrum = torch.polar(magnitude.expand_as(tensor), tensor)
+        phase = with_edges(tensor, width, lambda edge, mirrored: (edge - mirrored) / 2)
+        spectrum = torch.polar(magnitude.expand_as(phase), phase)
         return torch.sigmoid(correlate(torch.fft.irfft2(spectrum, s=(height, width), norm="ortho")))
 
     if isinstance(start, Draws):

@@ -5,42 +5,76 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from phosphene.errors import PhotoRefused
+
+MOST_PIXELS = 80_000_000
+# Pillow knows many more; one of them, EPS, would be handed to an interpreter of programs
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 
 
 def read(path: str | Path, channels: int = 3) -> Tensor:
     """Return a photo as (1, c, h, w) float32 in [0, 1], turned upright as its EXIF entry says.
 
-    `channels` is 3 for RGB or 1 for grey.
+    `channels` is 3 for RGB or 1 for grey. What is transparent lies on white. Of several frames the first is taken.
+    16 bits of grey keep their precision; colour is read with 8 bits a channel.
 
     Raises:
         PhotoRefused: the file is missing, empty, no image, cut short, or so large that it is taken for an attack.
     """
     file = Path(path)
-    if not file.is_file():
-        raise PhotoRefused(f"there is no photo {file}" if not file.exists() else f"{file} is a folder, not a photo")
-    if file.stat().st_size == 0:
-        raise PhotoRefused(f"{file} is empty (0 bytes)")
     if channels not in (1, 3):
         raise PhotoRefused(f"a photo has 3 channels or 1; this network sees {channels}")
     try:
+        if file.is_dir():
+            raise PhotoRefused(f"{file} is a folder, not a photo")
+        if file.stat().st_size == 0:
+            raise PhotoRefused(f"{file} is empty (0 bytes)")
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
-                upright = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
+            warnings.simplefilter("ignore")  # remarks of Pillow's on odd files; the size is checked here
+            with Image.open(file, formats=FORMATS) as opened:
+                check_size(file, opened)
+                return values(file, opened, channels)
+    except PhotoRefused:
+        raise
     except UnidentifiedImageError as error:
         raise PhotoRefused(f"{file} is no image that can be read; give a JPEG, PNG, WebP, GIF, TIFF or BMP") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
-        raise PhotoRefused(
-            f"{file} unpacks to more than {limit} million pixels, which is refused; make it smaller"
-        ) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise PhotoRefused(f"{file} is damaged or cut short: {error}") from error
-    image: Tensor = pil_to_tensor(upright).to(torch.float32) / 255
-    return image[None]
+    except Image.DecompressionBombError as error:
+        raise too_large(file) from error
+    except FileNotFoundError as error:
+        raise PhotoRefused(f"there is no photo {file}") from error
+    except Exception as error:  # what a damaged file raises is anything at all
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise PhotoRefused(f"{file} cannot be read, it may be damaged or cut short: {reason}") from error
+
+
+def check_size(file: Path, image: Image.Image) -> None:
+    """Refuse a decompression bomb by the size in its header, before anything is unpacked."""
+    if image.width * image.height > MOST_PIXELS:
+        raise too_large(file)
+
+
+def too_large(file: Path) -> PhotoRefused:
+    return PhotoRefused(
+        f"{file} unpacks to more than {MOST_PIXELS // 1_000_000} million pixels, which is refused; make it smaller"
+    )
+
+
+def values(file: Path, opened: Image.Image, channels: int) -> Tensor:
+    """Return the pixels of an opened image (1, c, h, w) in [0, 1]."""
+    if opened.mode == "F" or (opened.mode == "I" and opened.format != "PNG"):
+        raise PhotoRefused(f"{file} has 32 bits a channel, of unknown range; save it with 8 or 16")
+    upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
+        grey = torch.from_numpy(np.asarray(upright).astype(np.float32)) / 65535
+        return grey.expand(1, channels, -1, -1).contiguous()
+    if upright.has_transparency_data:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    pixels = np.array(upright.convert("RGB" if channels == 3 else "L"))
+    image = torch.from_numpy(pixels).to(torch.float32) / 255
+    return image.view(1, upright.height, upright.width, channels).permute(0, 3, 1, 2).contiguous()

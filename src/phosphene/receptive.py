@@ -1,327 +1,230 @@
-"""Receptive fields, computed exactly from the operations a network performs.
+"""Receptive fields: which pixels of the image the entries of a tensor depend on.
 
-While a forward pass runs, `Tracer` sees every tensor operation and keeps for each tensor which part of the input image
-its entries depend on. Along one side, output position i depends on the input pixels from `start + i · stride` to
-`start + i · stride + size - 1`; this arithmetic follows Araujo et al., "Computing Receptive Fields of Convolutional
-Neural Networks" (Distill 2019). An operation that mixes all positions (global pooling, attention, squeeze-excitation)
-makes the field the whole image; one that is not regular over positions leaves it unknown (None).
+Along one side of the image, the entry at index 0 depends on `size` pixels from `start`, and every step along a
+dimension of the tensor moves that by so many pixels (Araujo et al., "Computing Receptive Fields of Convolutional Neural
+Networks", Distill 2019). A reshape may split a side of the image over several dimensions or put several into one;
+mixing all entries of a dimension (global pooling, a linear layer) leaves a field that no longer moves. Where the pixels
+do not follow such a rule, the field is None: unknown. One field stands for all channels: it holds what any of them
+sees. This file is the arithmetic; which operation does what to a field is in `tracing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+DOWN, RIGHT = 0, 1
 
 
-@dataclass(frozen=True)
-class Side:
-    """The receptive field along one side, in input pixels; `whole`: every position sees all of the image."""
+class Factor(NamedTuple):
+    """Part of a dimension of a tensor: `extent` entries, each `step` pixels further along a side of the image.
 
-    size: int = 1
-    stride: Fraction = Fraction(1)
-    start: Fraction = Fraction(0)
-    whole: bool = False
+    `side` is DOWN or RIGHT; None where the entries are batch items or channels, or all see the same.
+    """
 
-    def window(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Side:
-        """Return the field after a sliding window."""
-        reach = (kernel - 1) * dilation * self.stride
-        if reach.denominator != 1 and not self.whole:
-            reach = Fraction(-(-reach.numerator // reach.denominator))
-        return replace(
-            self,
-            size=self.size + int(reach),
-            stride=self.stride * stride,
-            start=self.start - padding * self.stride,
-        )
+    extent: int
+    side: int | None = None
+    step: int = 0
+
+
+class Span(NamedTuple):
+    """What the entry at index 0 sees along one side of the image: `size` pixels from `start`."""
+
+    start: int
+    size: int
+
+    def widened(self, reach: int) -> Span:
+        """Return the span together with the one `reach` pixels further, or before it where `reach` is below 0."""
+        return Span(self.start + min(0, reach), self.size + abs(reach))
+
+    def joined(self, other: Span) -> Span:
+        """Return the smallest span that holds both."""
+        start = min(self.start, other.start)
+        return Span(start, max(self.start + self.size, other.start + other.size) - start)
+
+
+Factors = tuple[Factor, ...]
 
 
 @dataclass(frozen=True)
 class Field:
-    """The receptive field of a tensor: its two sides, and which dimensions of the tensor they lie along."""
+    """The receptive field of a tensor.
 
-    down: Side
-    right: Side
-    dims: tuple[int, int] = (2, 3)
-    merged: tuple[int, int] | None = None  # (h, w) while a view holds both in the one dimension dims[0]
+    Attributes:
+        image: (h, w) of the image.
+        spans: what index 0 sees, (down, right).
+        layout: the factors of each dimension of the tensor, slowest first. A side that has no factor does not move:
+            every entry sees the same of it, and its span lies within the image.
+    """
+
+    image: tuple[int, int]
+    spans: tuple[Span, Span]
+    layout: tuple[Factors, ...]
+
+    @classmethod
+    def of_image(cls, image: Tensor) -> Field:
+        """Return the field of an image (b, c, h, w) itself."""
+        batch, channels, height, width = image.shape
+        layout = tidy([Factor(batch)]), tidy([Factor(channels)]), (Factor(height, DOWN, 1),), (Factor(width, RIGHT, 1),)
+        return cls((height, width), (Span(0, 1), Span(0, 1)), layout)
 
     @property
-    def sides(self) -> tuple[Side, Side]:
-        return self.down, self.right
+    def whole(self) -> bool:
+        """Whether every entry sees all of the image."""
+        moves = any(self.moves(side) for side in (DOWN, RIGHT))
+        return not moves and self.spans == tuple(Span(0, extent) for extent in self.image)
 
+    def moves(self, side: int) -> bool:
+        return any(one.side == side for factors in self.layout for one in factors)
 
-WHOLE = Side(whole=True)
+    def along(self, side: int) -> tuple[int, int, int] | None:
+        """Return (size, stride, start) along a side; None where it moves in a way that these do not tell."""
+        start, size = self.spans[side]
+        held = [factors for factors in self.layout if any(one.side == side for one in factors)]
+        moving = [one for factors in held for one in factors if one.side == side]
+        if len(moving) > 1 or any(one.side is None for factors in held for one in factors):
+            return None
+        return size, sum(one.step for one in moving), start
 
+    def with_span(self, side: int, span: Span) -> Field:
+        return replace(self, spans=(span, self.spans[RIGHT]) if side == DOWN else (self.spans[DOWN], span))
 
-def union(sides: Iterable[Side]) -> Side | None:
-    """Return the smallest field that holds all, None where strides differ; `whole` if any is."""
-    listed = list(dict.fromkeys(sides))
-    if any(side.whole for side in listed):
-        return WHOLE
-    if len({side.stride for side in listed}) != 1:
-        return None
-    start = min(side.start for side in listed)
-    end = max(side.start + side.size for side in listed)
-    return Side(int(end - start), listed[0].stride, start)
+    def with_dim(self, dim: int, factors: Sequence[Factor]) -> Field:
+        layout = list(self.layout)
+        layout[dim] = tidy(factors)
+        return replace(self, layout=tuple(layout))
 
+    def mixed(self, *dims: int) -> Field:
+        """Return the field after all entries along some dimensions were mixed; the tensor keeps its shape."""
+        return self.stilled(lambda dim, factor: dim in dims)
 
-def pair(value: Any, default: int = 1) -> tuple[int, int]:
-    """Return an option of a window, given as [], [k] or [kh, kw], as two numbers."""
-    listed = [value] if isinstance(value, int) else list(value or [default])
-    return (listed[0], listed[-1])
+    def still(self, side: int) -> Field:
+        """Return the field of what is made of all entries together along a side."""
+        return self.stilled(lambda dim, factor: factor.side == side)
 
-
-def windowed(field: Field, kernel: Any, stride: Any, padding: Any, dilation: Any = 1) -> Field:
-    """Return the field after a two-dimensional sliding window."""
-    options = zip(pair(kernel), pair(stride or kernel), pair(padding, 0), pair(dilation), strict=True)
-    down, right = (side.window(*option) for side, option in zip(field.sides, options, strict=True))
-    return replace(field, down=down, right=right)
-
-
-def whole(field: Field, output: Tensor) -> Field:
-    """Return the field of an output each of whose entries sees all of the image."""
-    return Field(WHOLE, WHOLE, field.dims if output.dim() == 4 else (output.dim(), output.dim()))
-
-
-def option(args: list[Any], index: int, default: Any) -> Any:
-    """Return an operation's argument, or its default where the call left it out."""
-    return args[index] if len(args) > index else default
-
-
-def convolution(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    _, weight, _, stride, padding, dilation, transposed = args[:7]
-    if weight.dim() != 4:
-        return None
-    if transposed and (tuple(pair(stride)) != (1, 1) and not (field.down.whole and field.right.whole)):
-        return None  # which inputs reach an output depends on its position
-    if transposed:  # with stride 1 it is a convolution with the complementary padding
-        reach = [(kernel - 1) * spread for kernel, spread in zip(weight.shape[2:], pair(dilation), strict=True)]
-        padding = [far - border for far, border in zip(reach, pair(padding, 0), strict=True)]
-    return windowed(field, weight.shape[2:], stride, padding, dilation)
-
-
-def pool(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    return windowed(field, args[1], option(args, 2, None), option(args, 3, 0))
-
-
-def dilated_pool(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    return windowed(field, args[1], option(args, 2, None), option(args, 3, 0), option(args, 4, 1))
-
-
-def adaptive_pool(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    if tuple(output.shape[-2:]) == (1, 1):
-        return whole(field, output)
-    inputs, outputs = args[0].shape[-2:], output.shape[-2:]
-    if any(before % after for before, after in zip(inputs, outputs, strict=True)):
-        return None
-    steps = [before // after for before, after in zip(inputs, outputs, strict=True)]
-    return windowed(field, steps, steps, 0)
-
-
-def padded(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    amounts = list(args[1]) + [0] * (2 * args[0].dim())
-    last = args[0].dim() - 1
-    before = [amounts[2 * (last - dim)] for dim in field.dims]
-    down, right = (
-        replace(side, start=side.start - n * side.stride) for side, n in zip(field.sides, before, strict=True)
-    )
-    return replace(field, down=down, right=right)
-
-
-def mean(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    count = args[0].dim()
-    gone = {dim % count for dim in args[1]} if len(args) > 1 and args[1] is not None else set(range(count))
-    if gone & set(field.dims):
-        return whole(field, output)
-    if len(args) > 2 and args[2]:
+    def stilled(self, chosen: Callable[[int, Factor], bool]) -> Field:
+        field = self
+        for dim, factors in enumerate(self.layout):
+            for one in factors:
+                if one.side is not None and chosen(dim, one):
+                    field = field.with_span(one.side, field.spans[one.side].widened((one.extent - 1) * one.step))
+            field = field.with_dim(dim, [Factor(one.extent) if chosen(dim, one) else one for one in factors])
+        for side in (DOWN, RIGHT):
+            if self.moves(side) and not field.moves(side):
+                span = field.spans[side]
+                start, end = max(0, span.start), min(self.image[side], span.start + span.size)
+                field = field.with_span(side, Span(start, max(0, end - start)))
         return field
-    return replace(field, dims=tuple(dim - sum(one < dim for one in gone) for dim in field.dims))
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return tuple(extent_of(factors) for factors in self.layout) == tuple(shape)
 
 
-def permuted(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    order = [dim % args[0].dim() for dim in args[1]]
-    return replace(field, dims=(order.index(field.dims[0]), order.index(field.dims[1])))
+def extent_of(factors: Sequence[Factor]) -> int:
+    return math.prod(one.extent for one in factors)
 
 
-def transposed(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    order = list(range(args[0].dim()))
-    one, other = (args[1] % len(order), args[2] % len(order)) if len(args) > 2 else (0, 1)
-    order[one], order[other] = order[other], order[one]
-    return permuted(field, output, [args[0], order])
+def tidy(factors: Sequence[Factor]) -> Factors:
+    """Return the factors with neighbours that see the same put together, and single entries left out."""
+    tidied: list[Factor] = []
+    for one in factors:
+        if one.side is None and tidied and tidied[-1].side is None:
+            tidied[-1] = Factor(tidied[-1].extent * one.extent)
+        elif one.side is not None or one.extent != 1:
+            tidied.append(one)
+    return tuple(tidied)
 
 
-def viewed(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    """Follow the two sides through a reshape, also while it holds both in one dimension."""
-    before, after = list(args[0].shape), list(output.shape)
-    first, last = field.dims
-    sides = list(field.merged or (before[first], before[last]))
-    if not field.merged and last != first + 1:
-        return None
-    leading = 1
-    for one in before[:first]:
-        leading *= one
-    done = 1
-    for dim in range(len(after)):
-        if done == leading and after[dim : dim + 2] == sides:
-            return replace(field, dims=(dim, dim + 1), merged=None)
-        if after[dim] * done == leading * sides[0] * sides[1] and done in (1, leading) and 1 in (leading, done):
-            return replace(field, dims=(dim, dim), merged=(sides[0], sides[1]))
-        done *= after[dim]
-    return None
+def regrouped(field: Field, shape: Sequence[int]) -> Field | None:
+    """Return the field of the same entries in another shape; None where a dimension cannot be told apart any more."""
+    if field.fits(shape):
+        return field
+    field = field.mixed(*(dim for dim, factors in enumerate(field.layout) if extent_of(factors) == 1))
+    left = list(reversed(tidy([one for factors in field.layout for one in factors])))
+    layout: list[Factors] = []
+    for extent in shape:
+        taken: list[Factor] = []
+        while extent > 1 and left:
+            one = left.pop()
+            if extent % one.extent and one.extent % extent:
+                return None
+            inner = max(1, one.extent // extent)
+            taken.append(one._replace(extent=one.extent // inner, step=one.step * inner))
+            if inner > 1:
+                left.append(one._replace(extent=inner))
+            extent //= one.extent // inner
+        layout.append(tidy(taken))
+    return replace(field, layout=tuple(layout))
 
 
-def sliced(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    dim = (args[1] if len(args) > 1 else 0) % args[0].dim()
-    if dim not in field.dims or field.merged:
-        return field if dim not in field.dims else None
-    begin = args[2] if len(args) > 2 and args[2] is not None else 0
-    begin = begin + args[0].shape[dim] if begin < 0 else begin
-    step = args[4] if len(args) > 4 else 1
-
-    def cut(side: Side) -> Side:
-        return replace(side, start=side.start + begin * side.stride, stride=side.stride * step)
-
-    return replace(field, down=cut(field.down)) if dim == field.dims[0] else replace(field, right=cut(field.right))
-
-
-def upsampled(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    factors = [Fraction(after, before) for before, after in zip(args[0].shape[-2:], output.shape[-2:], strict=True)]
-    return field if factors == [1, 1] or field.down.whole else None
-
-
-def normalised(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    """Layer normalisation: over the last dimensions, which mixes positions only if they are among those."""
-    first = args[0].dim() - len(args[1])
-    return whole(field, output) if max(field.dims) >= first else field
-
-
-def batch_normalised(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    training = any(one is True for one in args[5:6]) or args[3] is None
-    return whole(field, output) if training else field
-
-
-def multiplied(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    """A matrix product with weights: it mixes the last dimension only."""
-    return field if max(field.dims) < output.dim() - 1 else whole(field, output)
-
-
-def flipped(field: Field, output: Tensor, args: list[Any]) -> Field | None:
-    """A flip keeps the field unless it turns the map itself round."""
-    return None if {dim % output.dim() for dim in args[1]} & set(field.dims) else field
-
-
-def unchanged(field: Field, output: Tensor, args: list[Any]) -> Field | None:
+def spread(field: Field, shape: Sequence[int]) -> Field:
+    """Return the field of a tensor repeated to a larger shape: single entries then see the same everywhere."""
+    missing = len(shape) - len(field.layout)
+    field = replace(field, layout=((),) * missing + field.layout)
+    for dim, extent in enumerate(shape):
+        if extent_of(field.layout[dim]) != extent:
+            field = field.mixed(dim).with_dim(dim, [Factor(extent)])
     return field
 
 
-Rule = Callable[[Field, Tensor, list[Any]], Field | None]
-RULES: dict[str, Rule] = {
-    "convolution": convolution,
-    "max_pool2d_with_indices": dilated_pool,
-    "avg_pool2d": pool,
-    "_adaptive_avg_pool2d": adaptive_pool,
-    "adaptive_max_pool2d": adaptive_pool,
-    "constant_pad_nd": padded,
-    "reflection_pad2d": padded,
-    "replication_pad2d": padded,
-    "mean": mean,
-    "sum": mean,
-    "permute": permuted,
-    "transpose": transposed,
-    "t": transposed,
-    "view": viewed,
-    "_unsafe_view": viewed,
-    "reshape": viewed,
-    "slice": sliced,
-    "native_layer_norm": normalised,
-    "native_batch_norm": batch_normalised,
-    "_native_batch_norm_legit_no_training": batch_normalised,
-    "cudnn_batch_norm": batch_normalised,
-    "native_group_norm": lambda field, output, args: whole(field, output),
-    "addmm": multiplied,
-    "mm": multiplied,
-    "flip": flipped,
-    "clone": unchanged,
-    "contiguous": unchanged,
-    "_to_copy": unchanged,
-    "detach": unchanged,
-    "alias": unchanged,
-    "relu_": unchanged,
-    "split": unchanged,
-    "split_with_sizes": unchanged,
-    "chunk": unchanged,
-    "prelu": unchanged,
-}
-for _kind in ("nearest1d", "nearest2d", "_nearest_exact2d", "bilinear2d", "bicubic2d"):
-    RULES[f"upsample_{_kind}"] = upsampled
-
-
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, follows the receptive field of every tensor, and notes which results were overwritten in place."""
-
-    def __init__(self, image: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.held: dict[int, tuple[Tensor, Field | None]] = {}  # holding the tensor keeps its id from being used again
-        self.overwritten: dict[int, str] = {}  # storage address -> name of the first operation that wrote to it again
-        self.hold(image, Field(Side(), Side()))
-
-    def hold(self, tensor: Tensor, field: Field | None) -> None:
-        self.held[id(tensor)] = (tensor, field)
-
-    def field(self, tensor: Tensor) -> Field | None:
-        """Return the tensor's receptive field, None where it is unknown."""
-        return self.held.get(id(tensor), (None, None))[1]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self.note_overwriting(func, args)
-        inputs = [one for one in flat(args) if id(one) in self.held]
-        if inputs:
-            for tensor in flat([output]):
-                self.hold(tensor, self.follow(func, args, inputs, tensor))
-        return output
-
-    def note_overwriting(self, func: Any, args: Any) -> None:
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
-                self.overwritten.setdefault(value.untyped_storage().data_ptr(), func._schema.name.split("::")[-1])
-
-    def follow(self, func: Any, args: Any, inputs: list[Tensor], output: Tensor) -> Field | None:
-        fields = [self.field(one) for one in inputs]
-        if any(field is None for field in fields):
-            return None
-        known = [field for field in fields if field is not None]
-        name = func._schema.name.split("::")[-1]
-        if name in RULES and len(inputs) == 1:
-            return RULES[name](known[0], output, list(args))
-        if name == "cat":
-            dim = (args[1] if len(args) > 1 else 0) % output.dim()
-            return None if dim in known[0].dims else merge(known, output)
-        if torch.Tag.pointwise in func.tags:
-            return merge(known, output)
-        return whole(known[0], output) if all(field.down.whole and field.right.whole for field in known) else None
-
-
-def merge(fields: list[Field], output: Tensor) -> Field | None:
-    """Return the field of an output computed position by position from several inputs."""
-    full = [field for field in fields if not (field.down.whole and field.right.whole)]
-    if len(full) < len(fields):
-        return whole(fields[0], output)
-    if len({(field.dims, field.merged) for field in full}) != 1:
+def merged(fields: Sequence[Field], shape: Sequence[int]) -> Field | None:
+    """Return the field of a tensor of which every entry comes from the entries at the same place in several others."""
+    fields = [spread(field, shape) for field in fields]
+    for side in (DOWN, RIGHT):
+        fixed = [field for field in fields if not field.moves(side)]
+        if 0 < len(fixed) < len(fields):  # all entries see the same only where that holds whatever the others see
+            fields = [field.still(side) for field in fields]
+            if joined(fixed, side) != joined(fields, side):
+                return None
+    if len({field.layout for field in fields}) != 1:
         return None
-    down, right = union(field.down for field in full), union(field.right for field in full)
-    return None if down is None or right is None else replace(full[0], down=down, right=right)
+    return replace(fields[0], spans=(joined(fields, DOWN), joined(fields, RIGHT)))
 
 
-def flat(values: Any) -> Iterable[Tensor]:
-    """Yield the tensors in nested lists and tuples."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from flat(value)
+def joined(fields: Sequence[Field], side: int) -> Span:
+    return reduce(Span.joined, [field.spans[side] for field in fields])
+
+
+def slid(field: Field, dim: int, extent: int, kernel: int, stride: int, padding: int, dilation: int) -> Field | None:
+    """Return the field after a window slid along a dimension, which has `extent` entries then; None if not regular."""
+    factors = field.layout[dim]
+    if (extent_of(factors), 1, 1, 0) == (extent, kernel, stride, padding):
+        return field
+    if all(one.side is None for one in factors):
+        return field.with_dim(dim, [Factor(extent)])
+    if len(factors) > 1:
+        return None
+    _, side, step = factors[0]
+    assert side is not None
+    start, size = field.spans[side]
+    span = Span(start - padding * step, size).widened((kernel - 1) * dilation * step)
+    return field.with_dim(dim, [Factor(extent, side, step * stride)]).with_span(side, span)
+
+
+def windowed(
+    field: Field | None, shape: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> Field | None:
+    """Return the field after a sliding window over the last dimensions, as many as the kernel has."""
+    for number in range(len(kernel)):
+        options = (one[number % len(one)] for one in (kernel, stride, padding, dilation))
+        dim = len(shape) - len(kernel) + number
+        field = field and slid(field, dim, shape[dim], *options)
+    return field
+
+
+def still(fields: Sequence[Field], shape: Sequence[int]) -> Field | None:
+    """Return the field of a result of which every entry may depend on all of several tensors; None if some move."""
+    if any(field.moves(side) for field in fields for side in (DOWN, RIGHT)):
+        return None
+    layout = tuple(tidy([Factor(extent)]) for extent in shape)
+    return merged([replace(field, layout=layout) for field in fields], shape)
+
+
+def without(field: Field, dims: set[int]) -> Field:
+    """Return the field of a tensor that has lost some dimensions."""
+    return replace(field, layout=tuple(factors for dim, factors in enumerate(field.layout) if dim not in dims))

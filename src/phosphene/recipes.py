@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,17 @@ DISPLAYS = ("clip", "stretch", "standardise")
 def part(name: str, **options: Any) -> Part:
     """Return a named part with its options, as a recipe holds it."""
     return name, tuple(sorted(options.items()))
+
+
+def check_options(registry: Mapping[str, Callable[..., Any]], chosen: Part, *given: str) -> None:
+    """Refuse options that a part does not have, and a part that lacks one; `given` are arguments it gets elsewhere."""
+    name, options = chosen
+    signature = inspect.signature(registry[name])
+    try:
+        signature.bind(*given, **dict(options))
+    except TypeError as error:
+        known = [one for one in signature.parameters if one not in given]
+        raise InvalidRequest(f"the part {name!r} of a recipe: {error}; its options are {', '.join(known)}") from error
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,8 @@ class Recipe:
             raise InvalidRequest(f"a recipe needs sizes and steps of at least 1, not {self.sizes} and {self.steps}")
         if self.seed < 0 or self.blur < 0:
             raise InvalidRequest(f"seed and blur are at least 0, not {self.seed} and {self.blur}")
+        if self.blur // 2 >= min(self.sizes):
+            raise InvalidRequest(f"a blur of {self.blur} px is too wide for a picture of {min(self.sizes)} px")
         known: tuple[tuple[str, Any], ...] = (
             (self.parameterization[0], PARAMETERIZATIONS),
             (self.step_rule[0], STEPS),
@@ -65,6 +80,10 @@ class Recipe:
         for name, registry in known:
             if name not in registry:
                 raise InvalidRequest(f"a recipe has no part {name!r}; there are {', '.join(registry)}")
+        check_options(PARAMETERIZATIONS, self.parameterization, "shape", "start", "like")
+        check_options(STEPS, self.step_rule)
+        for transform in self.transforms:
+            check_options(TRANSFORMS, transform)
 
     @property
     def size(self) -> int:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from phosphene.ascent import Base, Frame, Read, clean_scores, climb
-from phosphene.errors import Interrupted, InvalidRequest, OutOfMemory, SizeRefused
+from phosphene import figure
+from phosphene.ascent import Base, Frame, Plan, Read, clean_scores, climb
+from phosphene.errors import Interrupted, InvalidRequest, LayerRefused, OutOfMemory, SizeRefused
 from phosphene.model import Model, is_out_of_memory
-from phosphene.objectives import Address, Objective, layer
+from phosphene.objectives import Acts, Address, Objective, layer
 from phosphene.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendered import Rendered
-from phosphene.transforms import Draws
 from phosphene.version import __version__
 
 
@@ -30,6 +30,7 @@ def render(
     steps: int | None = None,
     seed: int | None = None,
     batch: int | str = "auto",
+    precision: str = "auto",
     film: int = 0,
     photo: Tensor | None = None,
     watch: Callable[[Frame], None] | None = None,
@@ -43,7 +44,9 @@ def render(
         size: side of the pictures in pixels, by default the recipe's, but at most twice the network's input.
         steps: at each scale; `seed`: of starts and transforms; both by default the recipe's.
         batch: pictures at once, or `auto`. A batch that does not fit the memory is halved, with a warning.
-        film: how many moments of the climb to keep.
+        precision: of the network's forward pass while climbing: `fp32` as the network is, or `bf16`; scores are always
+            taken as the network is. `auto` is fp32.
+        film: how many moments of the climb to keep, beside the start.
         photo: (1, c, h, w) in [0, 1] to start from in place of noise.
         watch: called with every `Frame`.
 
@@ -55,65 +58,47 @@ def render(
         >>> render(load("builtin/vgg19"), channel("block3_conv1", range(4)), "fast").grid().save("grid.png")
     """
     asked = find_recipe(recipe).at(size, steps, seed)
-    addresses = resolved(model, objective)
+    at_once = chosen_batch(batch, model.like.device)
+    check_precision(precision)
+    check_film(film)
+    check_photo(photo, model.channels_in)
+    layers = resolved(model, objective)
+    done: list[Batch] = []
     with model.reading(objective.layers) as read:
-        plan = fitted(model, read, asked, size is not None, photo)
-        base = Base(model.channels_in, photo)
-        layers = [addresses[one] for one in objective.layers]
-        spec = {
-            "model": model.name,
-            "fingerprint": model.fingerprint,
-            "layers": layers,
-            "objective": objective.spec,
-            "recipe": {**plan.as_dict(), "digest": plan.digest},
-            "size": list(base.shape(plan.size)[1:]),
-            "versions": {"phosphene": __version__, "torch": torch.__version__},
-        }
-        done: list[Batch] = []
-        todo = list(range(objective.n))
-        at_once = chosen_batch(batch, model.like.device)
-        while todo:
-            items = todo[:at_once]
-            try:
-                done.append(render_batch(read, objective, plan, items, layers, model.like, base, film, watch))
-            except KeyboardInterrupt as error:
-                finished = assemble(done, objective, spec) if done else None
-                raise Interrupted(f"stopped with {len(finished or ())} of {objective.n} done", finished) from error
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(items) == 1:
-                    raise OutOfMemory(
-                        f"not even one picture of {plan.size} px fits the memory; give a smaller size"
-                    ) from error
-                at_once = len(items) // 2
-                warnings.warn(
-                    f"out of memory with {len(items)} pictures at once; going on with {at_once}", stacklevel=2
-                )
-                continue
-            todo = todo[len(items) :]
+        fitting, base = fitted(model, read, asked, size is not None, photo)
+        plan = Plan(objective, fitting, base, layers, model.like)
+        spec = specification(model, plan, precision)
+        one_batch = partial(render_batch, in_bf16(read) if precision == "bf16" else read, plan, film, watch)
+        try:
+            for batch_done in batches(one_batch, plan, at_once):
+                done.append(batch_done)
+        except KeyboardInterrupt as error:
+            finished = assemble(done, objective, spec) if done else None
+            raise Interrupted(f"stopped with {len(finished or ())} of {objective.n} done", finished) from error
     return assemble(done, objective, spec)
 
 
-def resolved(model: Model, objective: Objective) -> dict[Address, str]:
-    """Return the path that each address of an objective stands for."""
-    return {one: one if one == "" else model.find(one).path for one in objective.layers}
+def check_precision(precision: str) -> None:
+    """Refuse an unknown number format."""
+    if precision not in ("fp32", "bf16", "auto"):
+        raise InvalidRequest(f"precision is fp32, bf16 or auto, not {precision!r}")
 
 
-def fitted(model: Model, read: Read, recipe: Recipe, size_given: bool, photo: Tensor | None) -> Recipe:
-    """Return the recipe at a size that the network takes; a size that the user gave is kept or refused."""
-    if photo is None and not size_given:
-        recipe = recipe.at(size=min(recipe.size, 2 * min(model.input_size)))
-    base = Base(model.channels_in, photo)
-    try:
-        for size in {min(recipe.sizes), max(recipe.sizes)}:
-            model.check_takes(read, base.shape(size)[1:])
-    except SizeRefused:
-        if size_given or photo is not None or model.input_size[0] != model.input_size[1]:
-            raise
-        recipe = replace(recipe, sizes=(model.input_size[0],), steps=recipe.steps * len(recipe.sizes))
-        model.check_takes(read, model.input_size)
-    return recipe
+def check_film(film: int) -> None:
+    """Refuse a number of moments that is none."""
+    if isinstance(film, bool) or not isinstance(film, int) or film < 0:
+        raise InvalidRequest(f"film is a whole number of moments, at least 0, not {film!r}")
+
+
+def check_photo(photo: Tensor | None, channels: int) -> None:
+    """Refuse a starting photo that is not (1, c, h, w), floating, with the network's number of channels."""
+    if photo is None:
+        return
+    if photo.dim() != 4 or tuple(photo.shape[:2]) != (1, channels) or not photo.is_floating_point():
+        raise InvalidRequest(
+            f"a photo to start from is a floating tensor (1, {channels}, height, width) in 0..1, "
+            f"not {tuple(photo.shape)} of {photo.dtype}"
+        )
 
 
 def chosen_batch(batch: int | str, device: torch.device) -> int:
@@ -123,6 +108,58 @@ def chosen_batch(batch: int | str, device: torch.device) -> int:
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InvalidRequest(f"batch is 'auto' or a whole number of at least 1, not {batch!r}")
     return batch
+
+
+def in_bf16(read: Read) -> Read:
+    """Return a `read` that computes in bfloat16 where gradients are wanted: climbing, not the final scores."""
+
+    def read_low(image: Tensor) -> Acts:
+        if not torch.is_grad_enabled():
+            return read(image)
+        with torch.autocast(image.device.type, torch.bfloat16):
+            return {address: act.to(image.dtype) for address, act in read(image).items()}
+
+    return read_low
+
+
+def resolved(model: Model, objective: Objective) -> tuple[str, ...]:
+    """Return the paths that the addresses of an objective stand for."""
+    return tuple(one if one == "" else model.find(one).path for one in objective.layers)
+
+
+def fitted(model: Model, read: Read, recipe: Recipe, size_given: bool, photo: Tensor | None) -> tuple[Recipe, Base]:
+    """Return the recipe at a size that the network takes, and the shape; a size that the user gave is kept or refused.
+
+    A network that takes only its own input size gets pictures of that size, oblong ones too.
+    """
+    base = Base(model.channels_in, photo)
+    if photo is None and not size_given:
+        recipe = recipe.at(size=min(recipe.size, 2 * min(model.input_size)))
+    try:
+        for size in {min(recipe.sizes), max(recipe.sizes)}:
+            model.check_takes(read, base.shape(size)[1:])
+    except SizeRefused:
+        if size_given or photo is not None:
+            raise
+        model.check_takes(read, model.input_size)
+        recipe = replace(recipe, sizes=(min(model.input_size),), steps=recipe.steps * len(recipe.sizes))
+        base = Base(model.channels_in, sides=model.input_size)
+    return recipe, base
+
+
+def specification(model: Model, plan: Plan, precision: str) -> dict[str, Any]:
+    """Return in JSON terms everything that the pictures follow from."""
+    return {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "layers": list(plan.layers),
+        "objective": plan.objective.spec,
+        "recipe": {**plan.recipe.as_dict(), "digest": plan.recipe.digest},
+        "precision": "fp32" if precision == "auto" else precision,
+        "notes": list(model.notes),
+        "size": list(plan.base.shape(plan.recipe.size)[1:]),
+        "versions": {"phosphene": __version__, "torch": torch.__version__},
+    }
 
 
 class Batch(NamedTuple):
@@ -136,25 +173,41 @@ class Batch(NamedTuple):
     moments: list[Tensor]
 
 
-def render_batch(
-    read: Read,
-    objective: Objective,
-    recipe: Recipe,
-    items: list[int],
-    layers: Sequence[str],
-    like: Tensor,
-    base: Base,
-    film: int,
-    watch: Callable[[Frame], None] | None,
-) -> Batch:
+def batches(one_batch: Callable[[list[int]], Batch], plan: Plan, at_once: int) -> Iterator[Batch]:
+    """Yield all pictures of an objective in batches; where one does not fit the memory, go on with half as many.
+
+    Raises:
+        OutOfMemory: not even one picture fits.
+    """
+    todo = list(range(plan.objective.n))
+    while todo:
+        items = todo[:at_once]
+        try:
+            batch = one_batch(items)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(items) == 1:
+                raise OutOfMemory(
+                    f"not even one picture of {plan.recipe.size} px fits the memory; give a smaller size"
+                ) from error
+            at_once = len(items) // 2
+            # 3: the line that called `render`
+            warnings.warn(f"out of memory with {len(items)} pictures at once; going on with {at_once}", stacklevel=3)
+            continue
+        todo = todo[len(items) :]
+        yield batch
+
+
+def render_batch(read: Read, plan: Plan, film: int, watch: Callable[[Frame], None] | None, items: list[int]) -> Batch:
     """Render some of an objective's pictures at once."""
-    draws = Draws([picture_seed(recipe.seed, layers, objective.names[item]) for item in items])
     history: list[Tensor] = []
     moments: list[Tensor] = []
     start_scores = None
-    for frame in climb(read, objective, recipe, torch.tensor(items, device=like.device), draws, like, base):
+    for frame in climb(read, plan, items):
         if start_scores is None:
-            start_scores = clean_scores(read, objective, frame.image, frame.items)
+            start_scores = clean_scores(read, plan.objective, frame.image, frame.items)
+            need_finite(start_scores, plan, items)
         if frame.step < frame.steps:
             history.append(frame.scores)
         if film and falls_due(frame, film):
@@ -162,37 +215,59 @@ def render_batch(
         if watch:
             watch(frame)
     assert start_scores is not None
+    # the history is looked at once, at the end: a look at every step would make a GPU wait
+    need_finite(torch.stack([*history, frame.scores]), plan, items)
     return Batch(items, frame.image.cpu(), start_scores.cpu(), frame.scores.cpu(), torch.stack(history).cpu(), moments)
 
 
+def need_finite(scores: Tensor, plan: Plan, items: Sequence[int]) -> None:
+    """Refuse scores (..., b) that are NaN or infinite.
+
+    Raises:
+        LayerRefused: the message names the layer and the first picture concerned.
+    """
+    wrong = ~scores.isfinite().reshape(-1, len(items)).all(0)
+    if bool(wrong.any()):
+        name = plan.objective.names[items[int(wrong.nonzero()[0])]]
+        raise LayerRefused(
+            f"the score of {name} at {', '.join(map(repr, plan.layers)) or 'the image'} became NaN or infinite: the "
+            "network overflows on such a picture; take another recipe, a smaller rate, or --precision fp32"
+        )
+
+
 def falls_due(frame: Frame, moments: int) -> bool:
-    """Return whether a frame is one of so many, evenly spread, of which the finished picture is the last."""
+    """Return whether a frame is the start or one of so many, evenly spread, of which the finished picture is last."""
     return frame.step * moments // frame.steps > (frame.step - 1) * moments // frame.steps
 
 
-def picture_seed(seed: int, layers: Sequence[str], name: str) -> int:
-    """Return the seed of one picture's random numbers, the same whichever other pictures are rendered with it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{'/'.join(layers)}/{name}".encode()).digest()[:7], "big")
-
-
-def assemble(batches: Sequence[Batch], objective: Objective, spec: Mapping[str, Any]) -> Rendered:
+def assemble(done: Sequence[Batch], objective: Objective, spec: Mapping[str, Any]) -> Rendered:
     """Return batches as one result."""
     images, start, scores = (
-        torch.cat([getattr(one, name) for one in batches]) for name in ("images", "start_scores", "scores")
+        torch.cat([getattr(one, name) for one in done]) for name in ("images", "start_scores", "scores")
     )
-    rises = scores > start + 1e-6 * start.abs().clamp(min=1)
-    contrast = images.flatten(1).amax(1) - images.flatten(1).amin(1)
-    kept = min(len(one.moments) for one in batches)
+    history = torch.cat([one.history for one in done], 1)
+    shown = figure.DISPLAYS[spec["recipe"]["display"]](images)
+    kept = min(len(one.moments) for one in done)
     return Rendered(
         images=images,
         scores=scores,
         start_scores=start,
-        history=torch.cat([one.history for one in batches], 1),
-        dead=~rises | (contrast < 2 / 255),
-        names=tuple(objective.names[item] for one in batches for item in one.items),
+        history=history,
+        dead=never_left(start, torch.cat([history, scores[None]])) | without_contrast(shown),
+        names=tuple(objective.names[item] for one in done for item in one.items),
         spec=spec,
-        moments=tuple(torch.cat([one.moments[moment] for one in batches]) for moment in range(kept)),
+        moments=tuple(torch.cat([one.moments[moment] for one in done]) for moment in range(kept)),
     )
+
+
+def never_left(start: Tensor, scores: Tensor) -> Tensor:
+    """Return for each picture whether its scores (steps, n) all equal its starting score (n,), within rounding."""
+    return ((scores - start).abs() <= 1e-6 * start.abs()).all(0)
+
+
+def without_contrast(shown: Tensor) -> Tensor:
+    """Return for each displayed image (n, c, h, w) in [0, 1] whether all its values are within two bytes."""
+    return shown.flatten(1).amax(1) - shown.flatten(1).amin(1) < 2 / 255
 
 
 def dream(
@@ -210,6 +285,7 @@ def dream(
 
     `size` is the short side of the result in pixels, by default the photo's own, at most the recipe's.
     """
+    check_photo(photo, model.channels_in)
     short = min(photo.shape[-2:])
-    side = size or min(short, find_recipe(recipe).size)
+    side = min(short, find_recipe(recipe).size) if size is None else size
     return render(model, layer(address), recipe, size=side, steps=steps, seed=seed, photo=photo, watch=watch)

@@ -64,10 +64,14 @@ class Rendered:
         return figure.grid(tiles, columns)
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """Return what the file of one picture carries about itself."""
+        """Return what the file of one picture carries about itself; `channel` where it shows a filter or a class."""
+        noun, _, number = self.names[index].rpartition("_")
         return {
             **self.spec,
+            "layer": ", ".join(self.spec["layers"]),
+            "seed": self.spec["recipe"]["seed"],
             "picture": self.names[index],
+            "channel": int(number) if noun in ("filter", "class") else None,
             "score": float(self.scores[index]),
             "dead": bool(self.dead[index]),
         }

@@ -15,24 +15,29 @@ State = dict[str, Any] | None
 StepRule = Callable[[Tensor, State], tuple[Tensor, State]]
 
 
-def per_image(statistic: Tensor, like: Tensor) -> Tensor:
-    """Return (n,) numbers shaped to multiply (n, ...) tensors."""
-    return statistic.view(-1, *[1] * (like.dim() - 1))
+def image_mean(values: Tensor) -> Tensor:
+    """Return the mean of each image, (n, 1, ...), one axis after the other.
+
+    A mean over all axes at once is split over threads where the batch is one image, and then it rounds otherwise.
+    """
+    for axis in range(values.dim() - 1, 0, -1):
+        values = values.mean(axis, keepdim=True)
+    return values
 
 
 def root_mean_square(gradient: Tensor) -> Tensor:
     """Return the root mean square of each image's gradient, (n, 1, ...)."""
-    return per_image(gradient.square().flatten(1).mean(1).sqrt(), gradient)
+    return image_mean(gradient.square()).sqrt()
 
 
 def max_step(rate: float, epsilon: float = 1e-8) -> StepRule:
     """Divide by the signed maximum: rate · g / (max(g) + 1e-8) (R1, step 3)."""
-    return lambda g, state: (rate * g / (per_image(g.flatten(1).amax(1), g) + epsilon), state)
+    return lambda g, state: (rate * g / (g.amax(tuple(range(1, g.dim())), keepdim=True) + epsilon), state)
 
 
 def std_step(rate: float, epsilon: float = 1e-8) -> StepRule:
     """Divide by the (population) standard deviation: rate · g / (std(g) + 1e-8) (R1, the variant of step 3)."""
-    return lambda g, state: (rate * g / (per_image(g.flatten(1).std(1, correction=0), g) + epsilon), state)
+    return lambda g, state: (rate * g / (root_mean_square(g - image_mean(g)) + epsilon), state)
 
 
 def rms_step(rate: float, epsilon: float = 1e-5) -> StepRule:

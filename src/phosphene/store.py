@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,22 @@ def check_writable(target: Path, folder: bool) -> None:
     Raises:
         OutputRefused: they cannot.
     """
-    if folder and target.exists() and not target.is_dir():
-        raise OutputRefused(f"{target} is a file, so no folder can be made there; give another --out")
-    if not folder and target.is_dir():
-        raise OutputRefused(f"{target} is a folder; give --out the name of a file in it")
     place = target if folder else target.parent
-    while not place.exists():
-        place = place.parent
     try:
+        if folder and target.exists() and not target.is_dir():
+            raise OutputRefused(f"{target} is a file, so no folder can be made there; give another --out")
+        if not folder and target.is_dir():
+            raise OutputRefused(f"{target} is a folder; give --out the name of a file in it")
+        with suppress(FileNotFoundError):
+            temporary_name(target).stat()  # fails where a name is too long, or lies below a file
+        while not os.path.lexists(place):
+            place = place.parent
         with tempfile.TemporaryFile(dir=place):
             pass
-    except OSError as error:
-        raise OutputRefused(f"{target} cannot be written: {error.strerror or error}; give another --out") from error
+    except OutputRefused:
+        raise
+    except (OSError, ValueError) as error:
+        raise cannot_write(target, error) from error
 
 
 def write_file(path: Path, content: bytes) -> Path:
@@ -38,19 +43,31 @@ def write_file(path: Path, content: bytes) -> Path:
     Raises:
         OutputRefused: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputRefused(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise cannot_write(path, error) from error
     return path
+
+
+def temporary_name(path: Path) -> Path:
+    """Return where a file grows until it is whole: a hidden name in the same folder, one for each process."""
+    return path.parent / f".{path.name}.{os.getpid()}.part"
+
+
+def cannot_write(path: Path, error: Exception) -> OutputRefused:
+    """Return the refusal of a place; a ValueError comes from a name that no file can have."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return OutputRefused(f"{path} cannot be written: {reason}; give another --out")
 
 
 def write_manifest(path: Path, content: Mapping[str, Any]) -> Path:

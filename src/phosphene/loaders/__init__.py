@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from phosphene.errors import InvalidRequest, ModelNotFound
-from phosphene.loaders.pytorch import Sources, from_module, from_reference
+from phosphene.loaders.pytorch import UNNORMALISED, Sources, from_module, from_reference
 from phosphene.model import Model, Preprocessing
 
 
@@ -39,23 +40,27 @@ def load(
         device: where to put a model that is loaded by reference.
 
     Raises:
-        ModelNotFound, WeightsRefused, ExtraMissing, InvalidRequest, SizeRefused.
+        ModelNotFound, ModelRefused, WeightsRefused, ExtraMissing, InvalidRequest, SizeRefused.
 
     Example:
         >>> load("builtin/vgg19").input_size
         (224, 224)
     """
+    if channels_in is not None and channels_in < 1:
+        raise InvalidRequest(f"a network has at least 1 input channel, not {channels_in}")
     sources = Sources(None if weights is None else str(weights), size_pair(input_size), channels_in)
     if isinstance(model, nn.Module):
         handle = from_module(model, sources)
     elif isinstance(model, str):
+        place = torch_device(device)
         handle = from_reference(model, sources)
-        handle.module.to(torch_device(device))
+        handle.module.to(place)
     else:
         raise ModelNotFound(f"a model is a reference such as 'builtin/vgg19' or a torch.nn.Module, not {type(model)}")
     changes: dict[str, Any] = {}
     if mean is not None or std is not None:
         changes["preprocessing"] = preprocessing(handle, mean, std)
+        changes["notes"] = tuple(note for note in handle.notes if note != UNNORMALISED)
     if labels is not None:
         changes["labels"] = read_labels(labels)
     handle = dataclasses.replace(handle, **changes)
@@ -93,20 +98,27 @@ def torch_device(name: str | torch.device) -> torch.device:
 def preprocessing(model: Model, mean: Sequence[float] | None, std: Sequence[float] | None) -> Preprocessing:
     """Return the model's own preprocessing with another mean or standard deviation."""
     own = model.preprocessing if isinstance(model.preprocessing, Preprocessing) else Preprocessing()
-    chosen = [tuple(map(float, new)) if new is not None else old for new, old in ((mean, own.mean), (std, own.std))]
+    chosen = [old if new is None else tuple(map(float, new)) for new, old in ((mean, own.mean), (std, own.std))]
     for name, values in zip(("mean", "std"), chosen, strict=True):
         if len(values) not in (1, model.channels_in):
             raise InvalidRequest(f"{name} needs 1 or {model.channels_in} numbers, one a channel, not {len(values)}")
+        if not all(map(math.isfinite, values)):
+            raise InvalidRequest(f"{name} is made of finite numbers, not {values}")
     if min(chosen[1]) <= 0:
         raise InvalidRequest(f"a standard deviation is above 0, not {min(chosen[1])}")
     return Preprocessing(chosen[0], chosen[1], own.bgr)
 
 
 def read_labels(labels: Sequence[str] | str | Path) -> tuple[str, ...]:
-    """Return class names from a sequence or a text file."""
+    """Return class names from a sequence or a text file; blank lines at the file's end are none.
+
+    Raises:
+        InvalidRequest: the file cannot be read as text.
+    """
     if not isinstance(labels, str | Path):
         return tuple(labels)
     try:
-        return tuple(Path(labels).read_text(encoding="utf-8").split("\n")[:100_000])
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(labels).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise InvalidRequest(f"the labels file {labels} cannot be read: {error}") from error
+    return tuple(line.strip() for line in text.rstrip().split("\n"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from phosphene.errors import ModelNotFound
+from phosphene.loaders.weights import seeded
 from phosphene.model import Model, Preprocessing
 
 # convolutions per block and their output channels (Simonyan & Zisserman 2015, configuration E)
@@ -62,7 +63,7 @@ def efficientnet_lite0() -> Model:
     from efficientnet_lite_pytorch import EfficientNet
     from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-    with torch.random.fork_rng(devices=[]):
+    with seeded():
         module = EfficientNet.from_name("efficientnet-lite0")
     state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     module.load_state_dict(state)

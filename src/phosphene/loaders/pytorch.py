@@ -1,26 +1,34 @@
-"""PyTorch models: torchvision, timm, the user's own callable or module, and weights files."""
+"""PyTorch models: torchvision, timm, and the user's own callable or module."""
 
 from __future__ import annotations
 
 import importlib
-import pickle
+import inspect
 import sys
-import zipfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from phosphene.capture import borrowed
-from phosphene.errors import ExtraMissing, ModelNotFound, ModelRefused, SizeRefused, WeightsRefused, nearest
+from phosphene.errors import ExtraMissing, InvalidRequest, ModelNotFound, ModelRefused, SizeRefused, nearest
 from phosphene.loaders.builtin import BUILTIN, load_builtin
+from phosphene.loaders.weights import RANDOM, load_weights, randomise, seeded
 from phosphene.model import Model, Preprocessing, first_line
 
-RANDOM = "random weights: the pictures show the architecture, not anything learned"
-SIZES_TO_TRY = (224, 32, 28, 64, 96, 128, 256, 299, 384, 512)
+UNNORMALISED = "no normalisation was given: the network gets values of 0..1"
+OFFLINE = (
+    "; trained weights are downloaded once and kept, which needs a network connection;"
+    " --weights none or --weights PATH does without"
+)
+SIZES_TO_TRY = (224, 32, 28, 64, 96, 128, 48, 100, 150, 160, 192, 256, 299, 384, 512)
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,25 @@ class Sources:
     input_size: tuple[int, int] | None = None
     channels_in: int | None = None
 
+    @property
+    def trained(self) -> bool:
+        """Whether the model comes with the trained weights that its library has for it."""
+        return self.weights is None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say of where the weights are from, where they are not the model's own."""
+        if self.weights is None:
+            return ()
+        return (RANDOM if self.weights == "none" else f"weights from {self.weights}",)
+
 
 def from_reference(reference: str, sources: Sources) -> Model:
     """Return the model that a reference names.
 
     Raises:
         ModelNotFound: it is none of the forms, or nothing goes by that name.
+        InvalidRequest: the network has another number of input channels than asked for.
     """
     library, slash, name = reference.partition("/")
     if slash and library in LIBRARIES:
@@ -48,46 +69,38 @@ def from_reference(reference: str, sources: Sources) -> Model:
             f"{reference!r} is no model reference; give builtin/NAME ({', '.join(BUILTIN)}), torchvision/NAME, "
             "timm/NAME or package.module:callable"
         )
-    return with_weights(replace(model, name=reference, ref=reference), sources)
-
-
-def with_weights(model: Model, sources: Sources) -> Model:
-    """Return the model with the weights and figures that the user named."""
-    if sources.weights is not None and sources.weights != "none":
-        load_weights(model.module, Path(sources.weights))
-        model = replace(model, notes=(f"weights from {sources.weights}",))
-    channels = sources.channels_in or model.channels_in
-    return replace(model, input_size=sources.input_size or model.input_size, channels_in=channels)
-
-
-def built(build: Callable[[], Any], what: str) -> Any:
-    """Return what `build()` makes, without touching the global random state; random weights come from seed 0.
-
-    Raises:
-        ModelNotFound: it fails; the message carries the reason, such as a download that was not possible.
-    """
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return build()
-    except Exception as error:
-        raise ModelNotFound(
-            f"{what} could not be made: {type(error).__name__}: {first_line(error)}; "
-            "--weights none or --weights PATH does without a download"
-        ) from error
+    if sources.channels_in not in (None, model.channels_in):
+        raise InvalidRequest(
+            f"{reference} takes images of {model.channels_in} channels, not {sources.channels_in}; "
+            "timm/NAME is made for any number, and package.module:callable for that of your network"
+        )
+    if sources.weights not in (None, "none"):
+        load_weights(model.module, Path(str(sources.weights)))
+    size = sources.input_size or model.input_size
+    return replace(model, name=reference, ref=reference, input_size=size, notes=(*sources.notes, *model.notes))
 
 
 def from_builtin(name: str, sources: Sources) -> Model:
     """Return a built-in network; with `--weights none` its architecture with random weights."""
     model = load_builtin(name)
     if sources.weights == "none":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for module in model.module.modules():
-                if hasattr(module, "reset_parameters"):
-                    cast(Any, module).reset_parameters()
-        model = replace(model, notes=(RANDOM,))
+        randomise(model.module)
     return model
+
+
+def built(build: Callable[[], nn.Module], name: str, trained: bool) -> nn.Module:
+    """Return the network that a library makes, in evaluation mode; what is random in it comes from seed 0.
+
+    Raises:
+        ModelNotFound: it fails; the message carries the reason, such as a download that was not possible.
+    """
+    try:
+        with seeded(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about the initialisation of Inception and GoogLeNet
+            return build().eval()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelNotFound(f"{name} could not be made ({reason}){OFFLINE if trained else ''}") from error
 
 
 def from_torchvision(name: str, sources: Sources) -> Model:
@@ -98,76 +111,113 @@ def from_torchvision(name: str, sources: Sources) -> Model:
         raise ModelNotFound(
             f"torchvision has no model {name!r}; the nearest are: {nearest(name, models.list_models())}"
         )
+    if name.startswith("quantized_"):
+        raise ModelRefused(f"no gradient flows through quantized networks; use torchvision/{name[10:]}")
     entry = models.get_model_weights(name).DEFAULT
-    trained = sources.weights is None
-    module = built(lambda: models.get_model(name, weights=entry if trained else None), f"torchvision/{name}")
+    options: dict[str, Any] = {"weights": entry}
+    if not sources.trained:
+        # the parts that the default weights bring with them, without the download that is the default for a backbone
+        wanted = {"weights_backbone": None, "aux_loss": True}
+        takes = inspect.signature(models.get_model_builder(name)).parameters
+        options = {"weights": None, **{key: value for key, value in wanted.items() if key in takes}}
+    module = built(lambda: models.get_model(name, **options), f"torchvision/{name}", sources.trained)
+    if hasattr(module, "transform_input"):  # Inception and GoogLeNet: part of the weights entry's preprocessing
+        cast(Any, module).transform_input = True
     preset = entry.transforms()
     size = getattr(preset, "crop_size", [224])
     return Model(
-        module=module.eval(),
+        module=module,
         name=f"torchvision/{name}",
         input_size=(size[0], size[-1]),
         channels_in=first_channels(module),
         preprocessing=Preprocessing(tuple(getattr(preset, "mean", (0.0,))), tuple(getattr(preset, "std", (1.0,)))),
         labels=tuple(entry.meta.get("categories", ())),
-        notes=() if trained else (RANDOM,),
     )
 
 
 def from_timm(name: str, sources: Sources) -> Model:
-    """Return a network of timm, preprocessing from its data config."""
+    """Return a network of timm for any number of channels, preprocessing from its data config."""
     try:
-        import timm
+        timm: Any = importlib.import_module("timm")
     except ImportError as error:
         raise ExtraMissing("timm is not installed; install it with: pip install 'phosphene[timm]'") from error
     known = timm.list_models()
     if name.split(".")[0] not in known:
         raise ModelNotFound(f"timm has no model {name!r}; the nearest are: {nearest(name, known)}")
-    trained = sources.weights is None
-    options: dict[str, Any] = {} if sources.channels_in is None else {"in_chans": sources.channels_in}
-    module = built(lambda: timm.create_model(name, pretrained=trained, **options), f"timm/{name}")
-    config = timm.data.resolve_model_data_config(module)  # type: ignore[attr-defined, no-untyped-call]
-    channels = config["input_size"][0]
-    # a network made for another number of channels keeps the figures of three
-    mean, std = (tuple(config[key]) if channels == 3 else tuple(config[key])[:1] for key in ("mean", "std"))
+    options = {} if sources.channels_in is None else {"in_chans": sources.channels_in}
+    module = built(
+        lambda: timm.create_model(name, pretrained=sources.trained, **options), f"timm/{name}", sources.trained
+    )
+    config = timm.data.resolve_model_data_config(module)
+    channels = (
+        sources.channels_in or config["input_size"][0]
+    )  # the config goes on speaking of 3 where it was asked for 7
+    mean, std = (tuple(config[key]) for key in ("mean", "std"))
+    if channels != len(mean):  # there is no figure for each of these channels, so they share the mean one
+        mean, std = ((sum(figures) / len(figures),) for figures in (mean, std))
+    subset = timm.data.infer_imagenet_subset(module)
+    names = timm.data.ImageNetInfo(subset).label_descriptions() if subset else ()
     return Model(
-        module=module.eval(),
+        module=module,
         name=f"timm/{name}",
         input_size=tuple(config["input_size"][1:]),
         channels_in=channels,
         preprocessing=Preprocessing(mean, std),
-        notes=() if trained else (RANDOM,),
+        labels=tuple(one.split(",")[0] for one in names),
     )
+
+
+@contextmanager
+def current_folder_first() -> Iterator[None]:
+    """Search the current folder for imports, as `python -m` does."""
+    sys.path.insert(0, "")
+    importlib.invalidate_caches()  # a file written a moment ago counts
+    try:
+        yield
+    finally:
+        if "" in sys.path:
+            sys.path.remove("")
 
 
 def from_callable(reference: str, sources: Sources) -> Model:
     """Return the user's own network, made by calling `package.module:callable` without arguments.
 
-    As with `python -m`, the current folder is searched for the package.
+    Raises:
+        ModelNotFound: there is no such module, or nothing of that name in it.
+        ModelRefused: importing or calling it fails, or does not give a `torch.nn.Module`.
     """
     package, _, name = reference.partition(":")
-    sys.path.insert(0, "")
-    try:
-        make = importlib.import_module(package)
-        for piece in name.split("."):
-            make = getattr(make, piece)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelNotFound(f"{reference!r} cannot be imported: {first_line(error)}") from error
-    finally:
-        sys.path.remove("")
-    module = built(cast(Callable[[], Any], make), reference)
+    with current_folder_first(), seeded():
+        try:
+            make = importlib.import_module(package)
+            for piece in name.split("."):
+                make = getattr(make, piece)
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise ModelNotFound(f"{reference!r} cannot be imported: {first_line(error)}") from error
+        except (Exception, SystemExit) as error:  # a script that runs, and ends, when it is imported
+            raise ModelRefused(f"importing {package} failed: {type(error).__name__}: {first_line(error)}") from error
+        if not callable(make) or isinstance(make, nn.Module):
+            raise ModelRefused(
+                f"{reference} is a {type(make).__name__}; name a function or class that makes the network"
+            )
+        try:
+            module = make()
+        except (Exception, SystemExit) as error:
+            raise ModelRefused(f"calling {reference}() failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise ModelRefused(f"{reference}() returned {type(module).__name__}, not a torch.nn.Module")
-    if sources.weights not in (None, "none"):
-        load_weights(module, Path(str(sources.weights)))
-    return replace(from_module(module, replace(sources, weights=None)), ref=reference)
+    model = from_module(module.eval(), replace(sources, weights=None))
+    if sources.weights == "none":
+        randomise(model.module)
+    return model
 
 
 def from_module(module: nn.Module, sources: Sources) -> Model:
     """Return the handle of a module object, used where it is.
 
     Raises:
-        ModelRefused: weights were named, which would change the user's module; or it is a scripted module.
+        ModelRefused: weights were named, which would change the user's module; or it is scripted, or has no values yet.
+        SizeRefused: no input size was given and it runs at none of the usual ones.
     """
     if sources.weights is not None:
         raise ModelRefused("a module object already has its weights; load them into it before, or load by reference")
@@ -175,18 +225,18 @@ def from_module(module: nn.Module, sources: Sources) -> Model:
     module = cast(nn.Module, getattr(module, "_orig_mod", module))
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelRefused("a scripted module cannot be read layer by layer; give the nn.Module it was made from")
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ModelRefused(f"{name} has no values yet; run the network once, or load its weights, before")
     channels = sources.channels_in or first_channels(module)
     model = Model(module=module, name=type(module).__name__, input_size=(0, 0), channels_in=channels)
     size = sources.input_size or find_input_size(model)
-    return replace(model, input_size=size, notes=("no normalisation was given: the network gets values of 0..1",))
+    return replace(model, input_size=size, notes=(UNNORMALISED,))
 
 
 def first_channels(module: nn.Module) -> int:
     """Return the input channels of the first two-dimensional convolution, 3 where there is none."""
-    for one in module.modules():
-        if isinstance(one, nn.Conv2d):
-            return one.in_channels
-    return 3
+    return next((one.in_channels for one in module.modules() if isinstance(one, nn.Conv2d)), 3)
 
 
 def find_input_size(model: Model) -> tuple[int, int]:
@@ -199,7 +249,7 @@ def find_input_size(model: Model) -> tuple[int, int]:
     for size in SIZES_TO_TRY:
         try:
             with borrowed(model.module), torch.no_grad():
-                model.forward(torch.full((1, model.channels_in, size, size), 0.5).to(model.like))
+                model.forward(model.grey((size, size)))
             return size, size
         except Exception as error:
             reason = reason or first_line(error)
@@ -207,54 +257,6 @@ def find_input_size(model: Model) -> tuple[int, int]:
         f"{model.name} runs at none of {', '.join(map(str, SIZES_TO_TRY))} px with {model.channels_in} channels "
         f"({reason}); say what it takes (--input-size, --channels-in)"
     )
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a weights file into a module that phosphene made.
-
-    Raises:
-        WeightsRefused: the file is missing, damaged, of another network, or a pickle that wants to run code.
-    """
-    state = read_weights(path)
-    own = module.state_dict()
-    differing = [f"{name} is missing" for name in own if name not in state]
-    differing += [f"{name} is unknown" for name in state if name not in own]
-    for name in own.keys() & state.keys():
-        if own[name].shape != state[name].shape:
-            differing.append(f"{name} is {tuple(state[name].shape)} where {tuple(own[name].shape)} is needed")
-    if differing:
-        raise WeightsRefused(
-            f"{path} holds the weights of another network, {len(differing)} entries differ: {'; '.join(differing[:4])}"
-        )
-    module.load_state_dict(state)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a `.safetensors`, `.pt` or `.pth` file, without running anything in it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise WeightsRefused(f"there is no weights file {path}")
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise WeightsRefused(f"{path} is no weights file; give a .safetensors, .pt or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) and "GLOBAL" in str(error):
-            raise WeightsRefused(
-                f"{path} is a pickle that wants to run code, which is refused; "
-                "save its state dict: torch.save(module.state_dict(), 'weights.pt')"
-            ) from error
-        raise WeightsRefused(f"{path} is damaged or cut short: it is no complete weights file") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise WeightsRefused(f"{path} is damaged or cut short: {first_line(error)}") from error
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(one, Tensor) for one in state.values()):
-        raise WeightsRefused(f"{path} holds no state dict; save one with torch.save(module.state_dict(), path)")
-    return dict(state)
 
 
 LIBRARIES: dict[str, Callable[[str, Sources], Model]] = {

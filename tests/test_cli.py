@@ -1,0 +1,287 @@
+"""The command line: what it writes, what it prints where, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from phosphene import cli
+from phosphene.ascent import Frame
+
+NETS = '''
+from torch import nn
+
+
+def colour():
+    """Two convolutions and a classifier, for pictures of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(6, 70, 3, padding=1),
+        nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(70, 4),
+    )
+
+
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 28 * 28, 2))
+
+
+def broken():
+    net = colour()
+    nn.init.constant_(net[3].weight, float("nan"))
+    return net
+'''
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Return a function that runs the command line in a folder of its own, where `nets.py` lies."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+
+    def command(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["phosphene", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        return Ran(int(str(ended.value.code or 0)), shown.out, shown.err)
+
+    return command
+
+
+QUICK = ("--size", 16, "--steps", 2)
+
+
+def test_layers_prints_a_row_a_layer(run: Run) -> None:
+    ran = run("layers", "nets:colour", "--input-size", 32)
+    assert ran.code == 0
+    rows = [line.split() for line in ran.out.splitlines()]
+    assert rows[1][:4] == [".0", "Conv2d", "6", "32×32"]
+    assert rows[4][:4] == [".3", "Conv2d", "70", "16×16"]
+    assert "8 / 2 / 3" in ran.out  # 3×3, pooled by 2, 3×3 at stride 2: 3 + 1 + 2·2 pixels
+
+
+def test_layers_as_json(run: Run) -> None:
+    ran = run("layers", "nets:colour", "--input-size", 32, "--json")
+    told = json.loads(ran.out)
+    assert told["model"] == "nets:colour"
+    assert told["layers"][3]["receptive_field"] == {"size": [8, 8], "stride": [2.0, 2.0], "padding": [3.0, 3.0]}
+
+
+def test_filters_writes_one_sheet_and_prints_its_path(run: Run, tmp_path: Path) -> None:
+    ran = run("filters", "nets:colour", 1, "--channels", "0:3,9", *QUICK, "--out", "sheet.png")
+    assert (ran.code, ran.out) == (0, "sheet.png\n")
+    assert "convolution 1 is .3" in ran.err
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (16 * 2 + 5, 16 * 2 + 5)
+        told = json.loads(sheet.text["phosphene"])  # type: ignore[attr-defined]
+    assert told["model"] == "nets:colour"
+    assert told["layers"] == [".3"]
+    assert told["objective"]["channels"] == [0, 1, 2, 9]
+    assert (told["recipe"]["name"], told["recipe"]["seed"]) == ("fourier", 0)
+
+
+def test_filters_into_a_folder_writes_a_file_a_filter(run: Run, tmp_path: Path) -> None:
+    ran = run("filters", "nets:colour", ".3", "--channels", "5,7", *QUICK, "--out", "sheets", "--recipe", "rms")
+    names = ["layer_.3_filter_5.png", "layer_.3_filter_7.png", "grid.png", "manifest.json"]
+    assert ran.out.split() == [f"sheets/{name}" for name in names]
+    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == sorted(names)
+    manifest = json.loads((tmp_path / "sheets/manifest.json").read_text())
+    assert [one["file"] for one in manifest["pictures"]] == names[:2]
+    with Image.open(tmp_path / "sheets" / names[1]) as one:
+        assert json.loads(one.text["phosphene"])["picture"] == "filter_7"  # type: ignore[attr-defined]
+
+
+def test_by_default_the_first_64_filters_or_all_there_are(run: Run) -> None:
+    told = [json.loads(run("filters", "nets:colour", layer, *QUICK, "--json").out) for layer in (0, 1)]
+    assert [len(one["pictures"]) for one in told] == [6, 64]
+    assert told[0]["files"] == ["layer_.0.png"]
+
+
+def test_all_channels_and_a_film(run: Run, tmp_path: Path) -> None:
+    ran = run("filters", "nets:colour", 0, "--channels", "all", "--size", 16, "--steps", 30, "--film", "film.gif")
+    assert ran.out.split() == ["layer_.0.png", "film.gif"]
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 25
+
+
+def test_objectives(run: Run) -> None:
+    for objective, layer, names in (
+        ("neuron", 1, ["filter_2"]),
+        ("logit", ".7", ["class_2"]),
+        ("layer", 1, ["layer"]),
+    ):
+        ran = run("filters", "nets:colour", layer, "--objective", objective, "--channels", "2", *QUICK, "--json")
+        assert [one["picture"] for one in json.loads(ran.out)["pictures"]] == names
+
+
+def test_the_same_command_twice_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    for name in ("one.png", "two.png"):
+        run("filters", "nets:colour", 0, "--channels", "0:2", *QUICK, "--out", name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    run("filters", "nets:colour", 0, "--channels", "0:2", *QUICK, "--seed", 1, "--out", "three.png")
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "three.png").read_bytes()
+
+
+def test_grey_networks_get_grey_pictures(run: Run, tmp_path: Path) -> None:
+    ran = run("filters", "nets:grey", 0, "--channels", "0", "--steps", 2, "--out", "grey.png")
+    assert ran.code == 0
+    with Image.open(tmp_path / "grey.png") as sheet:
+        assert (sheet.mode, sheet.size) == ("L", (56, 56))  # twice the 28 px that the network takes
+
+
+def test_dream_keeps_the_shape_of_the_photo(run: Run, tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((60, 40)).convert("RGB").save(tmp_path / "photo.png")
+    ran = run("dream", "nets:colour", "photo.png", 1, "--steps", 2, "--out", "dreamt.png")
+    assert (ran.code, ran.out) == (0, "dreamt.png\n")
+    with Image.open(tmp_path / "dreamt.png") as dreamt, Image.open(tmp_path / "photo.png") as photo:
+        assert dreamt.size == (60, 40)
+        assert dreamt.tobytes() != photo.tobytes()
+
+
+def test_random_weights_are_said_to_be_random(run: Run) -> None:
+    assert "random weights" in run("layers", "torchvision/squeezenet1_1", "--weights", "none").err
+    assert run("layers", "torchvision/squeezenet1_1", "--weights", "none", "--quiet").err == ""
+
+
+def test_ctrl_c_keeps_what_is_finished(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop_in_the_second_batch(frame: Frame) -> None:
+        if int(frame.items[0]) == 2 and frame.step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "progress", lambda *_: _Given(stop_in_the_second_batch))
+    ran = run("filters", "nets:colour", 1, "--channels", "0:6", "--batch", 2, *QUICK, "--out", "kept")
+    assert ran.code == 1
+    assert "stopped with 2 of 6 done" in ran.err
+    assert sorted(path.name for path in (tmp_path / "kept").glob("layer*")) == [
+        "layer_.3_filter_0.png",
+        "layer_.3_filter_1.png",
+    ]
+    assert len(json.loads((tmp_path / "kept/manifest.json").read_text())["pictures"]) == 2
+
+
+class _Given:
+    """A context that hands out what it was given."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __enter__(self) -> object:
+        return self.value
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Payload:
+    """A pickle that would write a file."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("executed"),))
+
+
+def spoil(folder: Path) -> None:
+    """Put all kinds of bad files into a folder."""
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "file").touch()
+    (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    save_file({"0.weight": torch.zeros(2, 2), "extra": torch.zeros(1)}, folder / "other.safetensors")
+    torch.save(Payload(), folder / "evil.pt")
+    (folder / "cut.pt").write_bytes(b"PK\x03\x04")
+
+
+BAD = {
+    "unknown library": (("layers", "hub/vgg19"), "'hub/vgg19' is no model reference"),
+    "unknown built-in": (("layers", "builtin/vgg16"), "no built-in model 'vgg16'"),
+    "unknown torchvision name": (("layers", "torchvision/vgg17"), "vgg16"),
+    "unknown timm name": (("layers", "timm/resnet51"), "resnet"),
+    "unknown package": (("layers", "nonsense:net"), "cannot be imported"),
+    "unknown callable": (("layers", "nets:absent"), "cannot be imported"),
+    "unknown layer": (("filters", "nets:colour", "features.28"), "there is no layer 'features.28'"),
+    "convolution out of range": (("filters", "nets:colour", 2), "the network has 2, 0 to 1"),
+    "glob": (("filters", "nets:colour", ".*"), "stands for several"),
+    "channel out of range": (("filters", "nets:colour", 0, "--channels", "6"), "the layer has 0 to 5"),
+    "channel range out of range": (("filters", "nets:colour", 0, "--channels", "0:64"), "the layer has 0 to 5"),
+    "channels that are none": (("filters", "nets:colour", 0, "--channels", "x"), "0:64, 3,7,11 or all"),
+    "no channels": (("filters", "nets:colour", 0, "--channels", "3:3"), "choose nothing"),
+    "unknown recipe": (("filters", "nets:colour", 0, "--recipe", "nice"), "no recipe 'nice'"),
+    "unknown objective": (("filters", "nets:colour", 0, "--objective", "all"), "no objective 'all'"),
+    "a layer that is no map": (("filters", "nets:colour", ".7"), "returns no map"),
+    "logit of a map": (("filters", "nets:colour", 0, "--objective", "logit"), "returns maps"),
+    "size too small": (("filters", "builtin/vgg19", "block5_conv1", "--size", 8), "does not take a picture of 3×8×8"),
+    "size zero": (("filters", "nets:colour", 0, "--size", 0), "at least 1 px"),
+    "steps zero": (("filters", "nets:colour", 0, "--steps", 0), "at least 1"),
+    "batch zero": (("filters", "nets:colour", 0, "--batch", 0), "at least 1"),
+    "missing weights": (("layers", "nets:colour", "--weights", "w.pt"), "no weights file w.pt"),
+    "weights cut short": (("layers", "nets:colour", "--weights", "cut.safetensors"), "cut short"),
+    "pickle cut short": (("layers", "nets:colour", "--weights", "cut.pt"), "cut short"),
+    "other network's weights": (("layers", "nets:colour", "--weights", "other.safetensors"), "5 missing (0.bias"),
+    "weights that run code": (("layers", "nets:colour", "--weights", "evil.pt"), "wants to run code"),
+    "not a weights file": (("layers", "nets:colour", "--weights", "file"), ".safetensors, .pt or .pth"),
+    "NaN in the weights": (("filters", "nets:broken", 0), "3.weight"),
+    "mean of two numbers": (("layers", "nets:colour", "--mean", "1,2"), "1 or 3 numbers"),
+    "std of zero": (("layers", "nets:colour", "--std", "0"), "above 0"),
+    "mean that is no number": (("layers", "nets:colour", "--mean", "a"), "not 'a'"),
+    "unknown device": (("layers", "nets:colour", "--device", "tpu9"), "cannot be used"),
+    "unknown precision": (("filters", "nets:colour", 0, "--precision", "int3"), "fp32, bf16 or auto"),
+    "output in a file": (("filters", "nets:colour", 0, "--out", "file/sheets"), "cannot be written"),
+    "output of another kind": (("filters", "nets:colour", 0, "--out", "sheet.tif"), "does not end in .png"),
+    "film of another kind": (("filters", "nets:colour", 0, "--film", "film.mp4"), "does not end in .gif"),
+    "missing photo": (("dream", "nets:colour", "none.jpg", 0), "there is no photo"),
+    "empty photo": (("dream", "nets:colour", "empty.jpg", 0), "0 bytes"),
+    "photo that is none": (("dream", "nets:colour", "text.jpg", 0), "no image"),
+    "missing argument": (("filters", "nets:colour"), "Missing argument"),
+    "unknown option": (("filters", "nets:colour", 0, "--colour"), "No such option"),
+    "unknown command": (("paint",), "No such command"),
+    "demo into a file": (("demo", "--out", "file"), "is a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_sentence_and_exit_code_2(case: str, run: Run, tmp_path: Path) -> None:
+    arguments, sentence = BAD[case]
+    spoil(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    ran = run(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    remarks = ("no normalisation was given", "phosphene: convolution ")
+    message = [line for line in ran.err.splitlines() if not any(remark in line for remark in remarks)]
+    assert len(message) == 1, ran.err
+    assert message[0].startswith("phosphene: ")
+    assert sentence in message[0]
+    after = [path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts]
+    assert sorted(after) == before, "something was left half-written, or code in a file was run"
+
+
+def test_the_output_is_checked_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("rendered although the result cannot be written")
+
+    monkeypatch.setattr(cli, "render", work)
+    (tmp_path / "file").touch()
+    assert run("filters", "nets:colour", 0, "--out", "file/sheet.png").code == 2
+
+
+@pytest.mark.slow
+def test_demo_writes_a_sheet_a_block(run: Run) -> None:
+    ran = run("demo", "--out", "pictures")
+    assert ran.out.split() == [f"pictures/vgg19_block{block}_conv1.png" for block in range(1, 6)]
+    assert "24 filters of each block" in ran.err

@@ -1,0 +1,220 @@
+"""Photos: values worked out by hand for every kind of file, and refusals of what is none."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+
+from phosphene.errors import PhotoRefused
+from phosphene.photo import MOST_PIXELS, read
+
+# two rows of three: red, green, blue / black, grey 51, white
+PIXELS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [51, 51, 51], [255, 255, 255]]], np.uint8)
+EXPECTED = torch.tensor(
+    [
+        [[1.0, 0.0, 0.0], [0.0, 0.2, 1.0]],
+        [[0.0, 1.0, 0.0], [0.0, 0.2, 1.0]],
+        [[0.0, 0.0, 1.0], [0.0, 0.2, 1.0]],
+    ]
+)[None]
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def assert_reads(path: Path, expected: Tensor, channels: int = 3) -> None:
+    image = read(path, channels)
+    assert image.dtype == torch.float32
+    assert image.is_contiguous()
+    torch.testing.assert_close(image, expected, rtol=0, atol=1e-7)
+
+
+def refused(path: Path | str, channels: int = 3) -> str:
+    with pytest.raises(PhotoRefused) as caught:
+        read(path, channels)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.tiff", "a.bmp", "a.webp", "wrong_ending.txt"])
+def test_a_lossless_file_gives_its_values(tmp_path: Path, name: str) -> None:
+    kind = {"a.webp": "WEBP", "wrong_ending.txt": "PNG"}.get(name)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert_reads(save(Image.fromarray(PIXELS), tmp_path / name, format=kind, **options), EXPECTED)
+
+
+def test_a_jpeg_gives_its_values_as_far_as_it_keeps_them(tmp_path: Path) -> None:
+    flat = Image.new("RGB", (16, 8), (255, 102, 0))
+    image = read(str(save(flat, tmp_path / "a.jpg", quality=100)))
+    torch.testing.assert_close(
+        image, torch.tensor([1.0, 0.4, 0.0]).view(1, 3, 1, 1).expand(1, 3, 8, 16), rtol=0, atol=2 / 255
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_a_photo_is_turned_upright(tmp_path: Path, kind: str, orientation: int) -> None:
+    # how an upright photo lies in a file with each EXIF orientation
+    stored = {
+        1: PIXELS,
+        2: PIXELS[:, ::-1],
+        3: PIXELS[::-1, ::-1],
+        4: PIXELS[::-1],
+        5: PIXELS.transpose(1, 0, 2),
+        6: np.rot90(PIXELS, 1),
+        7: PIXELS[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(PIXELS, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(Image.fromarray(np.ascontiguousarray(stored)), tmp_path / f"a.{kind}", exif=exif)
+    assert_reads(path, EXPECTED)
+
+
+def test_a_colour_photo_read_as_grey_weighs_its_channels(tmp_path: Path) -> None:
+    path = save(Image.fromarray(PIXELS), tmp_path / "a.png")
+    # ITU-R 601: 0.299 R + 0.587 G + 0.114 B, in whole bytes
+    assert_reads(path, torch.tensor([[76, 150, 29], [0, 51, 255]]).view(1, 1, 2, 3) / 255, channels=1)
+
+
+def test_grey_of_one_or_eight_bits_becomes_three_equal_channels(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.array([[0, 51, 255]], np.uint8))
+    row = torch.tensor([0, 0.2, 1.0]).view(1, 1, 1, 3)
+    assert_reads(save(grey, tmp_path / "a.png"), row.expand(1, 3, 1, 3))
+    assert_reads(save(grey, tmp_path / "a.png"), row, channels=1)
+    black_and_white = save(grey.point(lambda value: 255 * (value > 40)).convert("1"), tmp_path / "b.png")
+    assert_reads(black_and_white, torch.tensor([0, 1.0, 1.0]).view(1, 1, 1, 3), channels=1)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_sixteen_bits_of_grey_keep_their_precision(tmp_path: Path, kind: str) -> None:
+    values = np.array([[0, 1, 257], [13107, 65534, 65535]], np.uint16)
+    expected = torch.tensor([[0, 1 / 65535, 1 / 255], [0.2, 65534 / 65535, 1]]).view(1, 1, 2, 3)
+    path = save(Image.fromarray(values), tmp_path / f"a.{kind}")
+    assert_reads(path, expected, channels=1)
+    assert_reads(path, expected.expand(1, 3, 2, 3))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_thirty_two_bits_a_channel_are_refused(tmp_path: Path, mode: str) -> None:
+    path = save(Image.new(mode, (2, 2), 3), tmp_path / "a.tiff")
+    assert refused(path).endswith("has 32 bits a channel, of unknown range; save it with 8 or 16")
+
+
+def test_a_palette_is_looked_up(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 51, 0, 102, 255])
+    image.putpixel((1, 0), 1)
+    expected = torch.tensor([[1.0, 0.0], [0.0, 0.4], [0.2, 1.0]]).view(1, 3, 1, 2)
+    assert_reads(save(image, tmp_path / "a.png"), expected)
+
+
+def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+    seen = Image.new("RGBA", (3, 1))
+    for at, colour in enumerate([(255, 0, 0, 255), (0, 0, 0, 102), (7, 8, 9, 0)]):
+        seen.putpixel((at, 0), colour)
+    # opaque red; black over white at 0.4: 1 - 0.4; nothing at all
+    expected = torch.tensor([[1, 0.6, 1], [0, 0.6, 1], [0, 0.6, 1]]).view(1, 3, 1, 3)
+    assert_reads(save(seen, tmp_path / "a.png"), expected)
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 51, 0, 102, 255])
+    palette.putpixel((1, 0), 1)
+    path = save(palette, tmp_path / "b.png", transparency=1)
+    assert_reads(path, torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.2, 1.0]]).view(1, 3, 1, 2))
+    veiled = Image.new("LA", (1, 1), (0, 102))
+    assert_reads(save(veiled, tmp_path / "c.png"), torch.tensor(0.6).view(1, 1, 1, 1), channels=1)
+
+
+def test_inks_become_light(tmp_path: Path) -> None:
+    inks = Image.new("CMYK", (3, 1))
+    for at, ink in enumerate([(255, 0, 0, 0), (0, 0, 0, 204), (0, 255, 255, 0)]):
+        inks.putpixel((at, 0), ink)
+    expected = torch.tensor([[0, 0.2, 1], [1, 0.2, 0], [1, 0.2, 0]]).view(1, 3, 1, 3)
+    assert_reads(save(inks, tmp_path / "a.tiff"), expected)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "tiff", "png"])
+def test_of_several_frames_the_first_is_read(tmp_path: Path, kind: str) -> None:
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    options = {"lossless": True} if kind == "webp" else {}
+    path = save(frames[0], tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], **options)
+    assert_reads(path, torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 3, 4).contiguous())
+
+
+def test_what_is_no_photo_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("I am no image, whatever I am called")
+    (tmp_path / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    assert refused(tmp_path / "none.jpg") == f"there is no photo {tmp_path / 'none.jpg'}"
+    assert refused(tmp_path) == f"{tmp_path} is a folder, not a photo"
+    assert refused(tmp_path / "empty.jpg") == f"{tmp_path / 'empty.jpg'} is empty (0 bytes)"
+    for name in ("text.jpg", "program.jpg"):  # Pillow would hand the second to Ghostscript
+        assert refused(tmp_path / name).endswith(
+            "is no image that can be read; give a JPEG, PNG, WebP, GIF, TIFF or BMP"
+        )
+    assert "Not a directory" in refused(tmp_path / "text.jpg" / "a.jpg")
+    assert "cannot be read" in refused("null\0byte.jpg")
+    assert "a photo has 3 channels or 1; this network sees 7" in refused(tmp_path / "none.jpg", channels=7)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff", "bmp", "webp"])
+def test_a_file_cut_short_is_refused_rather_than_filled_with_grey(tmp_path: Path, kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    path = save(Image.fromarray(noise), tmp_path / f"a.{kind}")
+    read(path)
+    whole = path.read_bytes()
+    for tenth in range(1, 10):
+        path.write_bytes(whole[: len(whole) * tenth // 10])
+        assert "is no image that can be read" in (message := refused(path)) or "cut short" in message
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def png(width: int, height: int) -> bytes:
+    """Return a PNG that declares a size and holds next to nothing."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(10_000, 8_001), (16_000, 12_000), (1_000_000, 1_000_000)])
+@pytest.mark.parametrize("limited", [True, False])
+def test_a_decompression_bomb_is_refused_before_it_unpacks(
+    tmp_path: Path, size: tuple[int, int], limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert size[0] * size[1] > MOST_PIXELS
+    if not limited:  # as programs do that want no limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(*size))
+    tracemalloc.start()
+    unpacked: list[object] = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: unpacked.append(image))
+    try:
+        message = refused(path)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    assert message == f"{path} unpacks to more than 80 million pixels, which is refused; make it smaller"
+    assert not unpacked
+
+
+def test_a_small_file_made_the_same_way_as_the_bomb_does_unpack(tmp_path: Path) -> None:
+    (tmp_path / "small.png").write_bytes(png(3, 9))  # 9 rows of 1 + 3·3 bytes are 90 of its 99
+    assert_reads(tmp_path / "small.png", torch.zeros(1, 3, 9, 3))

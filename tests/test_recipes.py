@@ -1,0 +1,122 @@
+"""Recipes: values that survive JSON, and requests that are refused before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+import phosphene as ph
+from phosphene.errors import InvalidRequest, RecipeNotFound
+from phosphene.recipes import DEFAULT, RECIPES, Recipe, find_recipe, growing, part
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_json(name: str) -> None:
+    recipe = RECIPES[name]
+    again = Recipe.from_json(recipe.to_json())
+    assert again == recipe
+    assert hash(again) == hash(recipe)
+    assert again.digest == recipe.digest
+    assert recipe.name == name
+    assert recipe.source
+
+
+def test_the_digest_is_of_what_changes_pictures() -> None:
+    recipe = RECIPES["fourier"]
+    assert dataclasses.replace(recipe, name="mine", source="me").digest == recipe.digest
+    changes: list[dict[str, Any]] = [
+        {"sizes": (64,)},
+        {"steps": 7},
+        {"seed": 1},
+        {"display": "stretch"},
+        {"blur": 3},
+        {"weight_decay": 1e-6},
+        {"transforms": ()},
+        {"step_rule": part("adam", rate=0.05)},
+        {"parameterization": part("fourier", decay=1.5)},
+    ]
+    digests = {dataclasses.replace(recipe, **change).digest for change in changes}
+    assert len(digests | {recipe.digest}) == len(changes) + 1
+
+
+def test_the_order_of_options_does_not_matter() -> None:
+    assert part("affine", pixels=1.0, scale=0.1) == part("affine", scale=0.1, pixels=1.0)
+
+
+def test_at_scales_a_whole_schedule() -> None:
+    recipe = RECIPES["multi-scale"]
+    assert recipe.size == 408
+    half = recipe.at(size=204)
+    assert half.sizes == (28, 34, 40, 48, 58, 69, 82, 99, 118, 142, 170, 204)
+    assert half.steps == recipe.steps
+    assert recipe.at() == recipe
+    assert recipe.at(steps=3, seed=9) == dataclasses.replace(recipe, steps=3, seed=9)
+    assert recipe.at(size=1).sizes == (1,) * 12
+
+
+def test_growing_cuts_to_whole_pixels() -> None:
+    assert growing(56, 1.2, 4) == (56, 67, 80, 96)  # 67.2, 80.4, 96.0
+    assert growing(10, 1.5, 1) == (10,)
+
+
+def test_recipes_are_found_by_name_or_used_as_they_are() -> None:
+    assert find_recipe(DEFAULT).name == DEFAULT
+    own = RECIPES["rms"].at(steps=2)
+    assert find_recipe(own) is own
+    with pytest.raises(RecipeNotFound, match=r"no recipe 'forier'; did you mean one of: fourier"):
+        find_recipe("forier")
+
+
+PLAIN: dict[str, Any] = {
+    "name": "test",
+    "source": "",
+    "sizes": (8,),
+    "steps": 1,
+    "parameterization": part("pixels"),
+    "step_rule": part("rms", rate=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sizes": ()}, "sizes and steps of at least 1"),
+        ({"sizes": (0,)}, "sizes and steps of at least 1"),
+        ({"sizes": (8.0,)}, "whole numbers"),
+        ({"steps": 0}, "sizes and steps of at least 1"),
+        ({"steps": True}, "whole numbers"),
+        ({"seed": -1}, "at least 0"),
+        ({"blur": -1}, "at least 0"),
+        ({"blur": 16}, "a blur of 16 px is too wide for a picture of 8 px"),
+        ({"display": "bright"}, "no part 'bright'; there are clip, stretch, standardise"),
+        ({"parameterization": part("wavelets")}, "no part 'wavelets'; there are pixels, fourier, maco"),
+        ({"step_rule": part("sgd", rate=1.0)}, "no part 'sgd'; there are max, std, rms"),
+        ({"transforms": (part("shear"),)}, "no part 'shear'; there are affine, jitter"),
+        ({"parameterization": part("pixels", hight=0.5)}, r"'pixels'.*'hight'; its options are low, high, unit, whole"),
+        ({"parameterization": part("maco", unit="byte")}, r"'maco'.*'unit'"),
+        ({"parameterization": part("pixels", start=3)}, r"'pixels'.*'start'"),
+        ({"step_rule": part("rms", rate=1.0, momentum=0.9)}, r"'rms'.*'momentum'; its options are rate, epsilon"),
+        ({"step_rule": part("rms")}, r"'rms'.*'rate'; its options are rate, epsilon"),
+        ({"transforms": (part("jitter", pixel=3),)}, r"'jitter'.*'pixel'; its options are pixels"),
+    ],
+)
+def test_what_no_recipe_can_be_is_refused_at_once(change: dict[str, Any], said: str) -> None:
+    assert Recipe(**{**PLAIN, "blur": 15}).size == 8
+    with pytest.raises(InvalidRequest, match=said):
+        Recipe(**{**PLAIN, **change})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '"fourier"', "{}", json.dumps({**RECIPES["rms"].as_dict(), "speed": 3})],
+)
+def test_what_is_no_recipes_json_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="this is not the JSON of a recipe"):
+        Recipe.from_json(text)
+
+
+def test_the_public_recipes_are_these() -> None:
+    assert {"max-step", "std-step", "multi-scale", "rms", "fourier", "maco", "fast"} <= set(ph.RECIPES)

@@ -1,0 +1,142 @@
+"""Results: what is shown, what is written, and what the files say about themselves."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import phosphene as ph
+from phosphene.figure import METADATA, to_bytes
+from phosphene.rendered import Rendered, file_prefix
+
+
+@pytest.fixture
+def pictures(small_net: nn.Sequential) -> Rendered:
+    model = ph.load(small_net, input_size=32)
+    return ph.render(model, ph.channel("4", [6, 0, 3]), "fast", size=16, steps=3, seed=5, film=2)
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    with Image.open(path) as opened:
+        found: dict[str, Any] = json.loads(opened.text[METADATA])  # type: ignore[attr-defined]
+        return found
+
+
+def hand_made(display: str, images: torch.Tensor, dead: list[bool], layers: list[str]) -> Rendered:
+    count = len(images)
+    return Rendered(
+        images=images,
+        scores=torch.arange(count),
+        start_scores=torch.zeros(count),
+        history=torch.zeros(1, count),
+        dead=torch.tensor(dead),
+        names=tuple(f"filter_{index}" for index in range(count)),
+        spec={"layers": layers, "recipe": {"name": "made", "display": display, "seed": 0}},
+    )
+
+
+def test_saving_writes_a_file_a_filter_the_grid_and_the_manifest_last(pictures: Rendered, tmp_path: Path) -> None:
+    written = pictures.save(tmp_path / "new" / "folder", columns=2)
+    names = ["layer_.4_filter_6.png", "layer_.4_filter_0.png", "layer_.4_filter_3.png", "grid.png", "manifest.json"]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
+    assert written[-1].stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in written)
+    for path, image in zip(written[:3], pictures.images, strict=True):
+        expected = np.rint(image.clamp(0, 1).permute(1, 2, 0).numpy() * 255)
+        assert np.array_equal(np.asarray(Image.open(path)), expected)
+    assert Image.open(written[3]).size == (2 * 16 + 5, 2 * 16 + 5)
+
+
+def test_every_png_says_how_it_was_made(pictures: Rendered, tmp_path: Path) -> None:
+    written = pictures.save(tmp_path)
+    for index, (path, channel) in enumerate(zip(written[:3], (6, 0, 3), strict=True)):
+        said = metadata_of(path)
+        assert (said["model"], said["layer"], said["channel"], said["seed"]) == ("Sequential", ".4", channel, 5)
+        assert said["picture"] == f"filter_{channel}"
+        assert said["score"] == pictures.scores[index].item()
+        assert said["dead"] is False
+        recipe = {key: value for key, value in said["recipe"].items() if key != "digest"}
+        again = ph.Recipe.from_json(json.dumps(recipe))
+        assert again == ph.RECIPES["fast"].at(size=16, steps=3, seed=5)
+        assert said["recipe"]["digest"] == again.digest
+    grid = metadata_of(written[3])
+    assert grid["objective"] == {"objective": "channel", "layer": "4", "channels": [6, 0, 3]}
+    assert (grid["recipe"], grid["fingerprint"]) == (said["recipe"], said["fingerprint"])
+
+
+def test_the_manifest_lists_every_file_with_its_scores(pictures: Rendered, tmp_path: Path) -> None:
+    pictures.save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["grid"] == "grid.png"
+    assert [one["file"] for one in manifest["pictures"]] == [f"layer_.4_filter_{one}.png" for one in (6, 0, 3)]
+    assert [one["score"] for one in manifest["pictures"]] == pictures.scores.tolist()
+    assert [one["start_score"] for one in manifest["pictures"]] == pictures.start_scores.tolist()
+    assert {key: manifest[key] for key in pictures.spec} == json.loads(json.dumps(dict(pictures.spec)))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(pictures: Rendered, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ph.errors.OutputRefused, match="cannot be written"):
+        pictures.save(tmp_path / "file" / "folder")
+
+
+def test_the_display_rule_is_the_recipes() -> None:
+    images = torch.tensor([[[[-0.5, 0.0], [0.5, 1.5]]]])
+    shown = {name: hand_made(name, images, [False], ["a"]).displayed()[0, 0].tolist() for name in ("clip", "stretch")}
+    assert shown == {"clip": [[0, 0], [128, 255]], "stretch": [[0, 64], [128, 255]]}
+
+
+def test_dead_pictures_are_crossed_in_the_grid_and_plain_alone() -> None:
+    images = torch.full((2, 3, 40, 40), 200 / 255)
+    result = hand_made("clip", images, [False, True], ["a"])
+    sheet = result.grid()
+    assert sheet.size == (85, 40)
+    assert [sheet.getpixel((20, 5)), sheet.getpixel((45 + 20, 5))] == [(200, 200, 200), (60, 60, 60)]
+    assert result.pictures[1].getpixel((20, 5)) == (200, 200, 200)
+    assert repr(result) == "Rendered(2 pictures of 3×40×40, 1 dead, recipe made)"
+    assert len(result) == 2
+
+
+def test_a_film_shows_the_grids_of_its_moments(pictures: Rendered, tmp_path: Path) -> None:
+    path = pictures.save_film(tmp_path / "film.gif")
+    with Image.open(path) as opened:
+        assert opened.n_frames == len(pictures.moments) == 3
+        opened.seek(2)
+        last = np.asarray(opened.convert("RGB")).astype(int)
+    assert abs(last - np.asarray(pictures.grid()).astype(int)).mean() < 8  # 256 colours
+    assert torch.equal(to_bytes(pictures.moments[-1]), pictures.displayed())
+
+
+def test_without_moments_there_is_no_film(tmp_path: Path) -> None:
+    result = hand_made("clip", torch.zeros(1, 1, 2, 2), [False], ["a"])
+    with pytest.raises(ph.errors.InvalidRequest, match="render with film=24"):
+        result.save_film(tmp_path / "film.gif")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_shows_the_grid(pictures: Rendered) -> None:
+    with Image.open(io.BytesIO(pictures._repr_png_())) as opened:
+        assert np.array_equal(np.asarray(opened), np.asarray(pictures.grid()))
+
+
+@pytest.mark.parametrize(
+    ("layers", "prefix"),
+    [
+        (["block3_conv1"], "layer_block3_conv1"),
+        (["features.28"], "layer_features.28"),
+        (["base/block5_conv3"], "layer_base_block5_conv3"),
+        (["conv@1", "head#logits"], "layer_conv@1_head#logits"),
+        ([""], "layer_output"),
+        (["a b:c\\d\n"], "layer_a_b_c_d_"),
+    ],
+)
+def test_file_names_are_made_of_the_layer(layers: list[str], prefix: str) -> None:
+    assert file_prefix(layers) == prefix

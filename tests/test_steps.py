@@ -1,0 +1,116 @@
+"""Step rules: numbers by hand, torch's Adam as an oracle, and that images of a batch know nothing of each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from phosphene.steps import (
+    STEPS,
+    State,
+    StepRule,
+    adam,
+    image_mean,
+    max_step,
+    momentum,
+    normalised_adam,
+    rms_step,
+    std_step,
+)
+
+GRADIENT = torch.tensor([[[[4.0, -2.0], [0.0, -6.0]]], [[[-1.0, -3.0], [-2.0, -2.0]]]], dtype=torch.float64)
+
+
+def updates(rule: StepRule, gradients: list[Tensor]) -> list[Tensor]:
+    """Return what a rule makes of gradients that come one after the other."""
+    state: State = None
+    found = []
+    for gradient in gradients:
+        update, state = rule(gradient, state)
+        found.append(update)
+    return found
+
+
+def test_max_divides_by_the_signed_maximum() -> None:
+    update, state = max_step(2.0)(GRADIENT, None)
+    assert state is None
+    assert update[0].flatten().tolist() == pytest.approx([2.0, -1.0, 0.0, -3.0], rel=1e-8)
+    # where every entry is negative the maximum is too, and the step turns round: so it is in the original
+    assert update[1].flatten().tolist() == pytest.approx([2.0, 6.0, 4.0, 4.0], rel=1e-7)
+    assert max_step(2.0, epsilon=4.0)(GRADIENT, None)[0][0].flatten().tolist() == [1.0, -0.5, 0.0, -1.5]
+
+
+def test_std_divides_by_the_standard_deviation_of_the_population() -> None:
+    update, _ = std_step(3.0)(GRADIENT, None)
+    # mean -1, squared deviations 25, 1, 1, 25; then mean -2, squared deviations 1, 1, 0, 0
+    assert update[0].flatten().tolist() == pytest.approx([3 * g / math.sqrt(13) for g in (4, -2, 0, -6)], rel=1e-7)
+    assert update[1].flatten().tolist() == pytest.approx([3 * g / math.sqrt(0.5) for g in (-1, -3, -2, -2)], rel=1e-7)
+
+
+def test_rms_divides_by_the_root_mean_square() -> None:
+    update, _ = rms_step(1.0)(GRADIENT, None)
+    assert update[0].flatten().tolist() == pytest.approx([g / (math.sqrt(14) + 1e-5) for g in (4, -2, 0, -6)])
+    assert update[1].flatten().tolist() == pytest.approx([g / (math.sqrt(4.5) + 1e-5) for g in (-1, -3, -2, -2)])
+
+
+def test_momentum_keeps_a_part_of_the_last_step() -> None:
+    first, second = updates(momentum(10.0, keep=0.75), [GRADIENT[:1], 5 * GRADIENT[:1].flip(-1)])
+    root = math.sqrt(14)
+    assert first.flatten().tolist() == pytest.approx([2.5 * g / root for g in (4, -2, 0, -6)])
+    # 0.75 of the first velocity, and a quarter of the new direction, however long the gradient is
+    expected = [
+        0.75 * 2.5 * old / root + 2.5 * new / root for old, new in zip((4, -2, 0, -6), (-2, 4, -6, 0), strict=True)
+    ]
+    assert second.flatten().tolist() == pytest.approx(expected)
+
+
+def random_gradients(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    scales = [10.0**k for k in range(-6, -6 + count)]
+    return [scale * torch.randn(3, 2, 5, 4, generator=generator, dtype=torch.float64) for scale in scales]
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])
+def test_adam_is_torchs_adam_climbing(betas: tuple[float, float]) -> None:
+    gradients = random_gradients(8)
+    parameter = torch.zeros(3, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.Adam([parameter], lr=0.07, betas=betas, maximize=True)
+    at = torch.zeros_like(parameter)
+    for update, gradient in zip(updates(adam(0.07, betas), gradients), gradients, strict=True):
+        parameter.grad = gradient
+        optimiser.step()
+        at = at + update
+        assert torch.allclose(at, parameter, rtol=1e-12, atol=1e-15)
+
+
+def test_normalised_adam_is_adam_of_each_images_gradient_at_unit_size() -> None:
+    gradients = random_gradients(5)
+    unit = [torch.stack([one / one.square().mean().sqrt() for one in gradient]) for gradient in gradients]
+    ours = updates(normalised_adam(0.05), gradients)
+    expected = updates(adam(0.05, (0.5, 0.9)), unit)
+    assert all(torch.allclose(one, other, rtol=1e-10, atol=0) for one, other in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("shape", [(5, 3, 16, 16), (5, 3, 17, 9, 2), (5, 3, 150, 150)])
+def test_an_image_steps_alone_exactly_as_in_a_batch(name: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(9)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    together = updates(STEPS[name](rate=0.3), gradients)
+    for rows in (slice(0, 1), slice(3, 4), slice(1, 3)):
+        alone = updates(STEPS[name](rate=0.3), [gradient[rows] for gradient in gradients])
+        assert all(torch.equal(one, other[rows]) for one, other in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_gradient_means_no_step(name: str, dtype: torch.dtype) -> None:
+    for update in updates(STEPS[name](rate=2.0), [torch.zeros(2, 3, 4, 4, dtype=dtype)] * 2):
+        assert not update.any()
+
+
+def test_the_mean_of_each_image() -> None:
+    assert image_mean(GRADIENT).tolist() == [[[[-1.0]]], [[[-2.0]]]]
