@@ -34,6 +34,7 @@ def test_the_digest_is_of_what_changes_pictures() -> None:
         {"display": "stretch"},
         {"blur": 3},
         {"weight_decay": 1e-6},
+        {"cooldown": 0.5},
         {"transforms": ()},
         {"step_rule": part("adam", rate=0.05)},
         {"parameterization": part("fourier", decay=1.5)},
@@ -55,6 +56,14 @@ def test_at_scales_a_whole_schedule() -> None:
     assert recipe.at() == recipe
     assert recipe.at(steps=3, seed=9) == dataclasses.replace(recipe, steps=3, seed=9)
     assert recipe.at(size=1).sizes == (1,) * 12
+
+
+def test_the_pace_falls_evenly_over_the_cooldown() -> None:
+    recipe = RECIPES["fourier"].at(steps=8)
+    paces = {0.0: [1.0] * 8, 0.5: [1.0] * 5 + [0.75, 0.5, 0.25], 1.0: [1 - step / 8 for step in range(8)]}
+    for cooldown, expected in paces.items():
+        chosen = dataclasses.replace(recipe, cooldown=cooldown)
+        assert [chosen.pace(step) for step in range(8)] == expected
 
 
 def test_growing_cuts_to_whole_pixels() -> None:
@@ -90,6 +99,7 @@ PLAIN: dict[str, Any] = {
         ({"steps": True}, "whole numbers"),
         ({"seed": -1}, "at least 0"),
         ({"blur": -1}, "at least 0"),
+        ({"cooldown": 1.5}, "0 to 1, not 1.5"),
         ({"blur": 16}, "a blur of 16 px is too wide for a picture of 8 px"),
         ({"display": "bright"}, "no part 'bright'; there are clip, stretch, standardise"),
         ({"parameterization": part("wavelets")}, "no part 'wavelets'; there are pixels, fourier, maco"),

@@ -107,7 +107,7 @@ def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
         shape, start = plan.base.start(size, image, recipe.blur, draws)
         current = PARAMETERIZATIONS[parameterization]((len(items), *shape), start, plan.like, **dict(options))
         state: State = None
-        for _ in range(recipe.steps):
+        for step in range(recipe.steps):
             image = current.image()
             seen = image
             for transform in transforms:
@@ -122,7 +122,7 @@ def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
                 gradient = gradient - recipe.weight_decay * current.tensor.detach()
             update, state = rule(gradient, state)
             with torch.no_grad():
-                current.tensor.add_(update)
+                current.tensor.add_(recipe.pace(step) * update)
             done += 1
         image = current.image().detach()
     assert image is not None

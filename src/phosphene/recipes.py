@@ -47,6 +47,7 @@ class Recipe:
     number of steps at each. `display` brings the result to 0..1: `clip`; `stretch` its minimum..maximum; `standardise`
     (subtract mean, divide by standard deviation + 1e-5, × 0.1, + 0.5, clip; R4.2). `blur` is the side of the box filter
     that R3 may use after each enlargement. `weight_decay` times the tensor is subtracted from every gradient.
+    `cooldown` is the share of the steps at each scale, the last ones, over which updates shrink evenly to nothing.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Recipe:
     display: str = "clip"
     blur: int = 0
     weight_decay: float = 0.0
+    cooldown: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Recipe:
             raise InvalidRequest(f"seed and blur are at least 0, not {self.seed} and {self.blur}")
         if self.blur // 2 >= min(self.sizes):
             raise InvalidRequest(f"a blur of {self.blur} px is too wide for a picture of {min(self.sizes)} px")
+        if not 0 <= self.cooldown <= 1:
+            raise InvalidRequest(f"the cooldown of a recipe is a share of its steps, 0 to 1, not {self.cooldown}")
         known: tuple[tuple[str, Any], ...] = (
             (self.parameterization[0], PARAMETERIZATIONS),
             (self.step_rule[0], STEPS),
@@ -103,6 +107,10 @@ class Recipe:
             steps=self.steps if steps is None else steps,
             seed=self.seed if seed is None else seed,
         )
+
+    def pace(self, step: int) -> float:
+        """Return what the update of a step, counted from 0 at each scale, is multiplied by: 1 until the cooldown."""
+        return min(1.0, (self.steps - step) / (self.cooldown * self.steps)) if self.cooldown else 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
@@ -150,7 +158,7 @@ def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-AFFINE = part("affine", pixels=8.0, degrees=10.0, scale=0.1)
+AFFINE = part("affine", pixels=2.0, degrees=10.0, scale=0.1)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -196,18 +204,20 @@ RECIPES: dict[str, Recipe] = {
             source="Olah et al. 2017; step rule and transforms chosen by bench/quality.py",
             sizes=(128,),
             steps=128,
-            parameterization=part("fourier"),
-            step_rule=part("normalised-adam", rate=0.05),
+            parameterization=part("fourier", decay=1.15),
+            step_rule=part("normalised-adam", rate=0.2),
             transforms=(AFFINE,),
+            cooldown=1.0,
         ),
         Recipe(
             name="fast",
             source="fourier with a quarter of the steps at twice the rate",
             sizes=(128,),
             steps=32,
-            parameterization=part("fourier"),
-            step_rule=part("normalised-adam", rate=0.1),
+            parameterization=part("fourier", decay=1.15),
+            step_rule=part("normalised-adam", rate=0.36),
             transforms=(AFFINE,),
+            cooldown=1.0,
         ),
         Recipe(
             name="maco",
