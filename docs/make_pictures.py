@@ -11,7 +11,7 @@ from phosphene.store import write_file
 HERE = Path(__file__).parent
 # filters that show well how the answers grow from edges to objects
 FILTERS = {
-    "block1_conv1": (1, 4, 9, 13, 18, 24, 33, 41),
+    "block1_conv2": (0, 5, 6, 13, 17, 19, 20, 21),
     "block2_conv1": (3, 10, 22, 35, 47, 62, 78, 101),
     "block3_conv1": (0, 1, 2, 4, 6, 7, 12, 20),
     "block4_conv1": (5, 18, 32, 64, 96, 160, 224, 288),

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from phosphene import cli
 from phosphene.ascent import Frame
+from phosphene.demo import LAYERS
 
 NETS = '''
 from torch import nn
@@ -283,5 +284,5 @@ def test_the_output_is_checked_before_the_work(run: Run, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_demo_writes_a_sheet_a_block(run: Run) -> None:
     ran = run("demo", "--out", "pictures")
-    assert ran.out.split() == [f"pictures/vgg19_block{block}_conv1.png" for block in range(1, 6)]
+    assert ran.out.split() == [f"pictures/vgg19_{layer}.png" for layer in LAYERS]
     assert "24 filters of each block" in ran.err

@@ -15,7 +15,8 @@ from phosphene.render import render
 from phosphene.store import write_file
 
 MODEL = "builtin/vgg19"
-LAYERS = tuple(f"block{block}_conv1" for block in range(1, 6))
+# not block1_conv1: before its activation it is linear in the picture, so its mean over the map only answers to a colour
+LAYERS = ("block1_conv2", "block2_conv1", "block3_conv1", "block4_conv1", "block5_conv1")
 FILTERS = 24
 COLUMNS = 6
 SIZE = 96
