@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -40,7 +41,9 @@ def test_standardise_by_hand() -> None:
 
 
 def test_the_recipes_know_the_displays_there_are() -> None:
-    assert set(recipes.DISPLAYS) == set(DISPLAYS)
+    assert set(DISPLAYS) == {"clip", "stretch", "standardise"}
+    for display in DISPLAYS:
+        assert dataclasses.replace(recipes.RECIPES["fourier"], display=display).display == display
 
 
 def test_bytes_are_rounded_to_the_nearest() -> None:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from phosphene.errors import InvalidRequest, RecipeNotFound, nearest
+from phosphene.figure import DISPLAYS
 from phosphene.parameterizations import PARAMETERIZATIONS
 from phosphene.steps import STEPS
 from phosphene.transforms import TRANSFORMS
 
 Part = tuple[str, tuple[tuple[str, Any], ...]]
-DISPLAYS = ("clip", "stretch", "standardise")
 
 
 def part(name: str, **options: Any) -> Part:

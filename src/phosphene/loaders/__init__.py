@@ -13,7 +13,7 @@ from torch import nn
 
 from phosphene.errors import InvalidRequest, ModelNotFound
 from phosphene.loaders.pytorch import UNNORMALISED, Sources, from_module, from_reference
-from phosphene.model import Model, Preprocessing
+from phosphene.model import Model, Preprocessing, first_line
 
 
 def load(
@@ -88,9 +88,8 @@ def torch_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
         raise InvalidRequest(
-            f"the device {name!r} cannot be used: {reason}; choose auto, cpu, cuda, cuda:N or mps"
+            f"the device {name!r} cannot be used: {first_line(error)}; choose auto, cpu, cuda, cuda:N or mps"
         ) from error
     return device
 

@@ -149,9 +149,8 @@ def from_timm(name: str, sources: Sources) -> Model:
         lambda: timm.create_model(name, pretrained=sources.trained, **options), f"timm/{name}", sources.trained
     )
     config = timm.data.resolve_model_data_config(module)
-    channels = (
-        sources.channels_in or config["input_size"][0]
-    )  # the config goes on speaking of 3 where it was asked for 7
+    # the config goes on speaking of 3 channels where it was asked for 7
+    channels = sources.channels_in or config["input_size"][0]
     mean, std = (tuple(config[key]) for key in ("mean", "std"))
     if channels != len(mean):  # there is no figure for each of these channels, so they share the mean one
         mean, std = ((sum(figures) / len(figures),) for figures in (mean, std))
