@@ -11,27 +11,13 @@ from torchvision import models
 
 from phosphene.capture import capture
 from phosphene.layers import survey
+from positive import noise, positive
 
 
 def ends(mask: Tensor) -> tuple[int, int]:
     """Return the first and the last index where a mask (n,) is true."""
     found = mask.nonzero().flatten()
     return int(found[0]), int(found[-1])
-
-
-def positive(module: nn.Module) -> nn.Module:
-    """Return a module in float64 and evaluation mode, weights random and positive, so that no gradient cancels."""
-    module = module.double().eval()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        for parameter in module.parameters():
-            scale = 1 / parameter[0].numel() if parameter.dim() > 1 else 0.2  # small, for activations that saturate
-            parameter.copy_((torch.rand_like(parameter) + 0.5) * scale)
-    return module
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def averaging(net: nn.Module) -> nn.Module:
