@@ -34,6 +34,34 @@ class Place:
     part: str = ""
 
 
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """Return a convolution's kernel (out, in, kh, kw), None for anything else."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        return None
+    return weight.transpose(0, 1) if getattr(module, "transposed", False) else weight
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a framework lays out what its layers return and hold.
+
+    `read` brings a layer's output into the one convention, `write` brings it back; `kernel` returns the kernel of a
+    convolution (out, in, kh, kw), None for other layers.
+    """
+
+    read: Callable[[Tensor], Tensor] = as_it_is
+    write: Callable[[Tensor], Tensor] = as_it_is
+    kernel: Callable[[nn.Module], Tensor | None] = weight_of
+
+
+PLAIN = Layout()
+
+
 class Stop(BaseException):
     """Ends a forward pass once everything wanted has been read."""
 
@@ -97,7 +125,10 @@ def watch(modules: Mapping[str, nn.Module], see: Callable[[str, Any], Any]) -> I
 
 @contextmanager
 def capture(
-    run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], places: Mapping[Any, Place]
+    run: Callable[[Tensor], Any],
+    modules: Mapping[str, nn.Module],
+    places: Mapping[Any, Place],
+    layout: Layout = PLAIN,
 ) -> Iterator[Callable[[Tensor], dict[Any, Tensor]]]:
     """Hook the wanted layers once and yield `read(image)`, which runs up to the last and returns their tensors.
 
@@ -108,6 +139,7 @@ def capture(
         run: the forward pass, image (b, c, h, w) -> whatever the network returns.
         modules: every module that `places` names, by path.
         places: what is wanted, by any key; `read` returns a dict with the same keys.
+        layout: how the network lays out what its layers return.
 
     Raises:
         LayerRefused: on reading, where a wanted layer did not run, or returned something else than asked for.
@@ -127,13 +159,13 @@ def capture(
         for key, place in here:
             if place.part not in found:
                 raise LayerRefused(f"{path} returned no tensor {place.part!r} this time; it has: {', '.join(found)}")
-            kept[key] = found[place.part]
+            kept[key] = layout.read(found[place.part])
         if len(kept) == len(places):
             raise Stop
         for part in {place.part for _, place in here}:
-            own = found[part].clone()
+            own = layout.read(found[part]).clone()
             kept.update({key: own for key, place in here if place.part == part})
-            output = with_part(output, part, own.clone())
+            output = with_part(output, part, layout.write(own).clone())
         return output
 
     def read(image: Tensor) -> dict[Any, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from phosphene.capture import Place, borrowed, parts, watch
+from phosphene.capture import PLAIN, Layout, Place, borrowed, parts, watch
 from phosphene.errors import LayerNotFound, LayerRefused, nearest
 from phosphene.receptive import DOWN, RIGHT, Field
 from phosphene.tracing import Tracer
@@ -181,7 +181,13 @@ class Sighting:
     field: Field | None
 
 
-def survey(run: Callable[[Tensor], Any], module: nn.Module, modules: Mapping[str, nn.Module], image: Tensor) -> Layers:
+def survey(
+    run: Callable[[Tensor], Any],
+    module: nn.Module,
+    modules: Mapping[str, nn.Module],
+    image: Tensor,
+    layout: Layout = PLAIN,
+) -> Layers:
     """Run a network once on `image` (1, c, h, w) and return the table of what every module returned.
 
     A module that runs several times has one row a call, `path@0`, `path@1` …; one that returns several tensors has
@@ -190,18 +196,25 @@ def survey(run: Callable[[Tensor], Any], module: nn.Module, modules: Mapping[str
     """
     with borrowed(module), torch.no_grad():
         try:
-            return trace(run, modules, image, Tracer(image, arithmetic=False))
+            return trace(run, modules, image, Tracer(image, arithmetic=False), layout)
         except Exception:  # the network minds what is computed, or does not take the image and says so better this way
-            return trace(run, modules, image, Tracer(image))
+            return trace(run, modules, image, Tracer(image), layout)
 
 
-def trace(run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], image: Tensor, tracer: Tracer) -> Layers:
+def trace(
+    run: Callable[[Tensor], Any],
+    modules: Mapping[str, nn.Module],
+    image: Tensor,
+    tracer: Tracer,
+    layout: Layout = PLAIN,
+) -> Layers:
     """Run a network under a tracer and return its table."""
     calls: Counter[str] = Counter()
     sightings: list[Sighting] = []
 
     def see(path: str, output: Any) -> None:
-        for part, tensor in parts(output).items():
+        for part, returned in parts(output).items():
+            tensor = layout.read(returned)
             field = tracer.show(len(sightings), tensor)
             sightings.append(Sighting(Place(path, calls[path], part), modules[path], tuple(tensor.shape), field))
         calls[path] += 1

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phosphene.capture import Place, borrowed, capture, parts
+from phosphene.capture import PLAIN, Layout, Place, borrowed, capture, parts
 from phosphene.errors import (
     ChannelNotFound,
     InvalidRequest,
@@ -28,6 +28,7 @@ from phosphene.errors import (
     WeightsRefused,
 )
 from phosphene.layers import Layer, Layers, survey
+from phosphene.photo import MIDDLE, Fit, Region
 
 SINGLE = re.compile(r"\d{1,9}", re.ASCII)
 RANGE = re.compile(r"(\d{0,9}):(\d{0,9})(?::([1-9]\d{0,8})?)?", re.ASCII)
@@ -59,7 +60,10 @@ class Model:
         input_size: (h, w) that its full forward pass takes.
         channels_in: channels of its images.
         preprocessing: image (b, c, h, w) in [0, 1] -> what the module takes.
+        fit: how a photo is brought to `input_size`; by default its middle at the short side's scale.
         labels: class names by index, empty where unknown.
+        logits: the address of the class scores before any softmax or sigmoid, `""` for what the network returns.
+        layout: how the network's framework lays out maps and kernels.
         notes: what the user should know about how it was loaded.
         modules: every addressable module by path; `""` is the whole network.
     """
@@ -69,7 +73,10 @@ class Model:
     input_size: tuple[int, int]
     channels_in: int = 3
     preprocessing: Callable[[Tensor], Tensor] = Preprocessing()
+    fit: Fit = MIDDLE
     labels: Sequence[str] = ()
+    logits: str = ""
+    layout: Layout = PLAIN
     ref: str | None = None
     notes: tuple[str, ...] = ()
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
@@ -89,6 +96,14 @@ class Model:
         """Return what the network makes of an image (b, c, h, w) in [0, 1]."""
         return self.module(self.preprocessing(image))
 
+    def fitted(self, photo: Tensor) -> tuple[Tensor, Region]:
+        """Return a photo (1, c, h, w) as the network takes it, (1, c, *input_size), and the part of it that this shows.
+
+        The image is on the network's device and in its dtype.
+        """
+        image, region = self.fit(photo, self.input_size)
+        return image.to(self.like), region
+
     def layers(self) -> Layers:
         """Return the table of the network's layers, from one forward pass at `input_size`."""
         return self._layers
@@ -96,7 +111,7 @@ class Model:
     @cached_property
     def _layers(self) -> Layers:
         with self.taking(self.input_size):
-            return survey(self.forward, self.module, self.modules, self.grey(self.input_size))
+            return survey(self.forward, self.module, self.modules, self.grey(self.input_size), self.layout)
 
     def find(self, address: str | int) -> Layer:
         """Return the layer of an address; see `Layers.find`."""
@@ -112,7 +127,7 @@ class Model:
         if "" in places:
             places[""] = Place("", part=self.output_part)
         modules = {place.path: self.modules[place.path] for place in places.values()}
-        with borrowed(self.module), capture(self.forward, modules, places) as read:
+        with borrowed(self.module), capture(self.forward, modules, places, self.layout) as read:
             yield read
 
     @cached_property

@@ -93,16 +93,20 @@ def to_logits(image: Tensor) -> Tensor:
     return image.clamp(0.002, 0.998).logit()
 
 
-def fourier(shape: Shape, start: Start, like: Tensor, deviation: float = 0.01, decay: float = 1.0) -> Parameterization:
+def fourier(
+    shape: Shape, start: Start, like: Tensor, deviation: float = 0.01, decay: float = 1.0, cutoff: float = math.inf
+) -> Parameterization:
     """Fourier coefficients of uncorrelated colours, each scaled by 1 / frequency^decay, through a sigmoid.
 
     The scaling makes all frequencies learn at the rate that natural pictures use them (Olah et al. 2017,
-    "Preconditioning and parameterization"). Random starts have coefficients of standard deviation `deviation`.
+    "Preconditioning and parameterization"). A `cutoff` in cycles a pixel damps the finest detail, which resampling
+    would lose: halved at that frequency, by 1 / (1 + (frequency / cutoff)^4). Random starts have coefficients of
+    standard deviation `deviation`.
     """
     _, channels, height, width = shape
-    lowest = 1 / max(height, width)
-    weight = (frequencies(height, width).clamp(min=lowest) ** -decay * math.sqrt(height * width)).to(like)
-    weight = weight[..., None]  # for real and imaginary part
+    frequency = frequencies(height, width)
+    scale = frequency.clamp(min=1 / max(height, width)) ** -decay / (1 + (frequency / cutoff) ** 4)
+    weight = (scale * math.sqrt(height * width)).to(like)[..., None]  # for real and imaginary part
 
     def image() -> Tensor:
         spectrum = torch.view_as_complex((weight * tensor).contiguous())

@@ -1,12 +1,15 @@
-"""Reading photos."""
+"""Photos: reading them, and bringing them to the size that a network takes."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -78,3 +81,51 @@ def values(file: Path, opened: Image.Image, channels: int) -> Tensor:
     pixels = np.array(upright.convert("RGB" if channels == 3 else "L"))
     image = torch.from_numpy(pixels).to(torch.float32) / 255
     return image.view(1, upright.height, upright.width, channels).permute(0, 3, 1, 2).contiguous()
+
+
+class Region(NamedTuple):
+    """A part of a photo, in its pixels; borders may lie between pixels."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a photo is brought to a network's input size.
+
+    Its short side is resized to `resize` pixels (None: to what just covers the input) and the middle cut out; with
+    `squash` the whole photo is resized to the input size, whatever becomes of its proportions. `interpolation` is
+    `bilinear`, `bicubic` or `nearest`; photos are smoothed before they shrink.
+    """
+
+    resize: int | None = None
+    interpolation: str = "bilinear"
+    squash: bool = False
+
+    def __call__(self, photo: Tensor, size: tuple[int, int]) -> tuple[Tensor, Region]:
+        """Return the photo (1, c, h, w) at `size` (h, w), values in [0, 1], and which part of it that shows."""
+        height, width = photo.shape[-2:]
+        if self.squash:
+            return self.resized(photo, size), Region(0.0, 0.0, float(height), float(width))
+        covering = max(size[0] / height, size[1] / width)
+        scale = covering if self.resize is None else max(covering, self.resize / min(height, width))
+        # as torchvision: the long side is rounded down, the border of the middle to the nearest
+        tall, wide = (max(int(side * scale + 1e-6), least) for side, least in zip((height, width), size, strict=True))
+        top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
+        middle = self.resized(photo, (tall, wide))[..., top : top + size[0], left : left + size[1]]
+        down, right = height / tall, width / wide
+        return middle, Region(top * down, left * right, size[0] * down, size[1] * right)
+
+    def resized(self, photo: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the photo at a size; bicubic overshoot is clipped."""
+        if tuple(photo.shape[-2:]) == size:
+            return photo
+        if self.interpolation == "nearest":
+            return F.interpolate(photo, size, mode="nearest-exact")
+        return F.interpolate(photo, size, mode=self.interpolation, antialias=True).clamp(0, 1)
+
+
+MIDDLE = Fit()

@@ -158,7 +158,8 @@ def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-AFFINE = part("affine", pixels=2.0, degrees=10.0, scale=0.1)
+AFFINE = part("affine", pixels=4.0, degrees=8.0, scale=0.1)
+FOURIER = part("fourier", decay=1.3, cutoff=0.6)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -204,8 +205,8 @@ RECIPES: dict[str, Recipe] = {
             source="Olah et al. 2017; step rule and transforms chosen by bench/quality.py",
             sizes=(128,),
             steps=128,
-            parameterization=part("fourier", decay=1.15),
-            step_rule=part("normalised-adam", rate=0.2),
+            parameterization=FOURIER,
+            step_rule=part("normalised-adam", rate=0.15),
             transforms=(AFFINE,),
             cooldown=1.0,
         ),
@@ -214,8 +215,8 @@ RECIPES: dict[str, Recipe] = {
             source="fourier with a quarter of the steps at twice the rate",
             sizes=(128,),
             steps=32,
-            parameterization=part("fourier", decay=1.15),
-            step_rule=part("normalised-adam", rate=0.36),
+            parameterization=FOURIER,
+            step_rule=part("normalised-adam", rate=0.3),
             transforms=(AFFINE,),
             cooldown=1.0,
         ),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from phosphene.errors import ModelNotFound
 from phosphene.loaders.weights import seeded
 from phosphene.model import Model, Preprocessing
+from phosphene.photo import Fit
 
 # convolutions per block and their output channels (Simonyan & Zisserman 2015, configuration E)
 VGG19_BLOCKS = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))
@@ -72,6 +73,7 @@ def efficientnet_lite0() -> Model:
         name="builtin/efficientnet-lite0",
         input_size=(224, 224),
         preprocessing=Preprocessing((0.5,), (0.5,)),
+        fit=Fit(256, "bicubic"),
         labels=tuple(_IMAGENET_CATEGORIES),
         ref="builtin/efficientnet-lite0",
     )

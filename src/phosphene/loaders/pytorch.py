@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,6 +22,7 @@ from phosphene.errors import ExtraMissing, InvalidRequest, ModelNotFound, ModelR
 from phosphene.loaders.builtin import BUILTIN, load_builtin
 from phosphene.loaders.weights import RANDOM, load_weights, randomise, seeded
 from phosphene.model import Model, Preprocessing, first_line
+from phosphene.photo import Fit
 
 UNNORMALISED = "no normalisation was given: the network gets values of 0..1"
 OFFLINE = (
@@ -131,6 +132,10 @@ def from_torchvision(name: str, sources: Sources) -> Model:
         input_size=(size[0], size[-1]),
         channels_in=first_channels(module),
         preprocessing=Preprocessing(tuple(getattr(preset, "mean", (0.0,))), tuple(getattr(preset, "std", (1.0,)))),
+        fit=Fit(
+            getattr(preset, "resize_size", [None])[0],
+            preset.interpolation.value if hasattr(preset, "interpolation") else "bilinear",
+        ),
         labels=tuple(entry.meta.get("categories", ())),
     )
 
@@ -162,8 +167,16 @@ def from_timm(name: str, sources: Sources) -> Model:
         input_size=tuple(config["input_size"][1:]),
         channels_in=channels,
         preprocessing=Preprocessing(mean, std),
+        fit=timm_fit(config),
         labels=tuple(one.split(",")[0] for one in names),
     )
+
+
+def timm_fit(config: Mapping[str, Any]) -> Fit:
+    """Return how timm's data config has photos resized: by its share of the picture that the crop keeps."""
+    mode, interpolation = config.get("crop_mode", "center"), config["interpolation"]
+    short = int(min(config["input_size"][1:]) / config["crop_pct"])
+    return Fit(short, interpolation if interpolation in ("bilinear", "nearest") else "bicubic", mode == "squash")
 
 
 @contextmanager
