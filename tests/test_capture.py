@@ -351,3 +351,18 @@ def test_nothing_read_lives_on_in_the_capture() -> None:
         del acts
         gc.collect()
         assert [one() for one in alive] == [None, None]
+
+
+def test_a_backward_pass_ends_at_a_root() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Conv2d(2, 1, 1)).double()
+    image = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    modules, places = dict(net.named_modules()), {"a": Place("0"), "b": Place("2")}
+    with capture(net, modules, places, roots=["a"]) as read:
+        acts = read(image)
+    assert acts["a"].is_leaf
+    (gradient,) = torch.autograd.grad(acts["b"].sum(), acts["a"], retain_graph=True)
+    expected = (acts["a"] > 0) * net[2].weight[0].detach()
+    assert torch.equal(gradient, expected.expand_as(gradient))
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(acts["b"].sum(), image)

@@ -12,15 +12,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src/phosphene"
 FLOORS = (
-    ("errors", "version", "transforms", "steps", "colour", "receptive"),
+    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams"),
     ("capture", "tracing", "objectives", "parameterizations", "photo", "store", "figure"),
-    ("layers", "recipes", "rendered"),
+    ("layers", "recipes", "rendered", "heatmap"),
     ("model", "ascent"),
-    ("loaders.weights",),
+    ("loaders.weights", "loaders.archive"),
     ("loaders.builtin",),
-    ("loaders.pytorch",),
+    ("loaders.pytorch", "loaders.keras"),
     ("loaders",),
-    ("render",),
+    ("render", "explain", "activations", "kernels"),
     ("demo",),
     ("cli",),
     ("", "__main__"),

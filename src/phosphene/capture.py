@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +129,7 @@ def capture(
     modules: Mapping[str, nn.Module],
     places: Mapping[Any, Place],
     layout: Layout = PLAIN,
+    roots: Collection[Any] = (),
 ) -> Iterator[Callable[[Tensor], dict[Any, Tensor]]]:
     """Hook the wanted layers once and yield `read(image)`, which runs up to the last and returns their tensors.
 
@@ -140,6 +141,7 @@ def capture(
         modules: every module that `places` names, by path.
         places: what is wanted, by any key; `read` returns a dict with the same keys.
         layout: how the network lays out what its layers return.
+        roots: keys of the tensors where the graph of gradients starts, so that a backward pass ends there.
 
     Raises:
         LayerRefused: on reading, where a wanted layer did not run, or returned something else than asked for.
@@ -164,6 +166,8 @@ def capture(
             raise Stop
         for part in {place.part for _, place in here}:
             own = layout.read(found[part]).clone()
+            if any(key in roots for key, place in here if place.part == part):
+                own = own.detach().requires_grad_()
             kept.update({key: own for key, place in here if place.part == part})
             output = with_part(output, part, layout.write(own).clone())
         return output

@@ -118,16 +118,19 @@ class Model:
         return self.layers().find(address)
 
     @contextmanager
-    def reading(self, addresses: Sequence[str | int]) -> Iterator[Callable[[Tensor], dict[str | int, Tensor]]]:
+    def reading(
+        self, addresses: Sequence[str | int], roots: Sequence[str | int] = ()
+    ) -> Iterator[Callable[[Tensor], dict[str | int, Tensor]]]:
         """Borrow the network and yield `read(image)`: the tensors at the addresses, `""` being the network's output.
 
-        The forward pass stops at the last of them. The module is given back as it was.
+        The forward pass stops at the last of them. At `roots`, some of the addresses, the graph of gradients starts: a
+        backward pass goes no further down. The module is given back as it was.
         """
         places: dict[Any, Place] = {one: Place("") if one == "" else self.find(one).place for one in addresses}
         if "" in places:
             places[""] = Place("", part=self.output_part)
         modules = {place.path: self.modules[place.path] for place in places.values()}
-        with borrowed(self.module), capture(self.forward, modules, places, self.layout) as read:
+        with borrowed(self.module), capture(self.forward, modules, places, self.layout, roots) as read:
             yield read
 
     @cached_property
