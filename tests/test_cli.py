@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from phosphene import cli
 from phosphene.ascent import Frame
+from phosphene.cli import rendering
 from phosphene.demo import LAYERS
 
 NETS = '''
@@ -161,15 +162,22 @@ def test_random_weights_are_said_to_be_random(run: Run) -> None:
     assert run("layers", "torchvision/squeezenet1_1", "--weights", "none", "--quiet").err == ""
 
 
-def test_ctrl_c_keeps_what_is_finished(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [(KeyboardInterrupt(), "stopped with 2 of 6 done"), (ValueError("no room left."), "no room left; 2 of 6 are done")],
+    ids=["Ctrl-C", "an error"],
+)
+def test_what_stops_a_render_leaves_what_is_finished(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: BaseException, message: str
+) -> None:
     def stop_in_the_second_batch(frame: Frame) -> None:
         if int(frame.items[0]) == 2 and frame.step == 1:
-            raise KeyboardInterrupt
+            raise reason
 
-    monkeypatch.setattr(cli, "progress", lambda *_: _Given(stop_in_the_second_batch))
+    monkeypatch.setattr(rendering, "watching", lambda *_: _Given(stop_in_the_second_batch))
     ran = run("filters", "nets:colour", 1, "--channels", "0:6", "--batch", 2, *QUICK, "--out", "kept")
     assert ran.code == 1
-    assert "stopped with 2 of 6 done" in ran.err
+    assert message in ran.err
     assert sorted(path.name for path in (tmp_path / "kept").glob("layer*")) == [
         "layer_.3_filter_0.png",
         "layer_.3_filter_1.png",
@@ -276,7 +284,7 @@ def test_the_output_is_checked_before_the_work(run: Run, monkeypatch: pytest.Mon
     def work(*_: object, **__: object) -> None:
         raise AssertionError("rendered although the result cannot be written")
 
-    monkeypatch.setattr(cli, "render", work)
+    monkeypatch.setattr(rendering, "render", work)
     (tmp_path / "file").touch()
     assert run("filters", "nets:colour", 0, "--out", "file/sheet.png").code == 2
 

@@ -23,6 +23,7 @@ BUILTINS = {
     errors.OutputRefused: OSError,
     errors.ExtraMissing: ImportError,
     errors.OutOfMemory: MemoryError,
+    errors.Unfinished: RuntimeError,
     errors.Interrupted: KeyboardInterrupt,
 }
 SENTENCE = "there is no 'x'; the nearest are: y (1), \"z\""

@@ -69,12 +69,16 @@ class OutOfMemory(PhospheneError, MemoryError):
     """Not even a single picture fits into the memory."""
 
 
-class Interrupted(PhospheneError, KeyboardInterrupt):
-    """The work was stopped by the user; `finished` holds what was done until then, or None."""
+class Unfinished(PhospheneError, RuntimeError):
+    """Something failed on the way; `finished` holds what was done until then, or None."""
 
     def __init__(self, message: str, finished: object = None) -> None:
         super().__init__(message)
         self.finished = finished
+
+
+class Interrupted(Unfinished, KeyboardInterrupt):
+    """The work was stopped by the user; `finished` holds what was done until then, or None."""
 
 
 def nearest(name: str, names: Iterable[str], count: int = 5) -> str:

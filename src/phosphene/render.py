@@ -13,8 +13,8 @@ from torch import Tensor
 
 from phosphene import figure
 from phosphene.ascent import Base, Frame, Plan, Read, clean_scores, climb
-from phosphene.errors import Interrupted, InvalidRequest, LayerRefused, OutOfMemory, SizeRefused
-from phosphene.model import Model, is_out_of_memory
+from phosphene.errors import Interrupted, InvalidRequest, LayerRefused, OutOfMemory, SizeRefused, Unfinished
+from phosphene.model import Model, first_line, is_out_of_memory
 from phosphene.objectives import Acts, Address, Objective, layer
 from phosphene.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendered import Rendered
@@ -53,6 +53,7 @@ def render(
     Raises:
         LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, SizeRefused, InvalidRequest, OutOfMemory.
         Interrupted: on Ctrl-C; its `finished` holds the batches done, as `Rendered`, or None.
+        Unfinished: it failed, whatever the reason, after some batches were done; `finished` holds them.
 
     Example:
         >>> render(load("builtin/vgg19"), channel("block3_conv1", range(4)), "fast").grid().save("grid.png")
@@ -75,6 +76,11 @@ def render(
         except KeyboardInterrupt as error:
             finished = assemble(done, objective, spec) if done else None
             raise Interrupted(f"stopped with {len(finished or ())} of {objective.n} done", finished) from error
+        except Exception as error:
+            if not done:
+                raise
+            finished = assemble(done, objective, spec)
+            raise Unfinished(f"{first_line(error)}; {len(finished)} of {objective.n} are done", finished) from error
     return assemble(done, objective, spec)
 
 

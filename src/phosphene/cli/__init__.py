@@ -1,0 +1,102 @@
+"""The command line: `layers`, `filters`, `dream`, `demo`; exit codes and error messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
+from phosphene.cli.rendering import dream, filters, watching
+from phosphene.cli.terminal import report, say, tell
+from phosphene.demo import FILTERS, LAYERS, demonstrate
+from phosphene.errors import PhospheneError
+from phosphene.loaders import torch_device
+from phosphene.store import check_writable
+from phosphene.version import __version__
+
+app = typer.Typer(
+    help="Phosphene shows what a convolutional network has learned.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+# typer exports its parent only so, and not all versions of typer use the same click
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
+STOPPED = 130  # what typer returns after Ctrl-C
+
+
+@app.command()
+@takes_model
+def layers(open_model: OpenModel, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """List a network's layers: path, kind, channels, map size, receptive field, in-place follower."""
+    model = open_model()
+    table = model.layers()
+    tell(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
+
+
+for command in (filters, dream):
+    app.command()(command)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where the pictures go")] = Path("phosphene-demo"),
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do the main job on the built-in trained network: one sheet of filters for each of its blocks."""
+    check_writable(out, folder=True)
+    paths = []
+    with watching(FILTERS * len(LAYERS), quiet) as watch:
+        for path in demonstrate(out, torch_device(device), watch):
+            paths.append(path)
+            if not as_json:
+                tell(path)
+    if as_json:
+        report(paths, as_json, {})
+    elif not quiet:
+        say(f"what {FILTERS} filters of each block of builtin/vgg19 respond to is in {out.resolve()}")
+
+
+def version(asked: bool) -> None:
+    """Print the version and end."""
+    if asked:
+        tell(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Phosphene shows what a convolutional network has learned."""
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 2 the request was wrong, 1 something failed on the way."""
+    warnings.showwarning = lambda message, *_: say(str(message))
+    try:
+        code = app(standalone_mode=False)
+        if code == STOPPED:
+            say("stopped")
+            code = 1
+    except PhospheneError as error:
+        say(str(error))
+        code = 2
+    except UsageError as error:
+        say(f"{error.format_message().rstrip('.')}; see `phosphene --help`")
+        code = 2
+    except BrokenPipeError:  # the reader of our stdout has gone, as in `phosphene layers MODEL | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)

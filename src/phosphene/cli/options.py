@@ -1,0 +1,127 @@
+"""The options that commands share, and the model that they name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phosphene.cli.terminal import say
+from phosphene.errors import InvalidRequest, LayerNotFound
+from phosphene.layers import Layer
+from phosphene.loaders import load, torch_device
+from phosphene.model import Model
+from phosphene.recipes import RECIPES
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="builtin/NAME, torchvision/NAME, timm/NAME, keras/NAME, a saved Keras model, or package.module:callable",
+    ),
+]
+LayerArgument = Annotated[
+    str, typer.Argument(metavar="LAYER", help="a path that `phosphene layers` prints, or n for the n-th convolution")
+]
+Weights = Annotated[str | None, typer.Option(metavar="none|PATH", help="weights file, or none for random ones")]
+Numbers = Annotated[str | None, typer.Option(metavar="A[,B,C]", help="a number a channel, for images in 0..1")]
+InputSize = Annotated[int | None, typer.Option(metavar="PX", help="side of the network's own input")]
+ChannelsIn = Annotated[int | None, typer.Option(metavar="N", help="channels of the network's images")]
+Labels = Annotated[Path | None, typer.Option(metavar="FILE", help="class names, one a line")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="where to compute")]
+Trust = Annotated[bool, typer.Option("--trust", help="let a saved Keras model run the code that it carries")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no remarks")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+RecipeName = Annotated[str, typer.Option(metavar="NAME", help=f"one of: {', '.join(RECIPES)}")]
+Size = Annotated[int | None, typer.Option(metavar="PX", help="side of the pictures")]
+Steps = Annotated[int | None, typer.Option(metavar="N", help="steps at each scale")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="seed of starts and transforms")]
+BatchSize = Annotated[str, typer.Option(metavar="auto|N", help="pictures at once")]
+Precision = Annotated[str, typer.Option(metavar="fp32|bf16|auto", help="number format of the network's forward pass")]
+
+MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "weights": (Weights, None),
+    "mean": (Numbers, None),
+    "std": (Numbers, None),
+    "input_size": (InputSize, None),
+    "channels_in": (ChannelsIn, None),
+    "labels": (Labels, None),
+    "device": (Device, "auto"),
+    "trust": (Trust, False),
+}
+OpenModel = Callable[[], Model]
+
+
+def takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the argument MODEL and the options that go with it.
+
+    The command's first parameter is `open_model`, which loads the model when called, and says what the user should know
+    about how; its other parameters come after MODEL on the command line, and `quiet` is one of them.
+    """
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    shared = [
+        inspect.Parameter(name, keyword, annotation=kind, default=default)
+        for name, (kind, default) in MODEL_OPTIONS.items()
+    ]
+    first = inspect.Parameter("model", keyword, annotation=ModelArgument)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        asked = {name: given.pop(name) for name in ("model", *MODEL_OPTIONS)}
+        asked.pop("trust")  # TEMP
+        command(lambda: loaded(asked, given["quiet"]), **given)
+
+    changed: Any = run
+    changed.__signature__ = inspect.Signature([first, *(one.replace(kind=keyword) for one in own), *shared])
+    changed.__annotations__ = {one.name: one.annotation for one in changed.__signature__.parameters.values()}
+    return run
+
+
+def loaded(asked: dict[str, Any], quiet: bool) -> Model:
+    """Return the model that the options name, saying what the user should know about how it was loaded."""
+    model = load(
+        **{
+            **asked,
+            "mean": numbers(asked["mean"], "mean"),
+            "std": numbers(asked["std"], "std"),
+            "device": torch_device(asked["device"]),
+        }
+    )
+    if not quiet:
+        for note in model.notes:
+            say(f"{model.name}: {note}")
+    return model
+
+
+def numbers(text: str | None, name: str) -> list[float] | None:
+    """Return "0.5,0.4,0.3" as numbers."""
+    try:
+        return None if text is None else [float(one) for one in text.split(",")]
+    except ValueError as error:
+        raise InvalidRequest(f"--{name} is one number or one a channel, such as 0.5,0.4,0.3, not {text!r}") from error
+
+
+def batch_size(text: str) -> int | str:
+    """Return a batch size as `render` takes it."""
+    return int(text) if text.isdigit() else text
+
+
+def address(text: str) -> str | int:
+    """Return what a typed layer means: digits alone are the n-th convolution."""
+    return int(text) if text.isdigit() else text
+
+
+def chosen_layer(model: Model, text: str, quiet: bool) -> Layer:
+    """Return the layer that was typed, saying what a number resolved to."""
+    if any(sign in text for sign in "*?["):
+        matches = ", ".join(one.path for one in model.layers().matching(text)[:8])
+        raise LayerNotFound(f"one layer is drawn at a time, and {text!r} stands for several: {matches}")
+    found = model.find(address(text))
+    if text.isdigit() and not quiet:
+        say(f"convolution {text} is {found.path}")
+    return found
