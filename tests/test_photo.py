@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from torch import Tensor
+from torchvision import models
 
+import phosphene as ph
 from phosphene.errors import PhotoRefused
-from phosphene.photo import MOST_PIXELS, read
+from phosphene.photo import MIDDLE, MOST_PIXELS, Fit, read
 
 # two rows of three: red, green, blue / black, grey 51, white
 PIXELS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [51, 51, 51], [255, 255, 255]]], np.uint8)
@@ -218,3 +220,49 @@ def test_a_decompression_bomb_is_refused_before_it_unpacks(
 def test_a_small_file_made_the_same_way_as_the_bomb_does_unpack(tmp_path: Path) -> None:
     (tmp_path / "small.png").write_bytes(png(3, 9))  # 9 rows of 1 + 3·3 bytes are 90 of its 99
     assert_reads(tmp_path / "small.png", torch.zeros(1, 3, 9, 3))
+
+
+def ramp(height: int, width: int) -> torch.Tensor:
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("size", [(300, 451), (451, 300), (256, 256), (100, 700), (60, 60)])
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "inception_v3", "vit_b_16"])
+def test_a_photo_is_fitted_as_torchvision_does(name: str, size: tuple[int, int]) -> None:
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    fit = Fit(preset.resize_size[0], preset.interpolation.value)
+    photo, crop = ramp(*size), preset.crop_size[0]
+    mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (preset.mean, preset.std))
+    expected = (preset(photo) * std + mean).clamp(0, 1)  # which only bicubic resizing leaves
+    assert torch.allclose(fit(photo, (crop, crop))[0], expected, atol=1e-5)
+
+
+def test_the_region_is_the_part_of_the_photo_that_is_seen() -> None:
+    # 100 × 200 at short side 50 is 50 × 100; the middle 40 × 40 starts at 5, 30, which is 10, 60 of the photo
+    image, region = Fit(50)(ramp(100, 200), (40, 40))
+    assert tuple(image.shape) == (1, 3, 40, 40)
+    assert region == (10, 60, 80, 80)
+    assert MIDDLE(ramp(100, 200), (40, 40))[1] == (0, 50, 100, 100)
+    assert Fit(squash=True)(ramp(100, 200), (40, 40))[1] == (0, 0, 100, 200)
+    assert MIDDLE(ramp(100, 200), (40, 60))[1] == (0, 25, 100, 150)
+
+
+def test_a_photo_smaller_than_the_input_is_enlarged_to_cover_it() -> None:
+    image, region = Fit(30)(ramp(10, 20), (40, 40))
+    assert tuple(image.shape) == (1, 3, 40, 40)
+    assert region == (0, 5, 10, 10)
+
+
+def test_squashing_keeps_the_whole_photo() -> None:
+    photo = torch.tensor([[[[0.0, 1.0], [0.25, 0.75]]]])
+    image, _ = Fit(squash=True, interpolation="nearest")(photo, (2, 4))
+    assert image.tolist() == [[[[0.0, 0.0, 1.0, 1.0], [0.25, 0.25, 0.75, 0.75]]]]
+    own, _ = Fit(squash=True)(photo, (2, 2))
+    assert torch.equal(own, photo)
+
+
+def test_a_network_is_loaded_with_its_own_fit() -> None:
+    assert ph.load("torchvision/squeezenet1_1", weights="none").fit == Fit(256, "bilinear")
+    assert ph.load("timm/mobilenetv3_small_050", weights="none").fit == Fit(256, "bicubic")
+    assert ph.load("builtin/efficientnet-lite0").fit == Fit(256, "bicubic")
+    assert ph.load("builtin/vgg19").fit == MIDDLE
