@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PHOTOS ?= photos
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-quality docs clean
+.PHONY: help install demo test test-slow check bench bench-quality bench-peers bench-cam docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,13 +35,25 @@ check: $(VENV)/installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-quality  ## run the benchmarks
+bench: bench-quality bench-cam  ## run the benchmarks
 
 bench-quality: $(VENV)/installed-dev  ## measure the pictures of every recipe against photos (PHOTOS=folder)
 	$(BIN)/python bench/quality.py $(PHOTOS)
+
+PEERS := .venv-peers
+
+$(PEERS)/installed: bench/peers.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable . --requirement bench/peers.txt
+	touch $@
+
+bench-peers: $(PEERS)/installed  ## set up .venv-peers with the packages that the benchmarks compare with
+
+bench-cam: bench-peers  ## time heat maps against other packages
+	$(PEERS)/bin/python bench/cam.py
 
 docs: install  ## draw the pictures of the README and docs again
 	$(BIN)/python docs/make_pictures.py
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info src/*.egg-info

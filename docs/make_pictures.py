@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from PIL import Image
+
 import phosphene as ph
 from phosphene.figure import grid, png
 from phosphene.store import write_file
@@ -20,12 +22,30 @@ FILTERS = {
 
 
 def main() -> None:
-    """Write docs/filters.png."""
+    """Write docs/filters.png and docs/photo.png."""
+    draw_filters()
+    draw_photo()
+
+
+def draw_filters() -> None:
+    """Write what filters of five layers answer to, one row a layer."""
     model = ph.load("builtin/vgg19")
     tiles = []
     for layer, channels in FILTERS.items():
         tiles += ph.render(model, ph.channel(layer, channels), size=112).pictures
     print(write_file(HERE / "filters.png", png(grid(tiles, columns=8), {"model": model.name, "filters": FILTERS})))
+
+
+def draw_photo() -> None:
+    """Write a heat map beside the summary of a photo's way through a network."""
+    model, photo = ph.load("builtin/efficientnet-lite0"), ph.read(HERE.parent / "src/phosphene/data/chelsea.jpg")
+    summary = ph.activations(ph.load("builtin/vgg19"), photo, "*relu*").summary_picture()
+    heat = ph.explain(model, photo).overlay(photo)
+    enlarged = heat.resize((heat.width * summary.height // heat.height, summary.height), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (enlarged.width + 20 + summary.width, summary.height), "white")
+    sheet.paste(enlarged, (0, 0))
+    sheet.paste(summary, (enlarged.width + 20, 0))
+    print(write_file(HERE / "photo.png", png(sheet, {"models": ["builtin/efficientnet-lite0", "builtin/vgg19"]})))
 
 
 if __name__ == "__main__":

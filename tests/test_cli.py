@@ -214,6 +214,13 @@ def spoil(folder: Path) -> None:
     save_file({"0.weight": torch.zeros(2, 2), "extra": torch.zeros(1)}, folder / "other.safetensors")
     torch.save(Payload(), folder / "evil.pt")
     (folder / "cut.pt").write_bytes(b"PK\x03\x04")
+    (folder / "bare").mkdir()
+    (folder / "photos").mkdir()
+    gradient(folder / "photo.png", 40, 30)
+
+
+def gradient(path: Path, width: int, height: int) -> None:
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(path)
 
 
 BAD = {
@@ -256,6 +263,21 @@ BAD = {
     "missing photo": (("dream", "nets:colour", "none.jpg", 0), "there is no photo"),
     "empty photo": (("dream", "nets:colour", "empty.jpg", 0), "0 bytes"),
     "photo that is none": (("dream", "nets:colour", "text.jpg", 0), "no image"),
+    "activations of a folder": (("activations", "nets:colour", "photos"), "is a folder, not a photo"),
+    "activations of no layer": (("activations", "nets:colour", "photo.png", "--layers", "x*"), "no layer matches 'x*'"),
+    "activations of channel 6": (("activations", "nets:colour", "photo.png", "--layers", ".0", "--channel", 6), "6"),
+    "a heat map of text": (("cam", "nets:colour", "text.jpg"), "no image"),
+    "a folder without photos": (("cam", "nets:colour", "bare"), "there is no photo in bare"),
+    "a class of no name": (("cam", "nets:colour", "photo.png", "--target", "cat"), "no class names"),
+    "a class out of range": (("cam", "nets:colour", "photo.png", "--target", 4), "has 4, 0 to 3"),
+    "a layer after pooling": (("cam", "nets:colour", "photo.png", "--layer", ".5"), ".5"),
+    "a classifier as a layer": (("cam", "nets:colour", "photo.png", "--layer", ".7"), ".7"),
+    "unknown method": (("cam", "nets:colour", "photo.png", "--method", "guided"), "gradcam"),
+    "unknown style": (("cam", "nets:colour", "photo.png", "--style", "neon"), "no style 'neon'"),
+    "a heat map into a folder": (("cam", "nets:colour", "photo.png", "--out", "bare"), "does not end in .png"),
+    "no class vector": (("cam", "builtin/vgg19", "photo.png"), "class"),
+    "kernels of a ReLU": (("kernels", "nets:colour", ".1"), "which has no kernels"),
+    "kernels as a GIF": (("kernels", "nets:colour", 0, "--out", "k.gif"), "does not end in .png"),
     "missing argument": (("filters", "nets:colour"), "Missing argument"),
     "unknown option": (("filters", "nets:colour", 0, "--colour"), "No such option"),
     "unknown command": (("paint",), "No such command"),
@@ -271,7 +293,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(case: str, run: Run, tmp_pa
     ran = run(*arguments)
     assert ran.code == 2
     assert ran.out == ""
-    remarks = ("no normalisation was given", "phosphene: convolution ")
+    remarks = ("no normalisation was given", "phosphene: convolution ", "phosphene: gradcam at ")
     message = [line for line in ran.err.splitlines() if not any(remark in line for remark in remarks)]
     assert len(message) == 1, ran.err
     assert message[0].startswith("phosphene: ")
@@ -292,5 +314,62 @@ def test_the_output_is_checked_before_the_work(run: Run, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_demo_writes_a_sheet_a_block(run: Run) -> None:
     ran = run("demo", "--out", "pictures")
-    assert ran.out.split() == [f"pictures/vgg19_{layer}.png" for layer in LAYERS]
+    seen = [f"activations/activations_block{block}_relu1.png" for block in range(1, 6)]
+    sheets = [f"vgg19_{layer}.png" for layer in LAYERS]
+    names = [*sheets, *seen, "activations/summary.png", "activations/manifest.json", "heat_map.png"]
+    assert ran.out.split() == [f"pictures/{name}" for name in names]
     assert "24 filters of each block" in ran.err
+
+
+def test_activations_writes_a_grid_a_layer_and_a_summary(run: Run, tmp_path: Path) -> None:
+    gradient(tmp_path / "photo.png", 60, 40)
+    ran = run("activations", "nets:colour", "photo.png", "--layers", ".[03]", "--input-size", 32)
+    names = ["activations_.0.png", "activations_.3.png", "summary.png", "manifest.json"]
+    assert (ran.code, ran.out.split()) == (0, [f"activations/{name}" for name in names])
+    assert sorted(path.name for path in (tmp_path / "activations").iterdir()) == sorted(names)
+    told = json.loads(run("activations", "nets:colour", "photo.png", "--layers", ".3", "--json").out)
+    assert [(row["layer"], row["channels"]) for row in told["layers"]] == [(".3", 70)]
+
+
+def test_cam_lays_the_heat_on_the_photo_and_says_the_classes(run: Run, tmp_path: Path) -> None:
+    gradient(tmp_path / "photo.png", 60, 40)
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\n")
+    ran = run("cam", "nets:colour", "photo.png", "--labels", "names.txt", "--target", "bee", "--style", "jet")
+    assert (ran.code, ran.out) == (0, "cam.png\n")
+    assert "gradcam at" in ran.err
+    shares = [float(line.split()[1].rstrip("%")) for line in ran.err.splitlines() if "%" in line]
+    assert len(shares) == 4
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    with Image.open(tmp_path / "cam.png") as drawn:
+        told = json.loads(drawn.text["phosphene"])  # type: ignore[attr-defined]
+        assert drawn.size == (60, 40)
+    assert told["model"] == "nets:colour"
+    assert told["method"] == "gradcam"
+
+
+def test_cam_of_a_folder_skips_what_is_no_photo_and_says_so(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for number in range(10):
+        gradient(folder / f"{number}.png", 40 + number, 40)
+    (folder / "5.jpg").write_text("not a picture")
+    (folder / "notes.txt").write_text("not meant")
+    ran = run("cam", "nets:colour", "album", "--out", "heat", "--input-size", 32)
+    assert ran.code == 1
+    assert "5.jpg is no image" in ran.err
+    assert "1 of 11 photos could not be read" in ran.err
+    names = [f"{number}.png" if number != 5 else "5.png.png" for number in range(10)]
+    assert ran.out.split() == [f"heat/{name}" for name in [*names, "manifest.json"]]
+    manifest = json.loads((tmp_path / "heat/manifest.json").read_text())
+    assert [one["file"] for one in manifest["photos"]] == names
+    assert list(manifest["refused"]) == ["5.jpg"]
+    alone = json.loads(run("cam", "nets:colour", "album/7.png", "--input-size", 32, "--json").out)
+    assert alone["strongest"] == pytest.approx(manifest["photos"][7]["strongest"], rel=1e-4)
+
+
+def test_kernels_writes_one_sheet(run: Run, tmp_path: Path) -> None:
+    ran = run("kernels", "nets:colour", 0)
+    assert (ran.code, ran.out) == (0, "kernels_.0.png\n")
+    assert "convolution 0 is .0" in ran.err
+    with Image.open(tmp_path / "kernels_.0.png") as sheet:
+        assert json.loads(sheet.text["phosphene"])["model"] == "nets:colour"  # type: ignore[attr-defined]

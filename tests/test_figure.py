@@ -156,3 +156,104 @@ def test_a_gif_shows_every_frame_and_rests_on_the_last() -> None:
 def test_a_gif_of_one_frame() -> None:
     with Image.open(io.BytesIO(gif([tile(77)]))) as opened:
         assert opened.convert("RGB").getpixel((0, 0)) == (77, 77, 77)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_map_is_standardised_by_r4_1() -> None:
+    # 0, 0, 0, 4: mean 1, deviation sqrt(3); a flat one becomes 128
+    maps = torch.tensor([[[0.0, 0.0], [0.0, 4.0]], [[7.0, 7.0], [7.0, 7.0]]], dtype=torch.float64)
+    low, high = 128 - 64 / 3**0.5, 128 + 3 * 64 / 3**0.5
+    assert (int(low), int(high)) == (91, 238)
+    assert figure.standardise_map(maps).flatten().tolist() == [91, 91, 91, 238, 128, 128, 128, 128]
+
+
+def test_levels_are_painted_with_the_map_s_own_entries() -> None:
+    from matplotlib import colormaps
+
+    levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    painted = figure.painted(levels, "viridis")
+    assert painted.shape == (16, 16, 3)
+    entries = [colormaps["viridis"](entry, bytes=True)[:3] for entry in range(256)]
+    assert np.array_equal(painted.view(256, 3).numpy(), np.array(entries))
+    assert painted[0, 0].tolist() == [68, 1, 84]  # the published ends of viridis
+    assert painted[15, 15].tolist() == [253, 231, 36]
+    assert np.array_equal(np.asarray(figure.coloured(levels / 255)), painted.numpy())
+
+
+def test_a_mosaic_by_hand() -> None:
+    tiles = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 3) * 10
+    sheet = np.asarray(figure.mosaic(tiles, columns=2, gap=1, between=7))[..., 0]
+    assert sheet.tolist() == [[0, 0, 7, 10, 10], [7, 7, 7, 7, 7], [20, 20, 7, 7, 7]]
+
+
+def test_resizing_averages_areas_and_repeats() -> None:
+    level = torch.tensor([[[0.0, 4.0, 8.0, 8.0]]])
+    assert figure.resized(level, (2, 2)).tolist() == [[[2, 8], [2, 8]]]
+    assert figure.resized(level[..., :2], (1, 6)).tolist() == [[[0, 0, 0, 4, 4, 4]]]
+
+
+def test_a_caption_leaves_the_picture_as_it_is_and_makes_room_for_its_words() -> None:
+    image = tile(77, 30, 20)
+    page = figure.captioned(image, "a title that is wider than the picture", "and a note")
+    pixels = np.asarray(page)
+    assert (pixels[64:84, 12:42] == 77).all()
+    assert (pixels[84:] == 255).all()
+    title = pixels[12:36, 12:-12]
+    assert title.min() < 80
+    assert (pixels[:, -12:] == 255).all()  # nothing of the words is cut off
+
+
+def test_labels_stand_beside_their_rows_and_above_their_columns() -> None:
+    image = tile(77, 60, 60)
+    page = np.asarray(figure.ruled(image, {30: "12"}, {10: "3"}))
+    left, top = page.shape[1] - 60, page.shape[0] - 60
+    assert (page[top:, left:] == 77).all()
+    assert np.argwhere(page[top:, :left, 0] < 200)[:, 0].mean() == pytest.approx(30, abs=2)
+    assert np.argwhere(page[:top, left:, 0] < 200)[:, 1].mean() == pytest.approx(10, abs=2)
+    assert figure.ruled(image, {}).size == (60, 60)
+
+
+def test_pictures_are_joined_in_both_directions() -> None:
+    pair = [tile(10, 4, 3), tile(20, 2, 5)]
+    across, down = figure.joined(pair, gap=2), figure.joined(pair, down=True, gap=2)
+    assert (across.size, down.size) == ((8, 5), (4, 10))
+    assert [across.getpixel(place) for place in ((3, 2), (4, 0), (6, 4), (0, 4))] == [
+        (10, 10, 10), (255, 255, 255), (20, 20, 20), (255, 255, 255)
+    ]  # fmt: skip
+    assert down.getpixel((1, 5)) == (20, 20, 20)
+
+
+def test_a_colour_bar_runs_from_high_at_the_top_to_low() -> None:
+    bar = figure.colour_bar(-1, 3, "viridis", 101)
+    painted = figure.painted(torch.tensor([255, 128, 0], dtype=torch.uint8)).tolist()
+    found = [bar.getpixel((5, y)) for y in (0, 50, 100)]
+    assert np.abs(np.array(found) - np.array(painted)).max() <= 2
+    longer = figure.colour_bar(-1.2345e-12, 3, "viridis", 101)
+    assert longer.width > bar.width
+
+
+def test_a_table_keeps_its_columns_and_fills_the_width() -> None:
+    short = figure.table(("name", "kind", "number"), [("a", "b", "1")])
+    wide = figure.table(("name", "kind", "number"), [("a", "b", "1")], 900)
+    assert (wide.width, wide.height) == (900, short.height)
+    taller = figure.table(("name", "kind", "number"), [("a", "b", "1"), ("c", "d", "2")])
+    assert taller.height == short.height + 20
+    assert taller.getpixel((1, 45)) == figure.SHADE
+    last = np.argwhere(np.asarray(wide)[:20, :, 0] < 200)[:, 1].max()
+    assert 870 < last < 900  # numbers end at the right
+
+
+def test_the_sign_of_a_blank_tile_is_a_ring_in_its_middle() -> None:
+    marked = np.asarray(figure.blank(40, 60))
+    ring = np.argwhere((marked != figure.EMPTY).any(2))
+    assert ring.mean(0).tolist() == pytest.approx([19.5, 29.5], abs=0.6)
+    assert tuple(marked[19, 29]) == figure.EMPTY
+    assert len(ring) > 20
+
+
+def test_less_effort_gives_the_same_picture() -> None:
+    image = figure.coloured(torch.rand(50, 50, generator=torch.Generator().manual_seed(0)))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(image, {}, effort=1)))), np.asarray(image))
+    assert png(image, {}) == png(image, {}, effort=6)

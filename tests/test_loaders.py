@@ -134,7 +134,7 @@ def test_a_builtin_network_takes_random_weights_that_repeat_or_a_file(tmp_path: 
 
 def test_an_unknown_reference_says_what_there_is() -> None:
     assert "there are: vgg19, efficientnet-lite0" in refused(errors.ModelNotFound, "builtin/vgg16")
-    for reference in ("vgg19", "", "keras/x", "builtin"):
+    for reference in ("vgg19", "", "onnx/x", "builtin"):
         assert "torchvision/NAME" in refused(errors.ModelNotFound, reference)
     assert "resnet18" in refused(errors.ModelNotFound, "torchvision/resnt18")
     assert "not <class 'int'>" in refused(errors.ModelNotFound, 3)

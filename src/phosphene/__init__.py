@@ -7,8 +7,13 @@ ph.render(model, ph.channel("block3_conv1", range(64))).grid(columns=8).save("fi
 """
 
 from phosphene import errors
+from phosphene.activations import Activations, activations
 from phosphene.ascent import Frame
+from phosphene.cams import CAMS
 from phosphene.errors import PhospheneError
+from phosphene.explain import explain, explaining
+from phosphene.heatmap import Heatmap
+from phosphene.kernels import Kernels, kernels
 from phosphene.layers import Layer, Layers, ReceptiveField
 from phosphene.loaders import load
 from phosphene.model import Model, Preprocessing
@@ -30,8 +35,12 @@ from phosphene.rendered import Rendered
 from phosphene.version import __version__
 
 __all__ = [
+    "CAMS",
     "RECIPES",
+    "Activations",
     "Frame",
+    "Heatmap",
+    "Kernels",
     "Layer",
     "Layers",
     "Model",
@@ -42,10 +51,14 @@ __all__ = [
     "Recipe",
     "Rendered",
     "__version__",
+    "activations",
     "channel",
     "direction",
     "dream",
     "errors",
+    "explain",
+    "explaining",
+    "kernels",
     "l1",
     "l2",
     "layer",

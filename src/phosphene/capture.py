@@ -113,11 +113,56 @@ def with_part(output: Any, part: str, tensor: Tensor) -> Any:
     return changed
 
 
+class Splice(nn.Module):
+    """A place inside a layer that no module returns: an identity that can be put there, and hooked like any module.
+
+    Where it goes is either what `owner` gives to its own activation function, `ACTIVATION`, or what it is given,
+    `INPUT`. It is there only while watched; the owner does not hold it.
+    """
+
+    INPUT, ACTIVATION = "input", "preactivation"
+    owner: Any
+
+    def __init__(self, owner: nn.Module, where: str) -> None:
+        super().__init__()
+        vars(self)["owner"] = owner  # not as a child, whose parameters would be its own
+        self.where = where
+
+    def forward(self, value: Any) -> Any:
+        return value
+
+    @contextmanager
+    def spliced(self) -> Iterator[None]:
+        """Have what passes this place pass through this module, and leave the owner as it was."""
+        owner = self.owner
+        if self.where == self.INPUT:
+            handle = owner.register_forward_pre_hook(lambda _owner, inputs: (self(inputs[0]), *inputs[1:]))
+            with ExitStack() as stack:
+                stack.callback(handle.remove)
+                yield
+            return
+        # in the instance's dictionary it is found before the class's own, and before a module of that name
+        before = vars(owner).get("activation", MISSING)
+        activation = owner.activation
+        vars(owner)["activation"] = lambda value, *more: activation(self(value), *more)
+        try:
+            yield
+        finally:
+            del vars(owner)["activation"]
+            if before is not MISSING:
+                vars(owner)["activation"] = before
+
+
+MISSING = object()
+
+
 @contextmanager
 def watch(modules: Mapping[str, nn.Module], see: Callable[[str, Any], Any]) -> Iterator[None]:
     """Call `see(path, output)` whenever a module returns; what it returns, unless None, replaces the output."""
     with ExitStack() as hooks:
         for path, module in modules.items():
+            if isinstance(module, Splice):
+                hooks.enter_context(module.spliced())
             handle = module.register_forward_hook(lambda _module, _inputs, output, path=path: see(path, output))
             hooks.callback(handle.remove)
         yield
@@ -202,7 +247,9 @@ def borrowed(module: nn.Module) -> Iterator[None]:
     flags = [(one, one.training, one._compiled_call_impl) for one in module.modules()]
     wishes = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     buffers = [(one, dict(one._buffers), set(one._non_persistent_buffers_set)) for one in module.modules()]
-    values = [(one, one.detach().clone()) for one in module.buffers()]
+    # frameworks without buffers keep the state of their random generators in whole-numbered parameters
+    counts = [one for one in module.parameters() if not one.is_floating_point()]
+    values = [(one, one.detach().clone()) for one in (*module.buffers(), *counts)]
     devices = sorted({parameter.device.index for parameter, _ in wishes if parameter.device.type == "cuda"})
     draws = random.getstate(), numpy.random.get_state()
     try:

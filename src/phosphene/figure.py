@@ -6,10 +6,15 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -18,6 +23,9 @@ from phosphene.errors import InvalidRequest
 Picture = Image.Image
 MARGIN = 5  # black pixels between the pictures of a grid (R4.2)
 DEAD = (200, 60, 60)
+PAPER, INK, QUIET, SHADE = (255, 255, 255), (25, 25, 25), (110, 110, 110), (243, 243, 243)
+EMPTY = (38, 38, 38)  # darker than any colour of viridis, which a blank channel must not be taken for
+LETTERS = 14  # height of writing, in pixels
 METADATA = "phosphene"  # the PNG text entry that holds the metadata as JSON
 
 
@@ -39,6 +47,13 @@ def standardise(images: Tensor) -> Tensor:
     mean = counted.flatten(1).mean(1).view(-1, 1, 1, 1)
     deviation = counted.flatten(1).std(1, correction=0).view(-1, 1, 1, 1)
     return ((counted - mean) / (deviation + 1e-5) * 0.1 + 0.5).clamp(0, 1)
+
+
+def standardise_map(maps: Tensor) -> Tensor:
+    """Return each map (n, h, w) minus its mean, over its deviation, × 64, + 128, in whole 0..255 (R4.1); flat: 128."""
+    deviation = maps.std((1, 2), correction=0, keepdim=True)
+    levels = (maps - maps.mean((1, 2), keepdim=True)) / torch.where(deviation > 0, deviation, 1) * 64 + 128
+    return levels.nan_to_num(128).clamp(0, 255).floor()
 
 
 DISPLAYS = {"clip": clip, "stretch": stretch, "standardise": standardise}
@@ -69,6 +84,14 @@ def coloured(values: Tensor, colours: str = "viridis") -> Picture:
     return Image.fromarray(painted[..., :3].copy())
 
 
+def painted(levels: Tensor, colours: str = "viridis") -> Tensor:
+    """Return levels 0..255 (…), uint8, as colours (…, 3), uint8, of a colour map of matplotlib's."""
+    from matplotlib import colormaps  # as above
+
+    table = colormaps[colours](np.linspace(0, 1, 256), bytes=True)[:, :3]
+    return torch.from_numpy(np.take(table, levels.cpu().numpy(), axis=0))
+
+
 def crossed(tile: Picture) -> Picture:
     """Return a darkened tile with a red cross: the sign for a filter that never fired."""
     marked = Image.blend(tile.convert("RGB"), Image.new("RGB", tile.size), 0.7)
@@ -78,6 +101,32 @@ def crossed(tile: Picture) -> Picture:
     draw.line([(0, 0), (width - 1, height - 1)], fill=DEAD, width=thickness)
     draw.line([(0, height - 1), (width - 1, 0)], fill=DEAD, width=thickness)
     return marked
+
+
+def resized(levels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return maps (n, h, w) at a size: a side that shrinks by averaging areas, one that grows by repeating."""
+    height, width = (min(pair) for pair in zip(levels.shape[1:], size, strict=True))
+    small = levels if (height, width) == levels.shape[1:] else F.adaptive_avg_pool2d(levels, (height, width))
+    return F.interpolate(small[None], size, mode="nearest-exact")[0]
+
+
+def blank(height: int, width: int) -> Picture:
+    """Return a dark tile with a small ring: the sign for a channel that shows nothing."""
+    tile = Image.new("RGB", (width, height), EMPTY)
+    radius = max(1, min(width, height) // 8)
+    ring = [(side - 1) / 2 + sign * radius for sign in (-1, 1) for side in (width, height)]
+    ImageDraw.Draw(tile).ellipse(ring, outline=QUIET, width=max(1, radius // 3))
+    return tile
+
+
+def mosaic(tiles: Tensor, columns: int, gap: int = 1, between: int = 255) -> Picture:
+    """Return many small tiles (n, h, w, 3), uint8, row by row with `gap` pixels of the grey `between` them."""
+    count, height, width = tiles.shape[:3]
+    rows = math.ceil(count / columns)
+    sheet = torch.full((rows * columns, height + gap, width + gap, 3), between, dtype=torch.uint8)
+    sheet[:count, :height, :width] = tiles
+    sheet = sheet.view(rows, columns, height + gap, width + gap, 3).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    return Image.fromarray(sheet[: len(sheet) - gap, : sheet.shape[1] - gap].contiguous().numpy())
 
 
 def grid(tiles: Sequence[Picture], columns: int | None = None, margin: int = MARGIN) -> Picture:
@@ -102,12 +151,91 @@ def grid(tiles: Sequence[Picture], columns: int | None = None, margin: int = MAR
     return sheet
 
 
-def png(image: Picture, metadata: Mapping[str, Any]) -> bytes:
-    """Return an image as PNG bytes that carry the metadata as JSON; equal input gives equal bytes."""
+@cache
+def lettering(size: int = LETTERS) -> ImageFont.FreeTypeFont:
+    """Return a font of a size in pixels: matplotlib's own, which looks the same everywhere."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+
+
+def captioned(image: Picture, title: str, note: str = "") -> Picture:
+    """Return a picture on white paper under a title, and a quieter line below that."""
+    lines = [(title, lettering(LETTERS + 3), INK)] + [(note, lettering(), QUIET)] * bool(note)
+    width = max(image.width, *(math.ceil(font.getlength(text)) for text, font, _ in lines))
+    border, line = 12, LETTERS + 10
+    top = border + line * len(lines) + 4
+    page = Image.new("RGB", (width + 2 * border, top + image.height + border), PAPER)
+    for number, (text, font, ink) in enumerate(lines):
+        ImageDraw.Draw(page).text((border, border + number * line), text, ink, font)
+    page.paste(image, (border, top))
+    return page
+
+
+def ruled(image: Picture, rows: Mapping[int, str], columns: Mapping[int, str] | None = None) -> Picture:
+    """Return a picture with labels left of it and above it; the keys are the pixels that labels are centred on."""
+    font = lettering(LETTERS - 3)
+    left = max((math.ceil(font.getlength(text)) + 6 for text in rows.values()), default=0)
+    top = LETTERS + 4 if columns else 0
+    page = Image.new("RGB", (left + image.width, top + image.height), PAPER)
+    page.paste(image, (left, top))
+    draw = ImageDraw.Draw(page)
+    for y, text in rows.items():
+        draw.text((left - 4, top + y), text, QUIET, font, anchor="rm")
+    for x, text in (columns or {}).items():
+        draw.text((left + x, top - 3), text, QUIET, font, anchor="ms")
+    return page
+
+
+def joined(pictures: Sequence[Picture], down: bool = False, gap: int = 16) -> Picture:
+    """Return pictures side by side, their tops aligned, or one below the other, on white paper."""
+    ends = list(accumulate((one.size[down] + gap for one in pictures), initial=0))
+    length, across = ends[-1] - gap, max(one.size[not down] for one in pictures)
+    page = Image.new("RGB", (across, length) if down else (length, across), PAPER)
+    for one, start in zip(pictures, ends, strict=False):
+        page.paste(one, (0, start) if down else (start, 0))
+    return page
+
+
+def colour_bar(low: float, high: float, colours: str, height: int) -> Picture:
+    """Return a bar of a colour map, upright, with the numbers at both ends and in the middle."""
+    levels = torch.linspace(255, 0, height).round().to(torch.uint8)
+    bar = Image.fromarray(painted(levels[:, None].expand(-1, 16), colours).numpy())
+    font = lettering(LETTERS - 2)
+    marks = ((0, high, "la"), (height // 2, (low + high) / 2, "lm"), (height - 1, low, "ld"))
+    texts = [(y, f"{number:.3g}", anchor) for y, number, anchor in marks]
+    page = Image.new("RGB", (24 + max(math.ceil(font.getlength(text)) for _, text, _ in texts), height), PAPER)
+    page.paste(bar, (0, 0))
+    for y, text, anchor in texts:
+        ImageDraw.Draw(page).text((22, y), text, INK, font, anchor=anchor)
+    return page
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0) -> Picture:
+    """Return a table of text: the first two columns to the left, the others (numbers) to the right."""
+    font, line, space = lettering(LETTERS - 1), LETTERS + 6, 22
+    shown = (headings, *rows)
+    wide = [max(math.ceil(font.getlength(row[column])) for row in shown) for column in range(len(headings))]
+    spare = max(0, width - sum(wide) - space * len(wide)) // len(wide)
+    page = Image.new("RGB", (max(width, sum(wide) + (space + spare) * len(wide)), line * len(shown) + 4), PAPER)
+    draw = ImageDraw.Draw(page)
+    for number, row in enumerate(shown):
+        top, right = number * line, space // 2
+        if number and number % 2 == 0:
+            draw.rectangle((0, top, page.width, top + line - 1), fill=SHADE)
+        for column, (cell, one) in enumerate(zip(row, wide, strict=True)):
+            place, anchor = (right, "lm") if column < 2 else (right + one + spare, "rm")
+            draw.text((place, top + line // 2), cell, INK if number else QUIET, font, anchor=anchor)
+            right += one + space + spare
+    return page
+
+
+def png(image: Picture, metadata: Mapping[str, Any], effort: int = 6) -> bytes:
+    """Return an image as PNG bytes, packed with `effort` 1 to 9, that carry the metadata; equal input, equal bytes."""
     info = PngInfo()
     info.add_itxt(METADATA, json.dumps(metadata, sort_keys=True, ensure_ascii=False))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
+    image.save(buffer, "PNG", pnginfo=info, compress_level=effort)
     return buffer.getvalue()
 
 

@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from phosphene.capture import PLAIN, Layout, Place, borrowed, parts, watch
+from phosphene.capture import PLAIN, Layout, Place, Splice, borrowed, parts, watch
 from phosphene.errors import LayerNotFound, LayerRefused, nearest
 from phosphene.receptive import DOWN, RIGHT, Field
 from phosphene.tracing import Tracer
@@ -50,7 +50,7 @@ class Layer:
     Attributes:
         path: what the user types.
         place: the module, call and part that `path` means.
-        kind: the module's class name.
+        kind: the module's class name, and what activation function it ends in where that is no module of its own.
         convolution: whether it is a two-dimensional convolution, which an integer address counts.
         channels: channels of a map (b, c, h, w), numbers of a vector (b, c); None for anything else.
         size: (h, w) of the map, None where it is none.
@@ -80,12 +80,16 @@ class Layer:
 
 
 class Layers(Sequence[Layer]):
-    """The table of a network's layers in the order of the forward pass; prints as a table, in notebooks too."""
+    """The table of a network's layers in the order of the forward pass; prints as a table, in notebooks too.
+
+    `unlisted` are places inside layers, such as `conv1#preactivation`, that have an address but no row.
+    """
 
     HEADINGS = ("layer", "kind", "channels", "map", "receptive field / stride / padding", "overwritten by")
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], unlisted: Sequence[Layer] = ()) -> None:
         self._layers = tuple(layers)
+        self.unlisted = tuple(unlisted)
 
     @overload
     def __getitem__(self, index: int) -> Layer: ...
@@ -118,15 +122,16 @@ class Layers(Sequence[Layer]):
                 counted = f"{count}, 0 to {count - 1}" if count else "none; give a path"
                 raise LayerNotFound(f"there is no convolution {address}: the network has {counted}")
             return self.convolutions[address]
-        by_path = {path: one for one in self for path in one.spellings}
+        every = (*self._layers, *self.unlisted)
+        by_path = {path: one for one in every for path in one.spellings}
         if address in by_path:
             return by_path[address]
-        several = [one.path for one in self if one.place.path == address.lstrip(".")]
+        several = [one.path for one in every if one.place.path == address.lstrip(".")]
         if several:
             raise LayerRefused(
                 f"{address!r} stands for {len(several)} results; choose one of: {', '.join(several[:8])}"
             )
-        near = nearest(address, [one.path for one in self])
+        near = nearest(address, [one.path for one in (every if "#" in address else self._layers)])
         raise LayerNotFound(f"there is no layer {address!r}; the nearest are: {near} (`phosphene layers` lists all)")
 
     def matching(self, pattern: str) -> Layers:
@@ -135,7 +140,8 @@ class Layers(Sequence[Layer]):
         Raises:
             LayerNotFound: none does.
         """
-        found = [one for one in self if any(fnmatch.fnmatchcase(path, pattern) for path in one.spellings)]
+        known = (*self._layers, *self.unlisted) if "#" in pattern else self._layers
+        found = [one for one in known if any(fnmatch.fnmatchcase(path, pattern) for path in one.spellings)]
         if not found:
             near = nearest(pattern.rstrip("*"), [one.path for one in self])
             raise LayerNotFound(f"no layer matches {pattern!r}; the nearest are: {near}")
@@ -222,38 +228,68 @@ def trace(
     with watch(modules, see), tracer:
         run(image)
     pieces = Counter((one.place.path, one.place.call) for one in sightings)
+    rows = [
+        describe(
+            one,
+            tracer.overwritten.get(number),
+            calls[one.place.path] > 1,
+            pieces[one.place.path, one.place.call] > 1,
+            fused_activation(modules, one.place.path),
+        )
+        for number, one in enumerate(sightings)
+    ]
+    inside = {one.place.path for one in sightings if isinstance(one.module, Splice)}
     return Layers(
-        [
-            describe(
-                one,
-                tracer.overwritten.get(number),
-                calls[one.place.path] > 1,
-                pieces[one.place.path, one.place.call] > 1,
-            )
-            for number, one in enumerate(sightings)
-            if one.place.path
-        ]
+        [row for row in rows if row.place.path and row.place.path not in inside],
+        [row for row in rows if row.place.path in inside],
     )
 
 
-def describe(seen: Sighting, overwritten: str | None, repeated: bool, several: bool) -> Layer:
+def fused_activation(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Return the name of the activation function that a layer applies itself; "" where there is none."""
+    inside = modules.get(f"{path}#{Splice.ACTIVATION}")
+    if not isinstance(inside, Splice):
+        return ""
+    activation = inside.owner.activation
+    return str(getattr(activation, "__name__", type(activation).__name__))
+
+
+def describe(seen: Sighting, overwritten: str | None, repeated: bool, several: bool, fused: str = "") -> Layer:
     """Return the row of one sighting."""
-    path = f".{seen.place.path}" if seen.place.path.isdigit() else seen.place.path
+    inside = isinstance(seen.module, Splice)
+    owner = seen.module.owner if isinstance(seen.module, Splice) else seen.module
+    path, mark, where = seen.place.path.rpartition("#") if inside else (seen.place.path, "", "")
+    path = f".{path}" if path.isdigit() else path
     path += f"@{seen.place.call}" if repeated else ""
-    path += f"#{seen.place.part}" if several else ""
+    path += f"#{seen.place.part}" if several else f"{mark}{where}"
     is_map = len(seen.shape) == 4 and channels_first(seen.field)
     sees, field = receptive_field(seen.field)
     return Layer(
         path=path,
         place=seen.place,
-        kind=type(seen.module).__name__,
-        convolution=is_map and any(one.__name__ in CONVOLUTIONS for one in type(seen.module).__mro__),
+        kind=type(owner).__name__ + (f" + {fused}" if fused else ""),
+        convolution=is_map and any(one.__name__ in CONVOLUTIONS for one in type(owner).__mro__),
         channels=seen.shape[1] if is_map or len(seen.shape) == 2 else None,
         size=(seen.shape[2], seen.shape[3]) if is_map else None,
         receptive_field=field,
         sees=sees,
         in_place=overwritten,
     )
+
+
+def producer(run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], image: Tensor) -> Place | None:
+    """Return which call of which module made the one tensor that the network returns; None where none did."""
+    calls: Counter[str] = Counter()
+    made: list[tuple[Place, Any]] = []
+
+    def see(path: str, output: Any) -> None:
+        made.append((Place(path, calls[path]), output))
+        calls[path] += 1
+
+    with watch({path: one for path, one in modules.items() if path}, see):
+        result = run(image)
+    # the first that returned it made it: what holds that module returned it later
+    return next((place for place, output in made if output is result), None)
 
 
 def channels_first(field: Field | None) -> bool:

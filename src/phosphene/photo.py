@@ -18,6 +18,7 @@ from phosphene.errors import PhotoRefused
 MOST_PIXELS = 80_000_000
 # Pillow knows many more; one of them, EPS, would be handed to an interpreter of programs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp")  # of files in a folder of photos
 
 
 def read(path: str | Path, channels: int = 3) -> Tensor:

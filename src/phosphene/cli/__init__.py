@@ -1,4 +1,4 @@
-"""The command line: `layers`, `filters`, `dream`, `demo`; exit codes and error messages."""
+"""The command line: its commands, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
+from phosphene.cli.photos import activations, cam, kernels
 from phosphene.cli.rendering import dream, filters, watching
 from phosphene.cli.terminal import report, say, tell
 from phosphene.demo import FILTERS, LAYERS, demonstrate
@@ -41,7 +42,7 @@ def layers(open_model: OpenModel, quiet: Quiet = False, as_json: AsJson = False)
     tell(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
 
 
-for command in (filters, dream):
+for command in (filters, activations, cam, kernels, dream):
     app.command()(command)
 
 
@@ -52,7 +53,7 @@ def demo(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do the main job on the built-in trained network: one sheet of filters for each of its blocks."""
+    """Do the main job on the built-in trained networks: sheets of filters, and a photo through a classifier."""
     check_writable(out, folder=True)
     paths = []
     with watching(FILTERS * len(LAYERS), quiet) as watch:
@@ -63,7 +64,10 @@ def demo(
     if as_json:
         report(paths, as_json, {})
     elif not quiet:
-        say(f"what {FILTERS} filters of each block of builtin/vgg19 respond to is in {out.resolve()}")
+        say(
+            f"what {FILTERS} filters of each block of builtin/vgg19 respond to, "
+            f"and what builtin/efficientnet-lite0 makes of a photo, is in {out.resolve()}"
+        )
 
 
 def version(asked: bool) -> None:

@@ -73,7 +73,6 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         asked = {name: given.pop(name) for name in ("model", *MODEL_OPTIONS)}
-        asked.pop("trust")  # TEMP
         command(lambda: loaded(asked, given["quiet"]), **given)
 
     changed: Any = run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 
 from phosphene.errors import InvalidRequest, ModelNotFound
+from phosphene.loaders.archive import is_saved_model
+from phosphene.loaders.keras import BYTES, from_application, from_keras, is_keras_model
 from phosphene.loaders.pytorch import UNNORMALISED, Sources, from_module, from_reference
 from phosphene.model import Model, Preprocessing, first_line
 
 
 def load(
-    model: str | nn.Module,
+    model: str | Path | nn.Module,
     *,
     weights: str | Path | None = None,
     mean: Sequence[float] | None = None,
@@ -26,18 +29,22 @@ def load(
     channels_in: int | None = None,
     labels: Sequence[str] | str | Path | None = None,
     device: str | torch.device = "cpu",
+    trust: bool = False,
 ) -> Model:
     """Return the handle of a model.
 
     Args:
-        model: `builtin/vgg19`, `builtin/efficientnet-lite0`, `torchvision/NAME`, `timm/NAME`, `package.module:callable`
-            (called without arguments), or a `torch.nn.Module`, which is used where it is and never changed.
-        weights: `none` for random ones, or a `.safetensors`, `.pt` or `.pth` file; by default the trained ones.
+        model: `builtin/vgg19`, `builtin/efficientnet-lite0`, `torchvision/NAME`, `timm/NAME`, `keras/NAME`, the path of
+            a saved Keras model, `package.module:callable` (called without arguments), or a `torch.nn.Module` or Keras
+            model, which is used where it is and never changed.
+        weights: `none` for random ones, or a `.safetensors`, `.pt` or `.pth` file, for Keras models an `.h5` file; by
+            default the trained ones.
         mean, std: one number a channel, in units of an image in [0, 1]; by default the model's own, else 0 and 1.
         input_size: side or (h, w) in pixels of the network's input; by default the model's own, else found by trying.
         channels_in: channels of its images; by default those of its first convolution.
         labels: class names, or a text file with one a line.
         device: where to put a model that is loaded by reference.
+        trust: let Lambda layers and custom objects in a saved Keras model run their author's code.
 
     Raises:
         ModelNotFound, ModelRefused, WeightsRefused, ExtraMissing, InvalidRequest, SizeRefused.
@@ -49,23 +56,32 @@ def load(
     if channels_in is not None and channels_in < 1:
         raise InvalidRequest(f"a network has at least 1 input channel, not {channels_in}")
     sources = Sources(None if weights is None else str(weights), size_pair(input_size), channels_in)
-    if isinstance(model, nn.Module):
+    if is_keras_model(model):
+        handle = from_keras(model, sources)
+    elif isinstance(model, nn.Module):
         handle = from_module(model, sources)
-    elif isinstance(model, str):
+    elif isinstance(model, str | Path):
         place = torch_device(device)
-        handle = from_reference(model, sources)
+        handle = adapter(str(model), trust)(str(model), sources)
         handle.module.to(place)
     else:
         raise ModelNotFound(f"a model is a reference such as 'builtin/vgg19' or a torch.nn.Module, not {type(model)}")
     changes: dict[str, Any] = {}
     if mean is not None or std is not None:
         changes["preprocessing"] = preprocessing(handle, mean, std)
-        changes["notes"] = tuple(note for note in handle.notes if note != UNNORMALISED)
+        changes["notes"] = tuple(note for note in handle.notes if note not in (UNNORMALISED, BYTES))
     if labels is not None:
         changes["labels"] = read_labels(labels)
     handle = dataclasses.replace(handle, **changes)
     handle.check_finite()
     return handle
+
+
+def adapter(reference: str, trust: bool) -> Callable[[str, Sources], Model]:
+    """Return what loads a model by its reference: a saved Keras model, `keras/NAME`, or anything of PyTorch's."""
+    if is_saved_model(reference):
+        return partial(from_keras, trust=trust)
+    return from_application if reference.startswith("keras/") else from_reference
 
 
 def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

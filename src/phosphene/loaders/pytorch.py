@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from phosphene.capture import borrowed
+from phosphene.capture import Splice, borrowed
 from phosphene.errors import ExtraMissing, InvalidRequest, ModelNotFound, ModelRefused, SizeRefused, nearest
+from phosphene.layers import producer
 from phosphene.loaders.builtin import BUILTIN, load_builtin
 from phosphene.loaders.weights import RANDOM, load_weights, randomise, seeded
 from phosphene.model import Model, Preprocessing, first_line
@@ -29,6 +30,7 @@ OFFLINE = (
     "; trained weights are downloaded once and kept, which needs a network connection;"
     " --weights none or --weights PATH does without"
 )
+SQUASHING = {"softmax", "logsoftmax", "log_softmax", "sigmoid"}
 SIZES_TO_TRY = (224, 32, 28, 64, 96, 128, 48, 100, 150, 160, 192, 256, 299, 384, 512)
 
 
@@ -68,7 +70,7 @@ def from_reference(reference: str, sources: Sources) -> Model:
     else:
         raise ModelNotFound(
             f"{reference!r} is no model reference; give builtin/NAME ({', '.join(BUILTIN)}), torchvision/NAME, "
-            "timm/NAME or package.module:callable"
+            "timm/NAME, keras/NAME, a .keras, .h5 or .hdf5 file, or package.module:callable"
         )
     if sources.channels_in not in (None, model.channels_in):
         raise InvalidRequest(
@@ -243,7 +245,32 @@ def from_module(module: nn.Module, sources: Sources) -> Model:
     channels = sources.channels_in or first_channels(module)
     model = Model(module=module, name=type(module).__name__, input_size=(0, 0), channels_in=channels)
     size = sources.input_size or find_input_size(model)
-    return replace(model, input_size=size, notes=(UNNORMALISED,))
+    return with_logits(replace(model, input_size=size, notes=(UNNORMALISED,)))
+
+
+def with_logits(model: Model) -> Model:
+    """Return the handle with the address of what comes before the softmax or sigmoid that the network ends in."""
+    squashing = {path: where for path, one in model.modules.items() if (where := squashes(model.modules, path))}
+    try:
+        with borrowed(model.module), torch.no_grad():
+            last = producer(model.forward, model.modules, model.grey(model.input_size)) if squashing else None
+    except Exception:  # where the input size was given wrongly, the table of layers says so better
+        last = None
+    if last is None or last.path not in squashing:
+        return model
+    owner, where = model.modules[last.path], squashing[last.path]
+    modules = {f"{last.path}#{where}": Splice(owner, where), **model.modules}
+    call = f"@{last.call}" if last.call else ""
+    return replace(model, modules=modules, logits=f"{last.path}{call}#{where}")
+
+
+def squashes(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Return where to find what a module turns into probabilities at its end, "" for a module that does not."""
+    kind, activation = type(modules[path]).__name__, getattr(modules[path], "activation", None)
+    name = str(getattr(activation, "__name__", type(activation).__name__))
+    if name.lower() in SQUASHING and f"{path}#{Splice.ACTIVATION}" in modules:
+        return Splice.ACTIVATION
+    return Splice.INPUT if (name if kind == "Activation" else kind).lower() in SQUASHING else ""
 
 
 def first_channels(module: nn.Module) -> int:

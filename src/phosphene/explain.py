@@ -1,0 +1,399 @@
+"""Explaining: where on a photo the evidence for a class lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phosphene.cams import CAMS, INPUT_METHODS, Cam
+from phosphene.errors import InvalidRequest, LayerRefused
+from phosphene.heatmap import Guess, Heatmap, chosen_scores, class_indices, class_name, probabilities
+from phosphene.layers import Layer
+from phosphene.model import Model
+from phosphene.version import __version__
+
+Address = str | int
+Target = int | str | None
+INPUT = "input"  # the "layer" of the methods that look at the image itself
+TOP = 5
+MOST_SKEW = 2.0  # a map whose proportions differ from the image's by more is taken for something else
+MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens, which stand before those of the grid
+
+
+def explain(
+    model: Model, photo: Tensor, target: Target = None, *, layer: Address | None = None, method: str | Cam = "gradcam"
+) -> Heatmap:
+    """Return where on a photo the evidence for a class lies.
+
+    Args:
+        model: from `load`; it is used as it is and left as it was.
+        photo: (1, c, H, W) in [0, 1], such as `read` returns, of any size.
+        target: the class, by index or name; by default the most probable.
+        layer: where to look, by default `default_layer`. What is read is what the layer computed, before anything
+            that overwrites it: at a convolution before its ReLU, at the ReLU after it.
+        method: a name from `CAMS` or `INPUT_METHODS`, or a function (acts, grads), each (b, c, h, w), -> (b, h, w).
+            The methods of `INPUT_METHODS` look at the image itself and take no layer. Guided backpropagation is not
+            offered: it fails the sanity checks of Adebayo 2018. Of `gradcam++`, `layercam`, `eigencam` see CAUTIONS.
+
+    Raises:
+        LayerNotFound, ChannelNotFound: there is no such layer, or class.
+        LayerRefused: the layer has no map, or does not feed the class scores; or the network returns no class scores.
+        InvalidRequest: there is no such method, or the photo is no (1, c, H, W).
+
+    Example:
+        >>> explain(load("builtin/efficientnet-lite0"), photo).overlay(photo).save("cam.png")
+    """
+    with explaining(model, layer, method) as explainer:
+        return explainer(photo, target)
+
+
+def heatmaps(
+    model: Model,
+    images: Tensor,
+    targets: Sequence[Target] | Tensor | Target = None,
+    layer: Address | None = None,
+    method: str | Cam = "gradcam",
+) -> tuple[Tensor, Tensor]:
+    """Return raw maps (b, h, w) and logits (b, k) of images (b, c, h, w) as the network takes them; see `explain`.
+
+    `targets` is one class for all, or one an image.
+    """
+    with explaining(model, layer, method) as explainer:
+        return explainer.maps(images, targets)
+
+
+@contextmanager
+def explaining(model: Model, layer: Address | None = None, method: str | Cam = "gradcam") -> Iterator[Explainer]:
+    """Borrow a network once to explain many photos, one after another or in batches; nothing is kept between them.
+
+    Example:
+        >>> with explaining(model) as explainer:
+        ...     for path in paths:
+        ...         explainer(photo := read(path)).save(path.with_suffix(".png"), photo)
+    """
+    check_classifies(model)
+    name, at_input = method_name(method), method in INPUT_METHODS
+    if at_input and layer is not None:
+        raise InvalidRequest(f"{name} looks at the image itself; leave the layer out, or take one of {', '.join(CAMS)}")
+    chosen = (
+        None if at_input else check_has_map(model, model.find(layer)) if layer is not None else default_layer(model)
+    )
+    roots = [chosen.path] if chosen else []
+    with model.reading([*roots, model.logits], roots) as read:
+        yield Explainer(model, chosen, method, read)
+
+
+@dataclass(frozen=True, eq=False)
+class Explainer:
+    """A borrowed network with a layer and a method; valid inside `explaining`.
+
+    Attributes:
+        layer: where it looks, None for the methods that look at the image itself.
+    """
+
+    model: Model
+    layer: Layer | None
+    method: str | Cam
+    read: Callable[[Tensor], dict[Address, Tensor]]
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """What the maps follow from beside photo and class, in JSON terms."""
+        return {
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "layer": self.layer.path if self.layer else INPUT,
+            "method": method_name(self.method),
+            "notes": list(self.model.notes),
+            "versions": {"phosphene": __version__, "torch": torch.__version__},
+        }
+
+    def __call__(self, photo: Tensor, target: Target = None) -> Heatmap:
+        """Return the heat map of one photo (1, c, H, W)."""
+        return self.several([photo], [target])[0]
+
+    def several(self, photos: Sequence[Tensor], targets: Sequence[Target] | Target = None) -> list[Heatmap]:
+        """Return the heat maps of photos (1, c, H, W), each of any size, in one forward and one backward pass."""
+        for photo in photos:
+            check_photo(photo, self.model.channels_in)
+        images, regions = zip(*map(self.model.fitted, photos), strict=True)
+        maps, logits = self.maps(torch.cat(images), targets)
+        chances = probabilities(logits, self.model.labels).double().cpu()
+        chosen = class_indices(targets, logits, self.model.labels)
+        return [
+            self.result(one, chance, index, region, photo)
+            for one, chance, index, region, photo in zip(maps.cpu(), chances, chosen, regions, photos, strict=True)
+        ]
+
+    def result(self, one: Tensor, chances: Tensor, index: int, region: Any, photo: Tensor) -> Heatmap:
+        """Return a map (h, w) with all that belongs to it; chances (k,)."""
+        labels = self.model.labels
+        order = chances.argsort(descending=True, stable=True)[:TOP].tolist()
+        guesses = {
+            one: Guess(one, class_name(one, labels, len(chances)), float(chances[one])) for one in [*order, index]
+        }
+        return Heatmap(
+            map=one.clone(),
+            method=self.spec["method"],
+            layer=self.spec["layer"],
+            target=guesses[index],
+            top=tuple(guesses[one] for one in order),
+            region=region,
+            photo_size=(photo.shape[-2], photo.shape[-1]),
+            spec={**self.spec, "target": asdict(guesses[index])},
+        )
+
+    def maps(self, images: Tensor, targets: Sequence[Target] | Tensor | Target = None) -> tuple[Tensor, Tensor]:
+        """Return raw maps (b, h, w) and logits (b, k) of images (b, c, h, w) at the network's input size."""
+        maps, logits = self.at_layer(images, targets) if self.layer else self.at_input(images, targets)
+        need_finite(self.model, maps, logits)
+        return maps, logits
+
+    def at_layer(self, images: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return maps from the layer's activations and gradients."""
+        assert self.layer is not None
+        found = self.read(images)
+        logits, raw = self.logits(found, len(images)), found[self.layer.path]
+        score = chosen_scores(logits, class_indices(targets, logits, self.model.labels), self.model.labels).sum()
+        slope = torch.autograd.grad(score, raw, allow_unused=True)[0] if score.requires_grad else None
+        if slope is None:
+            raise LayerRefused(
+                f"the class scores of {self.model.name} do not depend on what {self.layer.path} returned; "
+                f"{those_with_maps(self.model)}"
+            )
+        acts, grads = (as_map(one, self.layer, images) for one in (raw.detach(), slope))
+        method = CAMS[self.method] if isinstance(self.method, str) else self.method
+        maps = method(acts, grads)
+        if tuple(maps.shape) != (len(acts), *acts.shape[2:]):
+            raise InvalidRequest(
+                f"{method_name(self.method)} returned {tuple(maps.shape)}, not a map (b, h, w) of "
+                f"{(len(acts), *acts.shape[2:])} for activations of {tuple(acts.shape)}"
+            )
+        return maps.detach(), logits.detach()
+
+    def at_input(self, images: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        """Return maps from the gradients of the class scores with respect to the images."""
+        with torch.no_grad():
+            logits = self.logits(self.read(images), len(images))
+        chosen = class_indices(targets, logits, self.model.labels)
+
+        def slope(some: Tensor) -> Tensor:
+            leaf = some.detach().requires_grad_()
+            scores = chosen_scores(self.logits(self.read(leaf), len(leaf)), chosen, self.model.labels)
+            return torch.autograd.grad(scores.sum(), leaf)[0]
+
+        return INPUT_METHODS[str(self.method)](slope, images.detach()), logits
+
+    def logits(self, found: dict[Address, Tensor], count: int) -> Tensor:
+        """Return the class scores (b, k) of what was read.
+
+        Raises:
+            LayerRefused: they are nothing of the kind.
+        """
+        logits = found[self.model.logits]
+        if logits.dim() != 2 or len(logits) != count or not logits.is_floating_point():
+            raise no_classes(self.model, f"a tensor of {tuple(logits.shape)}")
+        return logits
+
+
+def check_photo(photo: Tensor, channels: int) -> None:
+    """Refuse a photo that is not (1, c, H, W), floating, with the network's number of channels."""
+    if photo.dim() != 4 or tuple(photo.shape[:2]) != (1, channels) or not photo.is_floating_point():
+        raise InvalidRequest(
+            f"a photo to explain is a floating tensor (1, {channels}, height, width) in 0..1, such as "
+            f"read(path, channels={channels}) returns, not {tuple(photo.shape)} of {photo.dtype}"
+        )
+
+
+def method_name(method: str | Cam) -> str:
+    """Return what a method is called.
+
+    Raises:
+        InvalidRequest: there is no such method; guided backpropagation is left out on purpose.
+    """
+    if not isinstance(method, str):
+        return getattr(method, "__name__", type(method).__name__)
+    if method in CAMS or method in INPUT_METHODS:
+        return method
+    guided = ": its pictures stay the same when the network's weights are randomised (Adebayo 2018)"
+    why = guided if "guided" in method.lower() else ""
+    raise InvalidRequest(f"there is no method {method!r}{why}; there are: {', '.join([*CAMS, *INPUT_METHODS])}")
+
+
+def check_classifies(model: Model) -> None:
+    """Refuse a network that returns several tensors, none of them known to be class scores."""
+    if model.logits == "":
+        try:
+            model.output_part  # noqa: B018 - found once and kept
+        except LayerRefused as error:
+            raise no_classes(model, "something else") from error
+
+
+def no_classes(model: Model, returned: str) -> LayerRefused:
+    return LayerRefused(
+        f"{model.name} returns {returned}, not class scores; a heat map explains networks that return one tensor "
+        "(images, classes), not those for detection or segmentation; `phosphene activations` works for these, too"
+    )
+
+
+def as_map(tensor: Tensor, layer: Layer, images: Tensor) -> Tensor:
+    """Return what a layer returned for images (b, c, H, W), or its gradient, as a map (b, c, h, w).
+
+    Maps with their channels last, and tokens (b, n, d), are told by the image: their grid has its proportions, and for
+    tokens a whole number of pixels a cell; the fewest possible further tokens stand before the grid.
+
+    Raises:
+        LayerRefused: it is no such thing, or has a single position.
+    """
+    shape, sides = tuple(tensor.shape), (images.shape[-2], images.shape[-1])
+    found: Tensor | None = None
+    if tensor.dim() == 4 and len(tensor) == len(images):
+        first, last = skew(shape[2:], sides), skew(shape[1:3], sides)
+        if is_sure_of(layer, sides) or (layer.is_map and first <= min(last, MOST_SKEW)):
+            found = tensor
+        elif last <= MOST_SKEW:
+            found = tensor.permute(0, 3, 1, 2)
+    elif tensor.dim() == 3 and len(tensor) == len(images):
+        grid = token_grid(shape[1], sides)
+        found = tensor[:, -grid[0] * grid[1] :].mT.reshape(len(tensor), shape[2], *grid) if grid else None
+    if found is None:
+        raise LayerRefused(f"{layer.path} returns {shape}, in which no map of the image is known")
+    if max(found.shape[2:]) == 1:
+        raise LayerRefused(f"{layer.path} returns a single position, so there is no map")
+    return found
+
+
+def skew(pair: Sequence[int], sides: Sequence[int]) -> float:
+    """Return by which factor, at least 1, the proportions of two numbers differ from those of an image."""
+    factor = pair[0] * sides[1] / (pair[1] * sides[0])
+    return max(factor, 1 / factor)
+
+
+def is_sure_of(layer: Layer, sides: Sequence[int]) -> bool:
+    """Return whether a layer's table row is right that it is a map: its positions were followed, or fit the image."""
+    return layer.size is not None and (layer.sees == "part" or skew(layer.size, sides) <= MOST_SKEW)
+
+
+def token_grid(count: int, sides: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the grid (h, w) that so many tokens of an image with these sides make, None if they make none."""
+    patches = [size for size in range(1, min(sides) + 1) if sides[0] % size == 0 and sides[1] % size == 0]
+    for extra in range(min(MOST_EXTRA_TOKENS, count) + 1):
+        for size in patches:
+            grid = sides[0] // size, sides[1] // size
+            if grid[0] * grid[1] == count - extra > 1:
+                return grid
+    return None
+
+
+def check_has_map(model: Model, layer: Layer) -> Layer:
+    """Refuse a layer that has no positions, as far as its table tells."""
+    if layer.size is None and layer.channels is None:
+        return layer  # tokens perhaps, or channels last: seen when it runs
+    if layer.size is None or max(layer.size) == 1:
+        raise LayerRefused(
+            f"{layer.path} has no map any more, it comes after the pooling over all positions; {those_with_maps(model)}"
+        )
+    return layer
+
+
+def those_with_maps(model: Model) -> str:
+    """Return which layers to take, in words."""
+    maps = [one.path for one in model.layers() if one.size and max(one.size) > 1]
+    return f"the last ones with a map are: {', '.join(maps[-4:])}" if maps else "no layer has a map"
+
+
+def default_layer(model: Model) -> Layer:
+    """Return the layer where a heat map is taken by default.
+
+    That is the last convolution or normalisation with a map larger than 1×1 or, if layers with the same map size follow
+    (its normalisation, its ReLU, the block that it ends; no Linear), the last of them: VGG16's ReLU after the last
+    convolution (14×14, as in R4.3) rather than what is pooled from it to 7×7; `layer4` of a ResNet. Where tokens take
+    part, the class scores must depend on the layer's positions: in a ViT that makes it the first normalisation of the
+    last block, for after it only the class token counts.
+
+    Raises:
+        LayerRefused: no layer has a map.
+    """
+    layers = before_the_scores(model)
+    known = [
+        number
+        for number, one in enumerate(layers)
+        if has_own_weights(model, one, matrix=False) and has_known_map(model, one)
+    ]
+    tail = layers[known[-1] :] if known else layers
+    sizes = {one.path: one.size for one in tail if has_known_map(model, one)}
+    if any(may_have_hidden_map(model, one) for one in tail):
+        sizes = sizes_that_count(model, tail)
+    anchors = [
+        number for number, one in enumerate(tail) if one.path in sizes and has_own_weights(model, one, matrix=False)
+    ]
+    if not anchors:
+        raise LayerRefused(f"{model.name} has no convolution or normalisation with a map that counts; name a layer")
+    size = sizes[tail[anchors[-1]].path]
+    fitting = [one for one in tail[anchors[-1] :] if sizes.get(one.path) == size]
+    return [one for one in fitting if not has_own_weights(model, one, matrix=True)][-1]
+
+
+def before_the_scores(model: Model) -> list[Layer]:
+    """Return the layers in the order of the forward pass, up to the class scores."""
+    layers = list(model.layers())
+    return layers if model.logits == "" else layers[: layers.index(model.find(model.logits))]
+
+
+def has_known_map(model: Model, layer: Layer) -> bool:
+    return is_sure_of(layer, model.input_size) and layer.size is not None and max(layer.size) > 1
+
+
+def may_have_hidden_map(model: Model, layer: Layer) -> bool:
+    """Return whether a layer may return tokens, or a map in another order than its table row says."""
+    is_vector = layer.size is None and layer.channels is not None
+    return not is_vector and not is_sure_of(layer, model.input_size)
+
+
+def has_own_weights(model: Model, layer: Layer, matrix: bool) -> bool:
+    """Return whether a layer has weights of its own, with a plain matrix (Linear) or none (convolutions, norms)."""
+    module = model.modules[layer.place.path]
+    inner = {id(one) for one in module.modules()} - {id(module)}
+    holds_layers = any(id(one) in inner for one in model.modules.values())
+    dimensions = [one.dim() for one in module.parameters()]
+    return not holds_layers and bool(dimensions) and (2 in dimensions) == matrix
+
+
+def sizes_that_count(model: Model, layers: Sequence[Layer]) -> dict[str, tuple[int, int] | None]:
+    """Return the map sizes of the layers whose positions matter to the class scores, tried on an image of noise.
+
+    Where none seems to matter (the classifier's weights may be 0), those of all that have a map.
+    """
+    noise = torch.rand((1, model.channels_in, *model.input_size), generator=torch.Generator().manual_seed(0))
+    image, paths = noise.to(model.like), [one.path for one in layers]
+    with model.reading([*paths, model.logits], paths[:1]) as read:
+        found = read(image)
+        score = found[model.logits].float().amax()
+        acts = {path: found[path] for path in paths if found[path].requires_grad}
+        grads = torch.autograd.grad(score, list(acts.values()), allow_unused=True) if acts else ()
+    by_path = {one.path: one for one in layers}
+    pairs = [(path, act, grad) for (path, act), grad in zip(acts.items(), grads, strict=True)]
+    maps = {path: (mapped(act, by_path[path], image), mapped(grad, by_path[path], image)) for path, act, grad in pairs}
+    sizes = {path: (act.shape[2], act.shape[3]) for path, (act, _) in maps.items() if act is not None}
+    counting = {path for path, (_, grad) in maps.items() if grad is not None and bool(grad.any())}
+    return {path: size for path, size in sizes.items() if path in counting or not counting}
+
+
+def mapped(tensor: Tensor | None, layer: Layer, images: Tensor) -> Tensor | None:
+    """Return `as_map`, or None where there is none."""
+    try:
+        return None if tensor is None else as_map(tensor, layer, images)
+    except LayerRefused:
+        return None
+
+
+def need_finite(model: Model, maps: Tensor, logits: Tensor) -> None:
+    """Refuse NaN or infinity in maps (b, h, w) and logits (b, k)."""
+    if not bool(maps.isfinite().all() and logits.isfinite().all()):
+        raise LayerRefused(f"the class scores of {model.name} or their gradients are NaN or infinite for this photo")

@@ -1,0 +1,202 @@
+"""Kernels: the weights as they are, and tiles whose colours are the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from PIL import Image
+from torch import Tensor, nn
+
+from phosphene import errors, figure
+from phosphene.kernels import Kernels, Sheet, kernels, numbered, scale
+from phosphene.loaders import load
+from phosphene.model import Model, Preprocessing
+
+TOP = 12 + 2 * 24 + 4  # border, title, note, gap: where the picture under a caption begins
+HEAD = 18  # labels of the columns
+
+
+def handle(module: nn.Module, **options: Any) -> Model:
+    return Model(module=module, name="net", input_size=(16, 16), **options)
+
+
+def made(weights: Tensor, colours: str | None = None) -> Kernels:
+    return Kernels(weights, {"model": "net", "layer": "conv", "colours": colours})
+
+
+def colour(value: float, end: float = 1.0, name: str = "RdBu_r") -> tuple[int, ...]:
+    """Return the colour of a weight on a scale from -end to end."""
+    level = round((value / end + 1) / 2 * 255)
+    return tuple(int(one) for one in colormaps[name](level, bytes=True)[:3])
+
+
+def first_column(pixels: np.ndarray[Any, Any], row: int) -> int:
+    """Return where the kernels begin on a line of pixels in which no label is written."""
+    return int(np.argmax((pixels[row : row + 3].astype(int) != 255).any(2).all(0)))
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_are_a_copy_of_the_layer_s_in_one_layout() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, (3, 5)), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 6, 3, groups=6))
+    found = [kernels(handle(net), address) for address in ("0", 1, ".2")]
+    assert [tuple(one.weights.shape) for one in found] == [(4, 3, 3, 5), (6, 4, 2, 2), (6, 1, 3, 3)]
+    assert found[0].weights.equal(net.state_dict()["0.weight"])
+    assert found[1].weights[5, 2].equal(net.state_dict()["1.weight"][2, 5])
+    found[0].weights.zero_()
+    assert bool(net.state_dict()["0.weight"].any())
+    assert repr(found[2]) == "Kernels(6×1×3×3 of .2 in net)"
+    assert [one.spec["colours"] for one in found] == ["rgb", None, None]
+
+
+def test_a_layer_without_kernels_is_refused_and_the_nearest_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 2))
+    with pytest.raises(
+        errors.LayerRefused, match=r"\.3 is a Linear, which has no kernels .*; the nearest that have: \.0$"
+    ):
+        kernels(handle(net), ".3")
+    with pytest.raises(errors.LayerRefused, match="and no layer of this network has any"):
+        kernels(handle(nn.Sequential(nn.Flatten(), nn.Linear(768, 2))), ".1")
+    with pytest.raises(errors.LayerNotFound):
+        kernels(handle(net), "conv")
+    net.state_dict()["0.weight"][0, 0, 0, 0] = float("inf")
+    with pytest.raises(errors.WeightsRefused, match=r"the kernels of \.0 hold NaN or infinity"):
+        kernels(handle(net), 0)
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_row_a_filter_one_column_an_input_channel_in_the_colours_of_the_scale() -> None:
+    weights = torch.linspace(-1, 0.75, 10 * 5 * 9).view(10, 5, 3, 3)  # R2.2b's layout; the scale reaches from -1 to 1
+    page = np.asarray(made(weights).grid())
+    tile = 48 + 1  # a kernel of 3×3, 16 times enlarged, and a line
+    left = first_column(page, TOP + HEAD)
+    for out, channel, y, x in ((0, 0, 0, 0), (0, 4, 1, 2), (3, 2, 2, 0), (9, 4, 2, 2), (9, 0, 0, 1)):
+        top, start = TOP + HEAD + out * tile + y * 16, left + channel * tile + x * 16
+        expected = colour(float(weights[out, channel, y, x]))
+        assert tuple(page[top, start]) == expected
+        assert tuple(page[top + 15, start + 15]) == expected
+    assert tuple(page[TOP + HEAD + 48, left + 7]) == (195, 195, 195)
+    assert tuple(page[TOP + HEAD, left]) == tuple(int(one) for one in colormaps["RdBu_r"](0, bytes=True)[:3])
+
+
+def test_the_grey_style_stretches_all_together_from_the_lowest_to_the_highest() -> None:
+    weights = torch.tensor([1.0, 2, 3, 5]).view(2, 2, 1, 1)
+    page = np.asarray(made(weights).grid(style="grey"))
+    left = first_column(page, TOP + HEAD)
+    found = [page[TOP + HEAD + row * 49, left + column * 49, 0] for row in (0, 1) for column in (0, 1)]
+    assert found == [0, 64, 128, 255]
+    with pytest.raises(errors.InvalidRequest, match="there is no style 'jet'; there are: signed, grey"):
+        made(weights).grid(style="jet")
+
+
+def test_the_scale_is_symmetric_and_an_outlier_does_not_take_the_colour_from_the_others() -> None:
+    assert scale(torch.tensor([-0.5, 0.25]), True) == (-0.5, 0.5)
+    assert scale(torch.tensor([-0.5, 0.25]), False) == (-0.5, 0.25)
+    assert scale(torch.zeros(3), True) == (-1.0, 1.0)
+    one_far_off = torch.cat([torch.ones(99), torch.tensor([100.0])])  # root mean square sqrt(100.99)
+    low, high = scale(one_far_off, True)
+    assert high == pytest.approx(4 * 100.99**0.5, rel=1e-9)
+    assert low == -high
+    page = np.asarray(made(one_far_off.view(100, 1, 1, 1)).grid())
+    darkest = tuple(int(one) for one in colormaps["RdBu_r"](255, bytes=True)[:3])
+    assert any(tuple(one) == darkest for one in page.reshape(-1, 3))
+
+
+def test_depthwise_kernels_fill_a_near_square_grid_row_by_row() -> None:
+    weights = torch.linspace(-1, 1, 7 * 4).view(7, 1, 2, 2)
+    page = np.asarray(made(weights).grid())
+    left = first_column(page, TOP)
+    for index in range(7):
+        row, column = divmod(index, 3)
+        assert tuple(page[TOP + row * 49, left + column * 49]) == colour(float(weights[index, 0, 0, 0]))
+
+
+def test_rows_go_on_in_a_further_block_where_filters_see_few_channels() -> None:
+    sheet = Sheet.of(torch.zeros(64, 3, 3, 3))
+    assert (sheet.rows, sheet.columns, len(sheet.pages)) == (16, 3, 1)
+    assert Sheet.of(torch.zeros(10, 5, 3, 3))[1:] == (10, 5, [(range(10), range(5))])
+
+
+@pytest.mark.parametrize(
+    "shape", [(512, 512, 3, 3), (2048, 64, 1, 1), (1000, 3, 16, 16), (64, 64, 31, 31), (5, 700, 1, 7)]
+)
+def test_pages_hold_every_kernel_once_and_are_bounded(shape: tuple[int, int, int, int]) -> None:
+    weights = torch.zeros(1, 1, *shape[2:]).expand(shape)
+    sheet = Sheet.of(weights)
+    seen = np.zeros(shape[:2], int)
+    for filters, channels in sheet.pages:
+        seen[filters.start : filters.stop, channels.start : channels.stop] += 1
+        assert len(filters) <= sheet.rows * max(1, 2700 // (sheet.columns * (shape[3] * sheet.factor + 1)))
+        assert len(channels) * (shape[3] * sheet.factor + 1) <= 2700
+        assert sheet.rows * (shape[2] * sheet.factor + 1) <= 2700
+    assert bool((seen == 1).all())
+    assert sheet.factor * max(shape[2:]) >= 9
+
+
+def test_the_pages_of_a_large_layer(tmp_path: Path) -> None:
+    weights = torch.zeros(3, 300, 3, 3)
+    weights[1, 256:, 0, 0] = 1.0
+    many = made(weights)
+    assert many.pages == 2
+    second = np.asarray(many.grid(1))
+    height = 3 * Sheet.of(weights).factor + 1
+    left = first_column(second, TOP + HEAD)
+    assert tuple(second[TOP + HEAD + height, left]) == tuple(
+        int(one) for one in colormaps["RdBu_r"](255, bytes=True)[:3]
+    )
+    with pytest.raises(errors.InvalidRequest, match="conv has no page 2: it has 2, counted from 0"):
+        many.grid(2)
+    paths = many.save(tmp_path / "conv.png")
+    assert [one.name for one in paths] == ["conv.png", "conv_page2.png"]
+    with Image.open(paths[1]) as opened:
+        about = json.loads(opened.text[figure.METADATA])  # type: ignore[attr-defined]
+    assert (about["layer"], about["page"]) == ("conv", 1)
+
+
+def test_labels_are_as_close_as_there_is_room() -> None:
+    assert numbered(range(5, 8), 49, 14) == {24: "5", 73: "6", 122: "7"}
+    assert list(numbered(range(6), 10, 28).values()) == ["0", "4"]
+
+
+# --- in colour --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("order", "expected"), [("rgb", (255, 128, 64)), ("bgr", (64, 128, 255))])
+def test_filters_of_the_first_layer_in_colour(order: str, expected: tuple[int, ...]) -> None:
+    weights = torch.zeros(4, 3, 1, 1)
+    weights[0, :, 0, 0] = torch.tensor([1.0, 0.0, -0.5])
+    page = np.asarray(made(weights, order).rgb())
+    left = first_column(page, TOP)
+    assert tuple(page[TOP, left]) == expected
+    assert tuple(page[TOP + 49, left]) == (128, 128, 128)
+    with pytest.raises(errors.LayerRefused, match="conv has 2 input channels, not the 3 of a colour"):
+        made(weights[:, :2]).rgb()
+
+
+def test_only_the_first_layer_of_a_network_that_sees_colour_is_shown_in_colour() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 2, 3))
+    assert kernels(handle(net, preprocessing=Preprocessing(bgr=True)), 0).spec["colours"] == "bgr"
+    assert kernels(handle(net), 1).spec["colours"] is None
+    both, grid = next(kernels(handle(net), 0).pictures()), kernels(handle(net), 0).grid()
+    assert both.width > grid.width
+    assert len(list(kernels(handle(net), 1).pictures())) == 1
+
+
+def test_the_built_in_network_shows_a_green_filter_in_green() -> None:
+    shown = kernels(load("builtin/vgg19"), "block1_conv1")
+    assert shown.weights.shape == (64, 3, 3, 3)
+    assert shown.spec["colours"] == "bgr"
+    page = np.asarray(shown.rgb()).astype(int)
+    left = first_column(page, TOP)
+    red, green, blue = page[TOP + 49 + 24, left + 4 * 49 + 24]  # filter 12: green against red and blue
+    assert green > red + 60
+    assert green > blue + 60
