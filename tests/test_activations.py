@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from phosphene import errors, figure
-from phosphene.activations import Activations, activations, as_maps, measure, token_grid
+from phosphene.activations import Activations, activations, as_maps, measure
 from phosphene.layers import Layers
 from phosphene.loaders import load
 from phosphene.model import Model
@@ -179,10 +179,6 @@ def test_what_is_no_photo_is_refused(wrong: Tensor) -> None:
 
 
 def test_tokens_lie_in_their_grid_and_channels_last_come_first() -> None:
-    assert token_grid(197, (224, 224)) == (1, 14, 14)
-    assert token_grid(196, (224, 224)) == (0, 14, 14)
-    assert token_grid(5 + 140, (224, 160)) == (5, 14, 10)
-    assert token_grid(3, (224, 224)) is None
     tokens = torch.arange(10.0).view(5, 2)  # one class token, then 2×2
     assert as_maps(tokens, False, (8, 8)).tolist() == [[[2, 4], [6, 8]], [[3, 5], [7, 9]]]
     last = torch.arange(12.0).view(2, 2, 3)

@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "version", "transforms", "steps", "colour", "receptive", "cams"),
     ("capture", "tracing", "objectives", "parameterizations", "photo", "store", "figure"),
     ("layers", "recipes", "rendered", "heatmap"),
-    ("model", "ascent"),
+    ("model", "ascent", "positions"),
     ("loaders.weights", "loaders.archive", "loaders.mending", "loaders.network"),
     ("loaders.builtin",),
     ("loaders.pytorch",),

@@ -18,6 +18,7 @@ from phosphene import figure
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, OutOfMemory, nearest
 from phosphene.layers import Layer, Layers
 from phosphene.model import Model, is_out_of_memory
+from phosphene.positions import token_grid
 from phosphene.rendered import file_prefix
 from phosphene.store import check_writable, write_file, write_manifest
 from phosphene.version import __version__
@@ -253,22 +254,12 @@ def as_maps(value: Tensor, is_map: bool, size: Sequence[int]) -> Tensor:
     if value.dim() < 2:
         return value.reshape(-1, 1, 1)
     if value.dim() == 2:
-        found = token_grid(len(value), size)
-        return value[found[0] :].T.reshape(-1, *found[1:]) if found else value[None]
+        grid = (1, 1) if len(value) == 1 else token_grid(len(value), (size[0], size[1]))
+        return value[-math.prod(grid) :].T.reshape(-1, *grid) if grid else value[None]
     if value.dim() == 3:
         last = not is_map and value.shape[1] != value.shape[2]  # equal ones: attention, (heads, tokens, tokens)
         return value.permute(2, 0, 1) if last else value
     return value.reshape(len(value), -1, value.shape[-1])
-
-
-def token_grid(count: int, size: Sequence[int]) -> tuple[int, int, int] | None:
-    """Return for a number of tokens how many come before the grid, and the grid's sides; None where none fits."""
-    for extra in (0, 1, 2, 4, 5):  # class token, distillation token, registers: they come first
-        width = round(math.sqrt(max(count - extra, 0) * size[1] / size[0]))
-        height = width * size[0] // size[1]
-        if height * width == count - extra >= (4 if extra else 1):
-            return extra, height, width
-    return None
 
 
 class Channels(NamedTuple):

@@ -16,14 +16,13 @@ from phosphene.errors import InvalidRequest, LayerRefused
 from phosphene.heatmap import Guess, Heatmap, chosen_scores, class_indices, class_name, probabilities
 from phosphene.layers import Layer
 from phosphene.model import Model
+from phosphene.positions import as_map, is_sure_of, mapped
 from phosphene.version import __version__
 
 Address = str | int
 Target = int | str | None
 INPUT = "input"  # the "layer" of the methods that look at the image itself
 TOP = 5
-MOST_SKEW = 2.0  # a map whose proportions differ from the image's by more is taken for something else
-MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens, which stand before those of the grid
 
 
 def explain(
@@ -242,55 +241,6 @@ def no_classes(model: Model, returned: str) -> LayerRefused:
     )
 
 
-def as_map(tensor: Tensor, layer: Layer, images: Tensor) -> Tensor:
-    """Return what a layer returned for images (b, c, H, W), or its gradient, as a map (b, c, h, w).
-
-    Maps with their channels last, and tokens (b, n, d), are told by the image: their grid has its proportions, and for
-    tokens a whole number of pixels a cell; the fewest possible further tokens stand before the grid.
-
-    Raises:
-        LayerRefused: it is no such thing, or has a single position.
-    """
-    shape, sides = tuple(tensor.shape), (images.shape[-2], images.shape[-1])
-    found: Tensor | None = None
-    if tensor.dim() == 4 and len(tensor) == len(images):
-        first, last = skew(shape[2:], sides), skew(shape[1:3], sides)
-        if is_sure_of(layer, sides) or (layer.is_map and first <= min(last, MOST_SKEW)):
-            found = tensor
-        elif last <= MOST_SKEW:
-            found = tensor.permute(0, 3, 1, 2)
-    elif tensor.dim() == 3 and len(tensor) == len(images):
-        grid = token_grid(shape[1], sides)
-        found = tensor[:, -grid[0] * grid[1] :].mT.reshape(len(tensor), shape[2], *grid) if grid else None
-    if found is None:
-        raise LayerRefused(f"{layer.path} returns {shape}, in which no map of the image is known")
-    if max(found.shape[2:]) == 1:
-        raise LayerRefused(f"{layer.path} returns a single position, so there is no map")
-    return found
-
-
-def skew(pair: Sequence[int], sides: Sequence[int]) -> float:
-    """Return by which factor, at least 1, the proportions of two numbers differ from those of an image."""
-    factor = pair[0] * sides[1] / (pair[1] * sides[0])
-    return max(factor, 1 / factor)
-
-
-def is_sure_of(layer: Layer, sides: Sequence[int]) -> bool:
-    """Return whether a layer's table row is right that it is a map: its positions were followed, or fit the image."""
-    return layer.size is not None and (layer.sees == "part" or skew(layer.size, sides) <= MOST_SKEW)
-
-
-def token_grid(count: int, sides: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the grid (h, w) that so many tokens of an image with these sides make, None if they make none."""
-    patches = [size for size in range(1, min(sides) + 1) if sides[0] % size == 0 and sides[1] % size == 0]
-    for extra in range(min(MOST_EXTRA_TOKENS, count) + 1):
-        for size in patches:
-            grid = sides[0] // size, sides[1] // size
-            if grid[0] * grid[1] == count - extra > 1:
-                return grid
-    return None
-
-
 def check_has_map(model: Model, layer: Layer) -> Layer:
     """Refuse a layer that has no positions, as far as its table tells."""
     if layer.size is None and layer.channels is None:
@@ -311,11 +261,12 @@ def those_with_maps(model: Model) -> str:
 def default_layer(model: Model) -> Layer:
     """Return the layer where a heat map is taken by default.
 
-    That is the last convolution or normalisation with a map larger than 1×1 or, if layers with the same map size follow
-    (its normalisation, its ReLU, the block that it ends; no Linear), the last of them: VGG16's ReLU after the last
-    convolution (14×14, as in R4.3) rather than what is pooled from it to 7×7; `layer4` of a ResNet. Where tokens take
-    part, the class scores must depend on the layer's positions: in a ViT that makes it the first normalisation of the
-    last block, for after it only the class token counts.
+    That is the last convolution or normalisation with a map larger than 1×1, or the last block of layers with the same
+    map size that follows or ends with it: VGG16's last convolution (14×14, as in R4.3) rather than what is pooled from
+    it to 7×7; `layer4` of a ResNet. A bare activation function after it does not count: before it the map also holds
+    what speaks against the class, which makes it sharper (`bench/mosaics.py`). Where tokens take part, the class scores
+    must depend on the layer's positions: in a ViT that makes it the first normalisation of the last block, for after it
+    only the class token counts.
 
     Raises:
         LayerRefused: no layer has a map.
@@ -337,7 +288,8 @@ def default_layer(model: Model) -> Layer:
         raise LayerRefused(f"{model.name} has no convolution or normalisation with a map that counts; name a layer")
     size = sizes[tail[anchors[-1]].path]
     fitting = [one for one in tail[anchors[-1] :] if sizes.get(one.path) == size]
-    return [one for one in fitting if not has_own_weights(model, one, matrix=True)][-1]
+    weighty = [one for one in fitting if any(True for _ in model.modules[one.place.path].parameters())]
+    return [one for one in weighty if not has_own_weights(model, one, matrix=True)][-1]
 
 
 def before_the_scores(model: Model) -> list[Layer]:
@@ -383,14 +335,6 @@ def sizes_that_count(model: Model, layers: Sequence[Layer]) -> dict[str, tuple[i
     sizes = {path: (act.shape[2], act.shape[3]) for path, (act, _) in maps.items() if act is not None}
     counting = {path for path, (_, grad) in maps.items() if grad is not None and bool(grad.any())}
     return {path: size for path, size in sizes.items() if path in counting or not counting}
-
-
-def mapped(tensor: Tensor | None, layer: Layer, images: Tensor) -> Tensor | None:
-    """Return `as_map`, or None where there is none."""
-    try:
-        return None if tensor is None else as_map(tensor, layer, images)
-    except LayerRefused:
-        return None
 
 
 def need_finite(model: Model, maps: Tensor, logits: Tensor) -> None:
