@@ -275,6 +275,7 @@ BAD = {
     "unknown method": (("cam", "nets:colour", "photo.png", "--method", "guided"), "gradcam"),
     "unknown style": (("cam", "nets:colour", "photo.png", "--style", "neon"), "no style 'neon'"),
     "a heat map into a folder": (("cam", "nets:colour", "photo.png", "--out", "bare"), "does not end in .png"),
+    "heat maps of a folder into a file": (("cam", "nets:colour", "photos", "--out", "f.png"), "looks like a file"),
     "no class vector": (("cam", "builtin/vgg19", "photo.png"), "class"),
     "kernels of a ReLU": (("kernels", "nets:colour", ".1"), "which has no kernels"),
     "kernels as a GIF": (("kernels", "nets:colour", 0, "--out", "k.gif"), "does not end in .png"),

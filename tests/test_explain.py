@@ -167,7 +167,7 @@ def test_a_method_of_ones_own(small_net: nn.Sequential) -> None:
     heat = explain(model, photo, layer=1, method=strongest)
     with model.reading([1]) as read:
         expected = read(model.fitted(photo)[0])[1].amax(1)[0]
-    assert torch.equal(heat.map, expected)
+    torch.testing.assert_close(heat.map, expected, rtol=0, atol=1e-12)
     assert (heat.method, heat.layer) == ("strongest", ".4")
     with pytest.raises(InvalidRequest, match=r"<lambda> returned \(1, 8\), not a map"):
         explain(model, photo, method=lambda acts, grads: acts.amax((2, 3)))

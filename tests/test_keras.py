@@ -720,3 +720,24 @@ def test_the_backend_is_chosen_for_the_import_only() -> None:
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "numpy torch\n"
+
+
+@pytest.mark.parametrize("ending", ["fused", "separate"])
+def test_a_heat_map_of_a_network_that_ends_in_softmax_is_that_of_the_logit(ending: str) -> None:
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Conv2D(4, 3, activation="relu", name="seen"), keras.layers.GlobalAveragePooling2D()]
+    fused = {"activation": "softmax"} if ending == "fused" else {}
+    layers += [keras.layers.Dense(3, name="out", **fused)]
+    layers += [] if fused else [keras.layers.Activation("softmax")]
+    network = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    photo = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    heat = ph.explain(load(network), photo, 1)
+    assert heat.layer == "seen"
+    # the mean over the map goes straight into the class scores, so that a channel's weight is the classifier's over 36
+    acts = ph.activations(load(network), photo, "seen")["seen"]
+    weight = torch.as_tensor(network.get_layer("out").get_weights()[0])[:, 1]
+    torch.testing.assert_close(heat.map, (acts * weight.view(-1, 1, 1)).sum(0) / 36, rtol=1e-5, atol=1e-7)
+    predicted = torch.as_tensor(network.predict(photo.permute(0, 2, 3, 1).numpy(), verbose=0))[0]
+    assert [guess.probability for guess in heat.top] == pytest.approx(
+        predicted.sort(descending=True)[0].tolist(), abs=1e-6
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,19 @@ def test_the_built_in_network_shows_a_green_filter_in_green() -> None:
     red, green, blue = page[TOP + 49 + 24, left + 4 * 49 + 24]  # filter 12: green against red and blue
     assert green > red + 60
     assert green > blue + 60
+
+
+def test_the_colours_of_kernels_that_fill_several_pages_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[list[str]] = []
+    draw = figure.ruled
+
+    def note(sheet: figure.Picture, rows: dict[int, str], columns: dict[int, str] | None = None) -> figure.Picture:
+        named.append(list((columns or {}).values()))
+        return draw(sheet, rows, columns)
+
+    monkeypatch.setattr(figure, "ruled", note)
+    monkeypatch.setattr(sys.modules["phosphene.kernels"], "PAGE", 90)  # room for two columns of 40 px
+    sheets = made(torch.rand(2, 3, 40, 40), "bgr")
+    for page in range(sheets.pages):
+        sheets.grid(page)
+    assert named == [["B", "G"], ["R"]]

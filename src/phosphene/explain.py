@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from phosphene.cams import CAMS, INPUT_METHODS, Cam
+from phosphene.capture import Place
 from phosphene.errors import InvalidRequest, LayerRefused
 from phosphene.heatmap import Guess, Heatmap, chosen_scores, class_indices, class_name, probabilities
 from phosphene.layers import Layer
@@ -157,7 +158,8 @@ class Explainer:
     def at_layer(self, images: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Return maps from the layer's activations and gradients."""
         assert self.layer is not None
-        found = self.read(images)
+        # channels last in memory, which convolutions are fastest with; their results are the same within rounding
+        found = self.read(images.contiguous(memory_format=torch.channels_last))
         logits, raw = self.logits(found, len(images)), found[self.layer.path]
         score = chosen_scores(logits, class_indices(targets, logits, self.model.labels), self.model.labels).sum()
         slope = torch.autograd.grad(score, raw, allow_unused=True)[0] if score.requires_grad else None
@@ -231,7 +233,7 @@ def check_classifies(model: Model) -> None:
         try:
             model.output_part  # noqa: B018 - found once and kept
         except LayerRefused as error:
-            raise no_classes(model, "something else") from error
+            raise no_classes(model, "several tensors or none") from error
 
 
 def no_classes(model: Model, returned: str) -> LayerRefused:
@@ -295,7 +297,11 @@ def default_layer(model: Model) -> Layer:
 def before_the_scores(model: Model) -> list[Layer]:
     """Return the layers in the order of the forward pass, up to the class scores."""
     layers = list(model.layers())
-    return layers if model.logits == "" else layers[: layers.index(model.find(model.logits))]
+    if model.logits == "":
+        return layers
+    found = model.find(model.logits)
+    place = found.place if found in layers else Place(found.place.path.partition("#")[0], found.place.call)
+    return layers[: next(number for number, one in enumerate(layers) if one.place == place)]
 
 
 def has_known_map(model: Model, layer: Layer) -> bool:

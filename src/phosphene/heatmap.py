@@ -272,7 +272,10 @@ def unclear(target: str, found: Sequence[int], count: int, labels: Sequence[str]
 
 
 def class_name(index: int, labels: Sequence[str], count: int) -> str:
-    return labels[index] if index < len(labels) and len(labels) <= max(count, 2) else f"class {index}"
+    """Return a class's name; a network's only output without names is no class but what the network says yes to."""
+    if index < len(labels) and len(labels) <= max(count, 2):
+        return labels[index]
+    return "the only output" if count == 1 else f"class {index}"
 
 
 def named(guess: Guess) -> str:

@@ -218,7 +218,7 @@ class Sheet(NamedTuple):
         rows = numbered(range(first, first + len(tiles)), height, 14)
         names = numbered(channels, width, 28)
         if colours:
-            names = dict(zip(names, colours.upper(), strict=True))
+            names = {place: colours.upper()[int(number)] for place, number in names.items()}
         return figure.ruled(sheet, rows, names)
 
 

@@ -65,6 +65,8 @@ def cam(
     wanted = int(target) if target is not None and target.isdigit() else target
     where = out or Path("cam" if photo.is_dir() else "cam.png")
     if photo.is_dir():
+        if where.suffix and not where.is_dir():
+            raise InvalidRequest(f"{photo} is a folder, so its heat maps go into one; {where} looks like a file")
         check_writable(where, folder=True)
     else:
         check_target(where, ".png", folders=False)

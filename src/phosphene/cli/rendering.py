@@ -108,7 +108,9 @@ def filters(
     report(written(rendered, target, film), as_json, facts(rendered))
     if bool(rendered.dead.any()) and not quiet:
         names = ", ".join(name for name, dead in zip(rendered.names, rendered.dead, strict=True) if dead)
-        say(f"dead, crossed out in the grid: {names}")
+        before = f"{found.path}#preactivation"
+        advice = f"; {before} is followed uphill before the activation" if before in handle.modules else ""
+        say(f"dead, crossed out in the grid: {names}{advice}")
 
 
 def objective_for(layer: Layer, name: str, channels: str | None) -> Objective:
