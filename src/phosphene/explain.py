@@ -24,6 +24,7 @@ Address = str | int
 Target = int | str | None
 INPUT = "input"  # the "layer" of the methods that look at the image itself
 TOP = 5
+SEVERAL = 4
 
 
 def explain(
@@ -158,8 +159,10 @@ class Explainer:
     def at_layer(self, images: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Return maps from the layer's activations and gradients."""
         assert self.layer is not None
-        # channels last in memory, which convolutions are fastest with; their results are the same within rounding
-        found = self.read(images.contiguous(memory_format=torch.channels_last))
+        # convolutions are fastest with the channels last in memory, but every pass first turns the weights so, which
+        # pays from a few images on; the results are the same within rounding
+        several = len(images) >= SEVERAL
+        found = self.read(images.contiguous(memory_format=torch.channels_last) if several else images)
         logits, raw = self.logits(found, len(images)), found[self.layer.path]
         score = chosen_scores(logits, class_indices(targets, logits, self.model.labels), self.model.labels).sum()
         slope = torch.autograd.grad(score, raw, allow_unused=True)[0] if score.requires_grad else None
