@@ -3,7 +3,8 @@
 ResNet-50 with seeded random weights, 224 px, the last block `layer4.2`, batches of 1 and 16, classes given. Rounds are
 interleaved: every tool runs once a round, and the figures are medians over rounds of milliseconds a photo, with the
 median over rounds of the ratio of the other tool's time to ours. The maps are compared as well: largest difference from
-ours over our map's maximum, after each package's own scaling is undone by dividing both by their maximum.
+ours over our map's maximum, both divided by their own maximum. (grad-cam returns maps that are enlarged and stretched
+from their minimum, which cannot be undone: its difference is mostly that.)
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def tools(module: nn.Module, model: ph.Model) -> dict[str, Tool]:
     def torchcam(images: Tensor, targets: Tensor) -> Tensor:
         with TorchCam(module, LAYER) as cam:
             scores = module(ready(images).requires_grad_())
-            maps: Tensor = cam(targets.tolist(), scores)[0]
+            maps: Tensor = cam(targets.tolist(), scores, normalized=False)[0]
         return maps
 
     def captum(images: Tensor, targets: Tensor) -> Tensor:
