@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from phosphene import cli
 from phosphene.ascent import Frame
+from phosphene.cams import CAUTIONS
 from phosphene.cli import rendering
 from phosphene.demo import LAYERS
 
@@ -346,6 +347,12 @@ def test_cam_lays_the_heat_on_the_photo_and_says_the_classes(run: Run, tmp_path:
         assert drawn.size == (60, 40)
     assert told["model"] == "nets:colour"
     assert told["method"] == "gradcam"
+
+
+def test_cam_says_what_to_mind_about_a_method(run: Run, tmp_path: Path) -> None:
+    gradient(tmp_path / "photo.png", 60, 40)
+    assert CAUTIONS["eigencam"] in run("cam", "nets:colour", "photo.png", "--method", "eigencam").err
+    assert "gradcam: " not in run("cam", "nets:colour", "photo.png").err
 
 
 def test_cam_of_a_folder_skips_what_is_no_photo_and_says_so(run: Run, tmp_path: Path) -> None:

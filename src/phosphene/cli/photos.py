@@ -86,11 +86,13 @@ def cam(
 
 
 def say_classes(heat: Heatmap) -> None:
-    """Say which classes are the most probable, and whether the map is silent."""
+    """Say which classes are the most probable, whether the map is silent, and what to mind about its method."""
     for guess in heat.top:
         say(f"{guess.probability:6.1%}  {guess.name}")
     if heat.silent:
         say(heat.sentence())
+    if heat.caution:
+        say(f"{heat.method}: {heat.caution}")
 
 
 def photos_in(folder: Path) -> list[Path]:
