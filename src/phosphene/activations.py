@@ -21,7 +21,6 @@ from phosphene.model import Model, is_out_of_memory
 from phosphene.positions import token_grid
 from phosphene.rendered import file_prefix
 from phosphene.store import check_writable, write_file, write_manifest
-from phosphene.version import __version__
 
 COLUMNS, GAP = 16, 2  # channels a row (R4.1), and pixels between them
 SMALLEST, LARGEST, ALONE = 40, 160, (480, 1600)  # pixels of a tile's longer side; of a channel shown alone
@@ -48,9 +47,7 @@ def activations(model: Model, photo: Tensor, layers: str | Sequence[str | int] =
         >>> activations(load("builtin/vgg19"), read("cat.jpg"), "block1*")["block1_conv1"].shape
         torch.Size([64, 224, 224])
     """
-    if photo.dim() != 4 or tuple(photo.shape[:2]) != (1, model.channels_in) or not photo.is_floating_point():
-        wanted = f"a floating tensor (1, {model.channels_in}, height, width) in 0..1"
-        raise InvalidRequest(f"a photo for this network is {wanted}, not {tuple(photo.shape)} of {photo.dtype}")
+    model.check_photo(photo)
     chosen = model.layers().matching(layers) if isinstance(layers, str) else [model.find(one) for one in layers]
     table = Layers(list({one.path: one for one in chosen}.values()))
     paths = [one.path for one in table]
@@ -63,14 +60,11 @@ def activations(model: Model, photo: Tensor, layers: str | Sequence[str | int] =
             raise
         raise OutOfMemory(f"the activations of {len(paths)} layers do not fit the memory; choose fewer") from error
     spec = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **model.origin,
         "layers": layers if isinstance(layers, str) else paths,
         "photo": list(photo.shape[-2:]),
         "region": list(region),
         "size": list(model.input_size),
-        "notes": list(model.notes),
-        "versions": {"phosphene": __version__, "torch": torch.__version__},
     }
     tensors = {path: values[path][0] if values[path].shape[:1] == (1,) else values[path] for path in paths}
     return Activations(tensors, table, spec)

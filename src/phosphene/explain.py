@@ -18,7 +18,6 @@ from phosphene.heatmap import Guess, Heatmap, chosen_scores, class_indices, clas
 from phosphene.layers import Layer
 from phosphene.model import Model
 from phosphene.positions import as_map, is_sure_of, mapped
-from phosphene.version import __version__
 
 Address = str | int
 Target = int | str | None
@@ -107,12 +106,9 @@ class Explainer:
     def spec(self) -> dict[str, Any]:
         """What the maps follow from beside photo and class, in JSON terms."""
         return {
-            "model": self.model.name,
-            "fingerprint": self.model.fingerprint,
+            **self.model.origin,
             "layer": self.layer.path if self.layer else INPUT,
             "method": method_name(self.method),
-            "notes": list(self.model.notes),
-            "versions": {"phosphene": __version__, "torch": torch.__version__},
         }
 
     def __call__(self, photo: Tensor, target: Target = None) -> Heatmap:
@@ -122,7 +118,7 @@ class Explainer:
     def several(self, photos: Sequence[Tensor], targets: Sequence[Target] | Target = None) -> list[Heatmap]:
         """Return the heat maps of photos (1, c, H, W), each of any size, in one forward and one backward pass."""
         for photo in photos:
-            check_photo(photo, self.model.channels_in)
+            self.model.check_photo(photo)
         images, regions = zip(*map(self.model.fitted, photos), strict=True)
         maps, logits = self.maps(torch.cat(images), targets)
         chances = probabilities(logits, self.model.labels).double().cpu()
@@ -204,15 +200,6 @@ class Explainer:
         if logits.dim() != 2 or len(logits) != count or not logits.is_floating_point():
             raise no_classes(self.model, f"a tensor of {tuple(logits.shape)}")
         return logits
-
-
-def check_photo(photo: Tensor, channels: int) -> None:
-    """Refuse a photo that is not (1, c, H, W), floating, with the network's number of channels."""
-    if photo.dim() != 4 or tuple(photo.shape[:2]) != (1, channels) or not photo.is_floating_point():
-        raise InvalidRequest(
-            f"a photo to explain is a floating tensor (1, {channels}, height, width) in 0..1, such as "
-            f"read(path, channels={channels}) returns, not {tuple(photo.shape)} of {photo.dtype}"
-        )
 
 
 def method_name(method: str | Cam) -> str:

@@ -318,13 +318,6 @@ def faded(image: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen, image, image + UNSEEN * (1 - image))
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Return a font of that height in pixels: the one that comes with matplotlib, which has most alphabets."""
-    from matplotlib import get_data_path
-
-    return ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
-
-
 def letter_size(width: int) -> int:
     """Return a height of letters in pixels that suits a picture's width."""
     return min(26, max(11, width // 34))
@@ -350,7 +343,7 @@ def written_on(image: Tensor, text: str) -> figure.Picture:
     """Return an image (3, h, w) as a picture with a sentence on a dark band in its middle."""
     picture = figure.picture(0.6 * image + 0.2)
     draw = ImageDraw.Draw(picture, "RGBA")
-    letters = font(letter_size(picture.width))
+    letters = figure.lettering(letter_size(picture.width))
     lines = wrapped(text, letters, picture.width - letters.size)
     middle = (picture.width / 2, picture.height / 2)
     _, top, _, bottom = draw.multiline_textbbox(middle, lines, letters, anchor="mm", align="center")
@@ -363,7 +356,7 @@ def written_on(image: Tensor, text: str) -> figure.Picture:
 def with_legend(picture: figure.Picture, caption: str, strongest: float) -> figure.Picture:
     """Return a picture with a colour bar from 0 to `strongest` below it, and a caption below that."""
     width = max(picture.width, NARROWEST)
-    letters = font(letter_size(width))
+    letters = figure.lettering(letter_size(width))
     unit = int(letters.size)
     text = wrapped(caption, letters, width - 2 * unit)
     lines = text.count("\n") + 1

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from phosphene import figure
 from phosphene.errors import InvalidRequest, LayerRefused, WeightsRefused, nearest
 from phosphene.model import Model
 from phosphene.store import write_file
-from phosphene.version import __version__
 
 PAGE = 2560  # pixels of a page's longest side, about
 SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side
@@ -56,14 +54,11 @@ def kernels(model: Model, address: str | int) -> Kernels:
     sees_photo = first and weights.shape[1] == model.channels_in == 3
     order = "bgr" if getattr(model.preprocessing, "bgr", False) else "rgb"
     spec = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **model.origin,
         "layer": layer.path,
         "kind": layer.kind,
         "shape": list(weights.shape),
         "colours": order if sees_photo else None,
-        "notes": list(model.notes),
-        "versions": {"phosphene": __version__, "torch": torch.__version__},
     }
     return Kernels(weights.detach().cpu().clone(), spec)
 

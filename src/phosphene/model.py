@@ -29,6 +29,7 @@ from phosphene.errors import (
 )
 from phosphene.layers import Layer, Layers, survey
 from phosphene.photo import MIDDLE, Fit, Region
+from phosphene.version import __version__
 
 SINGLE = re.compile(r"\d{1,9}", re.ASCII)
 RANGE = re.compile(r"(\d{0,9}):(\d{0,9})(?::([1-9]\d{0,8})?)?", re.ASCII)
@@ -162,6 +163,29 @@ class Model:
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What every result follows from, in JSON terms: model, fingerprint, notes, and the versions at work."""
+        return {
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "notes": list(self.notes),
+            "versions": {"phosphene": __version__, "torch": torch.__version__},
+        }
+
+    def check_photo(self, photo: Tensor) -> None:
+        """Refuse a photo that is not (1, c, h, w), floating, with the network's number of channels.
+
+        Raises:
+            InvalidRequest: it is not.
+        """
+        channels = self.channels_in
+        if photo.dim() != 4 or tuple(photo.shape[:2]) != (1, channels) or not photo.is_floating_point():
+            raise InvalidRequest(
+                f"a photo for this network is a floating tensor (1, {channels}, height, width) in 0..1, such as "
+                f"read(path, channels={channels}) returns, not {tuple(photo.shape)} of {photo.dtype}"
+            )
 
     def check_finite(self) -> None:
         """Refuse weights with NaN or infinity.

