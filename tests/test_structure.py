@@ -12,8 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src/phosphene"
 FLOORS = (
-    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams"),
+    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients"),
     ("capture", "tracing", "objectives", "parameterizations", "photo", "store", "figure"),
+    ("folding",),
     ("layers", "recipes", "rendered", "heatmap"),
     ("model", "ascent", "positions"),
     ("loaders.weights", "loaders.archive", "loaders.mending", "loaders.network"),
@@ -22,10 +23,15 @@ FLOORS = (
     ("loaders.keras",),
     ("loaders",),
     ("render", "explain", "activations", "kernels"),
+    ("history", "subject"),
+    ("looks",),
+    ("subject_keras", "live", "strip", "curves"),
+    ("record",),
+    ("record_keras", "record_lightning", "record_transformers"),
     ("demo",),
     ("cli.terminal",),
     ("cli.options",),
-    ("cli.rendering", "cli.photos"),
+    ("cli.rendering", "cli.photos", "cli.training"),
     ("cli",),
     ("", "__main__"),
 )

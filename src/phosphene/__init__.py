@@ -10,9 +10,11 @@ from phosphene import errors
 from phosphene.activations import Activations, activations
 from phosphene.ascent import Frame
 from phosphene.cams import CAMS
+from phosphene.curves import curves, verdicts
 from phosphene.errors import PhospheneError
 from phosphene.explain import explain, explaining
 from phosphene.heatmap import Heatmap
+from phosphene.history import History, open_history
 from phosphene.kernels import Kernels, kernels
 from phosphene.layers import Layer, Layers, ReceptiveField
 from phosphene.loaders import load
@@ -30,8 +32,10 @@ from phosphene.objectives import (
 )
 from phosphene.photo import read
 from phosphene.recipes import RECIPES, Recipe
+from phosphene.record import Recorder
 from phosphene.render import dream, render
 from phosphene.rendered import Rendered
+from phosphene.strip import film, save_film, strip
 from phosphene.version import __version__
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "Activations",
     "Frame",
     "Heatmap",
+    "History",
     "Kernels",
     "Layer",
     "Layers",
@@ -49,15 +54,18 @@ __all__ = [
     "Preprocessing",
     "ReceptiveField",
     "Recipe",
+    "Recorder",
     "Rendered",
     "__version__",
     "activations",
     "channel",
+    "curves",
     "direction",
     "dream",
     "errors",
     "explain",
     "explaining",
+    "film",
     "kernels",
     "l1",
     "l2",
@@ -65,7 +73,11 @@ __all__ = [
     "load",
     "logit",
     "neuron",
+    "open_history",
     "read",
     "render",
+    "save_film",
+    "strip",
     "total_variation",
+    "verdicts",
 ]

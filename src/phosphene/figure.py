@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from phosphene.errors import InvalidRequest
+from phosphene.errors import InvalidRequest, Unfinished
 
 Picture = Image.Image
 MARGIN = 5  # black pixels between the pictures of a grid (R4.2)
@@ -26,6 +28,14 @@ DEAD = (200, 60, 60)
 PAPER, INK, QUIET, SHADE = (255, 255, 255), (25, 25, 25), (110, 110, 110), (243, 243, 243)
 EMPTY = (38, 38, 38)  # darker than any colour of viridis, which a blank channel must not be taken for
 LETTERS = 14  # height of writing, in pixels
+RATE = 25  # pictures a second of an MP4, at which every player and slide program shows it
+MP4 = (  # colours by the standard for high definition, which is said in the file; sides made even
+    "-vf",
+    "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white,scale=out_color_matrix=bt709:out_range=tv,format=yuv420p",
+    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-movflags", "+faststart"),
+)
+CODECS = (("-c:v", "libx264", "-crf", "14"), ("-q:v", "2"))  # the second: what an ffmpeg without libx264 has
+REST = 1500  # milliseconds that the last frame of a film stays
 METADATA = "phosphene"  # the PNG text entry that holds the metadata as JSON
 
 
@@ -160,8 +170,8 @@ def lettering(size: int = LETTERS) -> ImageFont.FreeTypeFont:
 
 
 def captioned(image: Picture, title: str, note: str = "") -> Picture:
-    """Return a picture on white paper under a title, and a quieter line below that."""
-    lines = [(title, lettering(LETTERS + 3), INK)] + [(note, lettering(), QUIET)] * bool(note)
+    """Return a picture on white paper under a title, and below that the lines of a note, which are quieter."""
+    lines = [(title, lettering(LETTERS + 3), INK)] + [(text, lettering(), QUIET) for text in note.splitlines()]
     width = max(image.width, *(math.ceil(font.getlength(text)) for text, font, _ in lines))
     border, line = 12, LETTERS + 10
     top = border + line * len(lines) + 4
@@ -170,6 +180,16 @@ def captioned(image: Picture, title: str, note: str = "") -> Picture:
         ImageDraw.Draw(page).text((border, border + number * line), text, ink, font)
     page.paste(image, (border, top))
     return page
+
+
+def flowed(parts: Sequence[str], width: int, between: str = " · ") -> str:
+    """Return the parts of a note in lines of at most `width` pixels, where no part is wider by itself."""
+    lines: list[str] = []
+    for part in parts:
+        longer = f"{lines[-1]}{between}{part}" if lines else part
+        fits = lines and lettering().getlength(longer) <= width
+        lines = [*lines[:-1], longer] if fits else [*lines, part]
+    return "\n".join(lines)
 
 
 def ruled(image: Picture, rows: Mapping[int, str], columns: Mapping[int, str] | None = None) -> Picture:
@@ -184,6 +204,18 @@ def ruled(image: Picture, rows: Mapping[int, str], columns: Mapping[int, str] | 
         draw.text((left - 4, top + y), text, QUIET, font, anchor="rm")
     for x, text in (columns or {}).items():
         draw.text((left + x, top - 3), text, QUIET, font, anchor="ms")
+    return page
+
+
+def column(heading: str, cells: Mapping[int, str], height: int) -> Picture:
+    """Return a column of text, to the right, under its heading; the keys are the pixels that cells are centred on."""
+    font, top = lettering(LETTERS - 3), LETTERS + 4  # that of `ruled`, beside which it stands
+    width = max(math.ceil(font.getlength(text)) for text in (heading, *cells.values()))
+    page = Image.new("RGB", (width, top + height), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((width, top - 3), heading, QUIET, font, anchor="rs")
+    for y, text in cells.items():
+        draw.text((width, top + y), text, QUIET, font, anchor="rm")
     return page
 
 
@@ -242,8 +274,50 @@ def png(image: Picture, metadata: Mapping[str, Any], effort: int = 6) -> bytes:
 def gif(frames: Sequence[Picture], milliseconds: int = 80) -> bytes:
     """Return frames as the bytes of a GIF that loops for ever and rests on the last one."""
     buffer = io.BytesIO()
-    durations = [milliseconds] * (len(frames) - 1) + [1500]
+    durations = [milliseconds] * (len(frames) - 1) + [REST]
     size = frames[-1].size
     scaled = [frame if frame.size == size else frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
     scaled[0].save(buffer, "GIF", save_all=True, append_images=scaled[1:], duration=durations, loop=0)
     return buffer.getvalue()
+
+
+def same_size(frames: Sequence[Picture]) -> Iterator[Picture]:
+    """Yield frames on white paper of one size."""
+    size = (max(one.width for one in frames), max(one.height for one in frames))
+    for one in frames:
+        page = one if one.size == size else Image.new("RGB", size, PAPER)
+        if page is not one:
+            page.paste(one, (0, 0))
+        yield page
+
+
+def mp4(frames: Sequence[Picture], milliseconds: int) -> bytes:
+    """Return frames of one size as the bytes of an MP4 of 25 pictures a second, each repeated as long as it stays.
+
+    Raises:
+        Unfinished: ffmpeg failed.
+    """
+    width, height = frames[0].size
+    given = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(RATE), "-i", "-")
+    said = ""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "film.mp4")
+        for codec in CODECS:
+            command = ["ffmpeg", "-v", "error", "-y", *given, *MP4, *codec, str(target)]
+            with tempfile.TemporaryFile() as errors:
+                with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors) as process:
+                    assert process.stdin is not None
+                    try:
+                        for index, one in enumerate(frames):
+                            stays = REST if index == len(frames) - 1 else milliseconds
+                            for _ in range(stays * RATE // 1000):
+                                process.stdin.write(one.tobytes())
+                        process.stdin.close()
+                    except BrokenPipeError:
+                        pass  # it ended early, and says why
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip()
+            if process.returncode == 0:
+                return target.read_bytes()
+    reason = said.splitlines()[-1] if said else "no reason given"
+    raise Unfinished(f"ffmpeg could not make the film ({reason}); a .gif needs no ffmpeg")

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
-from phosphene.cli.photos import activations, cam, kernels
+from phosphene.cli.photos import activations, cam
 from phosphene.cli.rendering import dream, filters, watching
 from phosphene.cli.terminal import report, say, tell
+from phosphene.cli.training import gradients, kernels, strip
 from phosphene.demo import FILTERS, LAYERS, demonstrate
 from phosphene.errors import PhospheneError
 from phosphene.loaders import torch_device
@@ -42,7 +43,7 @@ def layers(open_model: OpenModel, quiet: Quiet = False, as_json: AsJson = False)
     tell(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
 
 
-for command in (filters, activations, cam, kernels, dream):
+for command in (filters, activations, cam, kernels, strip, gradients, dream):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that look at a photo, `activations` and `cam`, and at weights, `kernels`."""
+"""The commands that look at a photo: `activations` and `cam`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import typer
 
 from phosphene.activations import activations as read_activations
 from phosphene.cams import CAMS, INPUT_METHODS
-from phosphene.cli.options import AsJson, LayerArgument, OpenModel, Quiet, address, chosen_layer, takes_model
+from phosphene.cli.options import AsJson, OpenModel, Quiet, address, takes_model
 from phosphene.cli.terminal import check_target, progress, report, say, tell
 from phosphene.errors import InvalidRequest, PhotoRefused
 from phosphene.explain import Explainer, explaining
 from phosphene.heatmap import STYLES, Heatmap
-from phosphene.kernels import kernels as read_kernels
 from phosphene.model import Model
 from phosphene.photo import SUFFIXES, read
-from phosphene.rendered import file_prefix
 from phosphene.store import check_writable, write_manifest
 
 TOGETHER = 8  # photos of a folder that go through the network at once
@@ -151,22 +149,3 @@ def output_names(files: Sequence[Path]) -> dict[Path, str]:
     """Return the name of each photo's heat map: `cat.png`, or `cat.jpg.png` where two photos would share it."""
     stems = [path.stem for path in files]
     return {path: f"{path.stem if stems.count(path.stem) == 1 else path.name}.png" for path in files}
-
-
-@takes_model
-def kernels(
-    open_model: OpenModel,
-    layer: LayerArgument,
-    out: Annotated[Path | None, typer.Option(metavar="PATH.png", help="the sheet to write")] = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Draw the weights of a convolution: a row a filter, a column an input channel, one scale for all."""
-    if out is not None:
-        check_target(out, ".png", folders=False)
-    model = open_model()
-    found = chosen_layer(model, layer, quiet)
-    target = out or Path(f"{file_prefix([found.path]).replace('layer_', 'kernels_', 1)}.png")
-    check_target(target, ".png", folders=False)
-    weights = read_kernels(model, found.path)
-    report(weights.save(target), as_json, weights.spec)

@@ -1,0 +1,202 @@
+"""The commands that look at weights, `kernels`, and at how a training made them, `strip` and `gradients`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phosphene import figure
+from phosphene.cli.options import (
+    MODEL_OPTIONS,
+    AsJson,
+    LayerArgument,
+    OpenModel,
+    Quiet,
+    address,
+    chosen_layer,
+    takes_model,
+)
+from phosphene.cli.terminal import check_target, report, say, tell
+from phosphene.curves import Sizes
+from phosphene.errors import InvalidRequest, WeightsRefused
+from phosphene.history import History, is_history, open_history
+from phosphene.kernels import STYLES, Kernels
+from phosphene.kernels import kernels as read_kernels
+from phosphene.rendered import file_prefix
+from phosphene.store import write_file
+from phosphene.strip import check_film, course, found, number
+
+Command = Callable[..., None]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="the folder that a Recorder wrote to")]
+RunLayer = Annotated[str, typer.Argument(metavar="LAYER", help="the path of a recorded layer, or n for the n-th")]
+Style = Annotated[str, typer.Option(metavar="|".join(STYLES), help="signed: blue, white, red; grey: lowest to highest")]
+Epoch = Annotated[int | None, typer.Option(metavar="N", help="of a recorded training; by default the last epoch")]
+Sheet = Annotated[Path | None, typer.Option(metavar="PATH.png", help="the sheet to write")]
+
+
+def or_of_run(of_run: Command) -> Callable[[Command], Command]:
+    """Let a command that takes a model take the folder of a recorded training as well, which `of_run` then looks at.
+
+    `of_run` has the command's own parameters, the folder being the first.
+    """
+
+    def decorated(of_model: Command) -> Command:
+        @functools.wraps(of_model)
+        def run(*, model: str, **given: Any) -> None:
+            if not is_history(model):
+                of_model(model=model, **given)
+                return
+            own = {name: value for name, value in given.items() if name not in MODEL_OPTIONS}
+            changed = [name for name, (_, default) in MODEL_OPTIONS.items() if given[name] != default]
+            if changed:
+                option = changed[0].replace("_", "-")
+                raise InvalidRequest(f"{model} is the record of a training, which --{option} is not for; leave it out")
+            of_run(Path(model), **own)
+
+        return run
+
+    return decorated
+
+
+def kernels_of_run(
+    run: Path, layer: str, epoch: int | None, style: str, out: Path | None, quiet: bool, as_json: bool
+) -> None:
+    """Draw the kernels of a layer as they were after an epoch of a training."""
+    check_style(style)
+    check_sheet(out)
+    history = open_history(run)
+    chosen = history.chosen(epoch)
+    path = recorded(history, layer, quiet)
+    target = out or Path(f"{sheet_name(path)}_epoch_{chosen}.png")
+    check_sheet(target)
+    weights = history.kernels(path, chosen)
+    if not bool(weights.weights.isfinite().all()):
+        raise WeightsRefused(
+            f"after epoch {chosen} the kernels of {path} hold NaN or infinity; choose an earlier --epoch, and see what "
+            f"`phosphene gradients {run}` says"
+        )
+    metrics = "".join(f" · {name} {number(one)}" for name, one in history.metrics(chosen).items())
+    pages = [figure.captioned(one, f"epoch {chosen}{metrics}") for one in drawn(weights, style)]
+    facts = {**weights.spec, "run": str(run), "epoch": chosen, "style": style}
+    report(write_pages(pages, target, facts), as_json, facts)
+
+
+@or_of_run(kernels_of_run)
+@takes_model
+def kernels(
+    open_model: OpenModel,
+    layer: LayerArgument,
+    epoch: Epoch = None,
+    style: Style = "signed",
+    out: Sheet = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the weights of a convolution: a row a filter, a column an input channel, one scale for all.
+
+    MODEL may be the folder of a recorded training.
+    """
+    check_style(style)
+    check_sheet(out)
+    if epoch is not None:
+        raise InvalidRequest("--epoch is for the folder of a recorded training, which MODEL is not; leave it out")
+    model = open_model()
+    layer_of_model = chosen_layer(model, layer, quiet)
+    target = out or Path(f"{sheet_name(layer_of_model.path)}.png")
+    check_sheet(target)
+    weights = read_kernels(model, layer_of_model.path)
+    facts = {**weights.spec, "style": style}
+    report(write_pages(drawn(weights, style), target, facts), as_json, facts)
+
+
+def drawn(weights: Kernels, style: str) -> Iterable[figure.Picture]:
+    """Return the pages of a kernel sheet; with tiles in colour where those are signed."""
+    return weights.pictures() if style == "signed" else [weights.grid(page, style) for page in range(weights.pages)]
+
+
+def write_pages(pages: Iterable[figure.Picture], target: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Write pages as PNG, the first as `target`, further ones as `…_page2.png`, and return the paths."""
+    return [
+        write_file(
+            target.with_name(f"{target.stem}_page{page + 1}{target.suffix}") if page else target,
+            figure.png(one, {**facts, "page": page}),
+        )
+        for page, one in enumerate(pages)
+    ]
+
+
+def strip(
+    run: Run,
+    layer: RunLayer,
+    style: Style = "signed",
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH.png|.gif|.mp4", help="a strip, or a film with an epoch a frame")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a layer over a training: its rendered filters where the run holds them, else its kernels; a row an epoch."""
+    check_style(style)
+    check_strip(out)
+    history = open_history(run)
+    shown = course(history, layer, style)
+    if layer.isdigit() and not quiet:
+        say(f"layer {layer} of the record is {shown.layer}")
+    target = out or Path(f"{file_prefix([shown.layer]).replace('layer_', 'strip_', 1)}.png")
+    check_strip(target)
+    path, facts = shown.save(target)
+    report([path], as_json, facts)
+
+
+def gradients(
+    run: Run,
+    out: Annotated[Path, typer.Option(metavar="PATH.png", help="the curves to write")] = Path("gradients.png"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw how large the gradients of every weight were, epoch by epoch, and say what is wrong with them."""
+    check_sheet(out)
+    sizes = Sizes.of(open_history(run))
+    path = sizes.save(out)
+    report([path], as_json, {**sizes.facts(), "weights": sizes.rows()})
+    if not as_json:
+        for sentence in sizes.verdicts():
+            tell(sentence)
+
+
+def recorded(history: History, layer: str, quiet: bool) -> str:
+    """Return the path of a recorded layer, saying what a number resolved to."""
+    path = found(history, address(layer))
+    if layer.isdigit() and not quiet:
+        say(f"layer {layer} of the record is {path}")
+    return path
+
+
+def sheet_name(path: str) -> str:
+    """Return the name of a layer's kernel sheet without its ending."""
+    return file_prefix([path]).replace("layer_", "kernels_", 1)
+
+
+def check_style(style: str) -> None:
+    """Refuse a style that there is not."""
+    if style not in STYLES:
+        raise InvalidRequest(f"there is no style {style!r}; choose one of: {', '.join(STYLES)}")
+
+
+def check_sheet(out: Path | None) -> None:
+    """Find out before the work whether a PNG can be written."""
+    if out is not None:
+        check_target(out, ".png", folders=False)
+
+
+def check_strip(out: Path | None) -> None:
+    """Find out before the work whether a strip or a film can be written."""
+    if out is None:
+        return
+    if out.suffix.lower() not in (".png", ".gif", ".mp4"):
+        raise InvalidRequest(f"{out} does not end in .png, .gif or .mp4; give a strip or a film one of these")
+    check_sheet(out) if out.suffix.lower() == ".png" else check_film(out)

@@ -1,0 +1,380 @@
+"""Watching a network learn: its kernels, gradients and filters, epoch by epoch."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from phosphene.errors import InvalidRequest, LayerNotFound, PhospheneError
+from phosphene.gradients import Gradient, RunningGradients, SinceLast, of_one
+from phosphene.history import Entry, History, continued, kernels_of, size_of
+from phosphene.live import checked, publish
+from phosphene.loaders.keras import is_keras_model
+from phosphene.model import Model, parse_channels
+from phosphene.objectives import channel
+from phosphene.recipes import Recipe, find_recipe
+from phosphene.render import render
+from phosphene.rendered import Rendered
+from phosphene.subject import Subject, subject_of
+from phosphene.subject_keras import subject_of_keras
+from phosphene.version import __version__
+
+CAP = 10 * 2**30
+KINDS = ("running", "epoch", None)
+CLIPPING = {False: "before clipping", True: "after clipping"}
+
+
+class Recorder:
+    """Records a training, epoch by epoch, and leaves the training as it is.
+
+    Args:
+        model: the network that is trained: a PyTorch module (also compiled, or in data parallelism), a Keras model, or
+            a `Model` from `load`, which also knows the preprocessing to render filters with.
+        store: the folder for the record. A record of the same network that is there is gone on with.
+        layers: glob over the convolutions whose kernels are kept, by path or kind; `conv*` means all of them.
+        gradients: `running`: the mean over the epoch's batches, from the backward passes that the training does
+            (`after_backward`); `epoch`: of the mean loss over `data`, at the end of each epoch (R2.2a); or None.
+        filters: LAYER:CHANNELS, such as `conv1:0:8`: filters to render after each epoch, from the same seed.
+        every: record the epochs whose number is divisible by this.
+        data, loss: for `gradients="epoch"`, see `subject.total_gradient`.
+        recipe: to render filters by.
+        writer: a TensorBoard `SummaryWriter` or a Weights & Biases run, or a list of such, that gets everything too.
+        epochs: how many are to come, where known, so that the cap can be looked at in advance.
+        cap: bytes that the record may take. Nothing is ever thinned out to fit.
+
+    In distributed training all processes make one, and that of rank 0 writes.
+
+    Raises:
+        LayerNotFound, ChannelNotFound, RecipeNotFound: there is no such layer, channel, or recipe.
+        InvalidRequest: an argument is none, the record would outgrow the cap, or the folder holds another's.
+        OutputRefused: the folder cannot be written.
+
+    Example:
+        >>> with Recorder(net, "runs/a") as recorder:
+        ...     for epoch in range(4):
+        ...         for images, classes in loader:
+        ...             optimizer.zero_grad()
+        ...             cross_entropy(net(images), classes).backward()
+        ...             recorder.after_backward()
+        ...             optimizer.step()
+        ...         recorder.end_epoch(epoch)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Model | Subject,
+        store: str | Path,
+        layers: str = "conv*",
+        gradients: str | None = "running",
+        filters: str | None = None,
+        every: int = 1,
+        *,
+        data: Any = None,
+        loss: Any = None,
+        recipe: str | Recipe = "fast",
+        writer: Any = None,
+        epochs: int | None = None,
+        cap: int = CAP,
+    ) -> None:
+        self.subject = as_subject(model)
+        self.layers = matching(layers, self.subject.kinds)
+        check(self.subject, gradients, data, every)
+        checked(writer)
+        self.kind, self.every, self.data, self.loss, self.writer = gradients, every, data, loss, writer
+        self.film = None if filters is None else film_of(self.subject, filters, recipe)
+        self.cap = cap
+        self.running, self.since_last, self.read = RunningGradients(), SinceLast(), CLIPPING[False]
+        self.written = set[int]()
+        self.history: History | None = None
+        if is_first_process():
+            facts = self.facts()
+            check_cap(self, Path(store), epochs)
+            self.history = continued(Path(store), facts)
+            self.used = size_of(self.history.folder)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is recorded, of which network, in JSON terms."""
+        trained = self.subject.weights()
+        return {
+            "model": self.subject.name,
+            "weights": [
+                {"name": name, "shape": list(shape), "dtype": dtype, "trained": name in trained}
+                for name, shape, dtype in self.subject.described()
+            ],
+            "layers": [{"path": path, "kind": self.subject.kinds[path]} for path in self.layers],
+            "gradients": self.kind,
+            "filters": self.film and self.film.facts(),
+            "every": self.every,
+            "versions": {"phosphene": __version__, "torch": torch.__version__},
+        }
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the sums of an epoch that was not ended; what is recorded is on the disk already."""
+        self.running, self.since_last = RunningGradients(), SinceLast()
+
+    def after_backward(self, *, scaler: Any = None, clipped: bool = False) -> None:
+        """Take in the gradients as they stand in `.grad`.
+
+        To be called before `optimizer.step()` and `zero_grad()`: after each backward pass, which is then one batch,
+        also where gradients accumulate over several; or once after the last of these, so that what the optimizer is to
+        use is one batch. In distributed training that is after the gradients were averaged over the processes.
+
+        Args:
+            scaler: the `GradScaler`, where its `unscale_` has not been called since the backward pass.
+            clipped: whether the gradients have been clipped before this call, which is noted in the record.
+
+        Raises:
+            InvalidRequest: there is no gradient, or none since the last call.
+        """
+        if self.history is None or self.kind != "running":
+            return
+        scale = self.subject.scale() if self.subject.scale else 1.0
+        scale *= float(scaler.get_scale()) if scaler is not None else 1.0
+        found = {name: one.grad for name, one in self.subject.weights().items() if one.grad is not None}
+        batch = self.since_last.batch(found)
+        if not batch:
+            raise InvalidRequest(
+                "no weight has a new gradient: call after_backward() after loss.backward(), and before zero_grad()"
+            )
+        self.running.add(batch, scale)
+        self.read = CLIPPING[clipped]
+
+    def end_epoch(self, epoch: int, /, **metrics: float | Tensor) -> None:
+        """Write the entry of an epoch; where the disk is full the training goes on with a warning.
+
+        An epoch that a training before this one recorded is moved to `replaced/` together with all later ones.
+
+        Raises:
+            InvalidRequest: the number is none, a metric is no number, or no backward pass was seen.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise InvalidRequest(f"an epoch has a whole number from 0 on, not {epoch!r}")
+        numbers = {name: as_number(name, one) for name, one in metrics.items()}
+        if self.history is None:
+            return
+        if epoch % self.every:
+            self.running.take()
+            return
+        if self.kind == "running" and not self.running.batches:
+            raise InvalidRequest(
+                f"no backward pass was seen in epoch {epoch}: call recorder.after_backward() after each "
+                "loss.backward(), or record with gradients=None"
+            )
+        entry = self.entry(epoch, numbers)
+        for note in (*entry.notes, *self.keep(self.history, entry)):
+            warnings.warn(note, stacklevel=2)
+        if self.writer is not None:
+            publish(self.writer, entry)
+
+    def entry(self, epoch: int, metrics: Mapping[str, float]) -> Entry:
+        """Return what is to be recorded of an epoch."""
+        facts: dict[str, Any] = {}
+        if self.kind == "running":
+            facts = {"kind": "running", "read": self.read, "batches": self.running.batches}
+            found = self.running.take()
+        elif self.kind == "epoch":
+            facts = {"kind": "epoch", "read": "of the total loss", "batches": 1}
+            found = {name: of_one(one) for name, one in self.subject.total_gradient(self.data, self.loss).items()}
+        else:
+            found = {}
+        weights = self.subject.weights()
+        described = self.facts()
+        kernels = {path: self.subject.kernels[path]().detach().cpu().clone().contiguous() for path in self.layers}
+        filters, notes = self.film.rendered() if self.film else (None, ())
+        ordered = {name: found[name] for name in weights if name in found}
+        return Entry(
+            epoch=epoch,
+            metrics=metrics,
+            kernels={path: kernels_of(path, one, described, epoch) for path, one in kernels.items()},
+            gradients=ordered,
+            weight_norms={name: float(weights[name].detach().norm()) for name in ordered},
+            facts=facts,
+            filters=filters,
+            notes=(*notes, *not_finite(epoch, ordered)),
+        )
+
+    def keep(self, history: History, entry: Entry) -> list[str]:
+        """Write an entry, and return what the user should know: that it does not fit the cap or the disk, or replaces.
+
+        Whatever happens here, the training goes on.
+        """
+        size = bytes_of(entry)
+        if self.used + size > self.cap:
+            return [
+                f"epoch {entry.epoch} is not recorded: {in_bytes(size)} more would take the record in "
+                f"{history.folder} beyond its cap of {in_bytes(self.cap)}; give a larger cap"
+            ]
+        notes = []
+        try:
+            if entry.epoch not in self.written and (aside := history.set_aside(entry.epoch)):
+                notes = [f"epoch {entry.epoch} was recorded before; it and what came after it is now in {aside}"]
+            self.used += history.write(entry)
+            self.written.add(entry.epoch)
+        except OSError as error:
+            notes += [f"epoch {entry.epoch} is not recorded, the training goes on: {error}"]
+        return notes
+
+
+class Film(NamedTuple):
+    """Filters that are rendered after every epoch, from the same seed."""
+
+    model: Model
+    layer: str
+    channels: list[int]
+    recipe: Recipe
+
+    @property
+    def pixels(self) -> int:
+        """How many bytes the pictures have before they are packed."""
+        return len(self.channels) * self.model.channels_in * self.recipe.size**2
+
+    def facts(self) -> dict[str, Any]:
+        """Return which filters, in JSON terms."""
+        return {"layer": self.layer, "channels": self.channels, "recipe": self.recipe.as_dict()}
+
+    def rendered(self) -> tuple[Rendered | None, tuple[str, ...]]:
+        """Return the filters as they are now, or what kept them from being rendered."""
+        try:
+            return render(self.model, channel(self.layer, self.channels), self.recipe), ()
+        except PhospheneError as error:
+            return None, (f"filters were not rendered: {error}",)
+
+
+def as_subject(model: Any) -> Subject:
+    """Return what is recorded, whichever framework it is of.
+
+    Raises:
+        InvalidRequest: it is no network.
+    """
+    if isinstance(model, Subject):
+        return model
+    if is_keras_model(model):
+        return subject_of_keras(model)
+    if isinstance(model, nn.Module | Model):
+        return subject_of(model)
+    raise InvalidRequest(f"a Recorder watches a torch.nn.Module or a Keras model, not a {type(model).__name__}")
+
+
+def matching(pattern: str, kinds: Mapping[str, str]) -> list[str]:
+    """Return the paths of the convolutions that a glob means; `conv*` means all, whatever they are called.
+
+    Raises:
+        LayerNotFound: none; the message lists what there is.
+    """
+    names = {path: (path, kind, kind.lower(), "convolution") for path, kind in kinds.items()}
+    found = [path for path, all_names in names.items() if any(fnmatch.fnmatchcase(one, pattern) for one in all_names)]
+    if not found and kinds:
+        raise LayerNotFound(f"no convolution matches {pattern!r}; there are: {', '.join(kinds)}")
+    return found
+
+
+def check(subject: Subject, gradients: str | None, data: Any, every: int) -> None:
+    """Refuse settings that cannot be recorded."""
+    if any(type(one).__name__ == "DTensor" for one in subject.weights().values()):
+        raise InvalidRequest(
+            "the weights are split up between processes (FSDP, tensor parallelism), so that none has a gradient to "
+            "record; train in data parallelism (DDP), or on one device"
+        )
+    if gradients not in KINDS:
+        raise InvalidRequest(f"gradients is 'running', 'epoch' or None, not {gradients!r}")
+    if gradients == "epoch" and data is None:
+        raise InvalidRequest("gradients='epoch' needs data=, over which the total loss is taken, and loss=")
+    if gradients == "running" and not subject.has_grad:
+        raise InvalidRequest(
+            "gradients='running' reads what backward passes leave in .grad, which this backend has not; give "
+            "gradients='epoch' with data=, or gradients=None"
+        )
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise InvalidRequest(f"every is a whole number of epochs from 1 on, not {every!r}")
+
+
+def film_of(subject: Subject, filters: str, recipe: str | Recipe) -> Film:
+    """Return the filters that LAYER:CHANNELS means.
+
+    Raises:
+        LayerNotFound, ChannelNotFound, InvalidRequest: there are none such.
+    """
+    if subject.model is None:
+        raise InvalidRequest("filters are rendered with PyTorch; train on Keras' torch backend, or leave filters out")
+    layer, _, channels = filters.partition(":")
+    model = subject.model()
+    found = model.find(layer)
+    if found.channels is None:
+        raise InvalidRequest(f"{layer} has no channels to render; give a convolution as LAYER:0:8")
+    return Film(model, found.path, parse_channels(channels or "all", found.channels), find_recipe(recipe))
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process of a distributed training that writes, or the only one."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def check_cap(recorder: Recorder, store: Path, epochs: int | None) -> None:
+    """Refuse in advance a record that would outgrow its cap.
+
+    Raises:
+        InvalidRequest: the message has the figures.
+    """
+    each = sum(recorder.subject.kernels[path]().nbytes for path in recorder.layers)
+    each += sum(one.nbytes for one in recorder.subject.weights().values()) if recorder.kind else 0
+    each += recorder.film.pixels if recorder.film else 0
+    count = -(-(epochs or 1) // recorder.every)
+    before = size_of(store) if store.is_dir() else 0
+    if before + count * each > recorder.cap:
+        already = f", beside {in_bytes(before)} that are there" if before else ""
+        raise InvalidRequest(
+            f"{count} epochs of {in_bytes(each)} are {in_bytes(count * each)}{already}, and the cap is "
+            f"{in_bytes(recorder.cap)}: record fewer layers, gradients=None or every=10, or give a larger cap"
+        )
+
+
+def bytes_of(entry: Entry) -> int:
+    """Return what an entry takes on the disk, about: the arrays are nearly all of it, pictures take less than said."""
+    arrays = [*(one.weights for one in entry.kernels.values()), *(one.mean for one in entry.gradients.values())]
+    return sum(one.nbytes for one in arrays) + (entry.filters.images.numel() if entry.filters else 0)
+
+
+def in_bytes(count: int) -> str:
+    """Return a number of bytes for a message: "45.2 MB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return a metric as a number.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    try:
+        return float(value.detach()) if isinstance(value, Tensor) else float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRequest(f"a metric is one number, and {name} is {value!r}") from error
+
+
+def not_finite(epoch: int, gradients: Mapping[str, Gradient]) -> list[str]:
+    """Return in words which gradients of an epoch were NaN or infinite."""
+    bad = [(name, one) for name, one in gradients.items() if one.nonfinite]
+    return [
+        f"epoch {epoch}: the gradient of {name} was NaN or infinite in {one.nonfinite} of {one.batches} batches, "
+        f"first in batch {one.first_nonfinite}"
+        for name, one in bad[:3]
+    ] + [f"epoch {epoch}: so were those of {len(bad) - 3} more weights"] * (len(bad) > 3)

@@ -1,0 +1,73 @@
+"""Records of trainings that no training made: every number in them is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phosphene.gradients import EXPONENTS, Gradient
+from phosphene.history import Entry, History, continued, kernels_of
+from phosphene.rendered import Rendered
+
+
+def record_of(
+    folder: Path,
+    kernels: Mapping[str, Sequence[Tensor]],
+    metrics: Sequence[Mapping[str, float]] = (),
+    gradients: Sequence[Mapping[str, Gradient]] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    weight_norm: float = 1.0,
+    pictures: tuple[str, Sequence[Tensor]] | None = None,
+    frozen: Sequence[str] = (),
+) -> History:
+    """Return a record of these kernels (out, in, kh, kw) a layer and epoch, and of the other things where given.
+
+    `gradients` are an epoch's by weight, `shapes` the weights', and `pictures` a layer with its filters (n, 3, h, w)
+    an epoch, and `frozen` weights that are not trained.
+    """
+    facts: dict[str, Any] = {
+        "model": "net",
+        "weights": [
+            {"name": name, "shape": list(one), "dtype": "float32", "trained": name not in frozen}
+            for name, one in (shapes or {}).items()
+        ],
+        "layers": [{"path": path, "kind": "Conv2d"} for path in kernels],
+        "gradients": "running" if gradients else None,
+        "filters": {"layer": pictures[0]} if pictures else None,
+        "every": 1,
+        "versions": {"phosphene": "0"},
+    }
+    history = continued(folder, facts)
+    for epoch in range(max([len(gradients), *map(len, kernels.values()), *([len(pictures[1])] if pictures else [])])):
+        history.write(
+            Entry(
+                epoch=epoch,
+                metrics=metrics[epoch] if metrics else {},
+                kernels={path: kernels_of(path, several[epoch], facts, epoch) for path, several in kernels.items()},
+                gradients=gradients[epoch] if gradients else {},
+                weight_norms=dict.fromkeys(shapes or {}, weight_norm),
+                facts={"kind": "running", "read": "before clipping", "batches": 4} if gradients else {},
+                filters=rendered(pictures[0], pictures[1][epoch]) if pictures else None,
+            )
+        )
+    return history
+
+
+def rendered(layer: str, images: Tensor) -> Rendered:
+    """Return pictures (n, 3, h, w) in [0, 1] as filters 3, 4 … of a layer."""
+    none = torch.zeros(len(images))
+    spec = {"layers": [layer], "recipe": {"name": "made", "display": "clip", "seed": 0}}
+    names = tuple(f"filter_{3 + index}" for index in range(len(images)))
+    return Rendered(images, none, none, none[None], none > 0, names, spec)
+
+
+def gradient(
+    norm: float, size: int = 9, mean_abs: float = 0.5, batches: int = 4, nonfinite: int = 0, first: int | None = None
+) -> Gradient:
+    """Return what the gradients of a weight of so many entries came to."""
+    counts = torch.zeros(EXPONENTS, dtype=torch.int64)
+    return Gradient(torch.zeros(size), mean_abs, norm, counts, batches, nonfinite, first)

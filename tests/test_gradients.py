@@ -1,0 +1,107 @@
+"""What an epoch's gradients come to: by hand, and however the passes are cut."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phosphene.gradients import RunningGradients, SinceLast, counted, counted_together, of_one
+
+
+def counts(histogram: Tensor) -> dict[int, int]:
+    """Return the bins that count anything, by exponent."""
+    return {number - 127: int(count) for number, count in enumerate(histogram) if count}
+
+
+def test_the_mean_norms_and_histogram_of_two_batches_by_hand() -> None:
+    running = RunningGradients()
+    running.add({"w": torch.tensor([3.0, -4.0]), "b": torch.tensor([0.5])})
+    running.add({"w": torch.tensor([0.0, 1.0])})
+    found = running.take()
+    assert found["w"].mean.tolist() == [1.5, -1.5]
+    assert found["w"].norm == (5 + 1) / 2
+    assert found["w"].mean_abs == (3.5 + 0.5) / 2
+    assert counts(found["w"].histogram) == {-127: 1, 0: 1, 1: 1, 2: 1}  # 0, 1, 3, 4
+    assert (found["w"].batches, found["w"].nonfinite, found["w"].first_nonfinite) == (2, 0, None)
+    assert (found["b"].batches, found["b"].mean.tolist(), found["b"].norm) == (1, [0.5], 0.5)
+    assert running.take() == {}
+    assert running.batches == 0
+
+
+def test_what_is_not_finite_is_kept_as_such_and_its_first_batch_named() -> None:
+    running = RunningGradients()
+    for value in (1.0, math.nan, math.inf, 2.0):
+        running.add({"w": torch.tensor([value, 1.0]), "v": torch.tensor([1.0])})
+    found = running.take()
+    assert (found["w"].nonfinite, found["w"].first_nonfinite, found["w"].batches) == (2, 1, 4)
+    assert math.isnan(found["w"].mean[0])
+    assert found["w"].mean[1] == 1
+    assert math.isnan(found["w"].norm)
+    assert counts(found["w"].histogram) == {0: 5, 1: 1, 128: 2}
+    assert (found["v"].nonfinite, found["v"].mean.tolist()) == (0, [1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_histogram_counts_powers_of_two_in_every_dtype_and_order_of_memory(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn(4, 3, 5, 5, generator=generator) * 0.01).to(dtype)
+    expected: dict[int, int] = {}
+    for one in values.double().flatten().tolist():
+        exponent = math.frexp(one)[1] - 1 if one else -127
+        expected[exponent] = expected.get(exponent, 0) + 1
+    for laid in (values, values.to(memory_format=torch.channels_last), values.transpose(0, 3)):
+        assert counts(of_one(laid).histogram) == expected
+
+
+def test_a_gpu_s_way_of_counting_gives_the_same() -> None:
+    exponents = [torch.tensor(one, dtype=torch.int16) for one in ([0, 3, 3, 255], [255, 1], [3])]
+    for one, other in zip(counted_together(exponents), counted(exponents), strict=True):
+        assert one.tolist() == other.tolist()
+    assert counts(counted(exponents)[0]) == {-127: 1, -124: 2, 128: 1}
+
+
+def test_a_scale_is_divided_out_and_low_precision_summed_in_float32() -> None:
+    running = RunningGradients()
+    for _ in range(300):
+        running.add({"w": torch.tensor([1024.0], dtype=torch.bfloat16)}, scale=1024.0)
+    found = running.take()["w"]
+    assert found.mean.dtype == torch.float32
+    assert found.mean.tolist() == [1.0]  # bfloat16 would have stopped at 256 of 300
+    assert found.norm == 1
+
+
+def test_sparse_gradients_are_taken_whole() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    torch.autograd.backward(table(torch.tensor([1, 1])).sum())
+    assert table.weight.grad is not None
+    assert of_one(table.weight.grad).mean.tolist() == [[0, 0], [2, 2], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+def test_each_pass_is_told_apart_where_gradients_accumulate(to_none: bool, clip: bool) -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer, since_last = torch.optim.SGD([weight], lr=0.5), SinceLast()
+    for step in range(3):
+        optimizer.zero_grad(set_to_none=to_none)
+        for part in range(3):
+            gradient = torch.tensor([1.0 + step, 2.0**part], dtype=torch.float64)
+            torch.autograd.backward((weight * gradient).sum())
+            assert weight.grad is not None
+            assert since_last.batch({"w": weight.grad})["w"].tolist() == gradient.tolist()
+        if clip:
+            nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+
+
+def test_a_weight_that_a_pass_did_not_reach_has_no_gradient_in_it() -> None:
+    one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    since_last = SinceLast()
+    torch.autograd.backward(one + other)
+    assert set(since_last.batch({"a": one.grad, "b": other.grad})) == {"a", "b"}  # type: ignore[dict-item]
+    torch.autograd.backward(2 * one)
+    found = since_last.batch({"a": one.grad, "b": other.grad})  # type: ignore[dict-item]
+    assert {name: value.tolist() for name, value in found.items()} == {"a": [2.0]}
