@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PHOTOS ?= photos
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check bench bench-quality bench-peers bench-cam docs clean
+.PHONY: help install demo test test-slow check example bench bench-quality bench-peers bench-cam bench-record docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,10 @@ install: $(VENV)/installed  ## set up .venv with the pinned versions
 
 demo: install  ## draw what the filters of a trained network respond to
 	$(BIN)/phosphene demo --out phosphene-demo
+	@echo "next: make example, to watch a small network learn (two minutes)"
+
+example: install  ## train a small network and show how it learns
+	$(BIN)/python examples/watch_training.py
 
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest
@@ -35,7 +39,7 @@ check: $(VENV)/installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-quality bench-cam  ## run the benchmarks
+bench: bench-quality bench-cam bench-record  ## run the benchmarks
 
 bench-quality: $(VENV)/installed-dev  ## measure the pictures of every recipe against photos (PHOTOS=folder)
 	$(BIN)/python bench/quality.py $(PHOTOS)
@@ -51,6 +55,9 @@ bench-peers: $(PEERS)/installed  ## set up .venv-peers with the packages that th
 
 bench-cam: bench-peers  ## time heat maps against other packages
 	$(PEERS)/bin/python bench/cam.py
+
+bench-record: $(VENV)/installed-dev  ## time training with a recorder against training without
+	$(BIN)/python bench/record.py
 
 docs: install  ## draw the pictures of the README and docs again
 	$(BIN)/python docs/make_pictures.py

@@ -69,7 +69,10 @@ def test_a_strip_has_a_row_an_epoch_on_the_scale_of_all_epochs(history: History,
     numbers = [float(one) for epoch in range(3) for one in history.kernels("conv1", epoch).weights.flatten()]
     end = end_of(history, "conv1")
     low, high = (-end, end) if style == "signed" else (min(numbers), max(numbers))
-    colours = colormaps["RdBu_r" if style == "signed" else "gray"]
+
+    def colour(grey: int) -> tuple[int, ...]:
+        return tuple(map(int, colormaps["RdBu_r"](grey, bytes=True)[:3])) if style == "signed" else (grey,) * 3
+
     side = 48 + 1
     top, left = first_tile(page, 3 * (2 * side - 1) + 2 * 8)
     for epoch in range(3):
@@ -77,9 +80,9 @@ def test_a_strip_has_a_row_an_epoch_on_the_scale_of_all_epochs(history: History,
         for out, channel, y, x in ((0, 0, 0, 0), (3, 1, 2, 2), (1, 0, 2, 1), (2, 1, 0, 2)):
             down = top + epoch * (2 * side - 1 + 8) + channel * side + y * 16
             across = left + out * side + x * 16
-            wanted = colours(level(float(weights[out, channel, y, x]), low, high), bytes=True)[:3]
-            assert tuple(page[down, across]) == tuple(wanted)
-            assert tuple(page[down + 15, across + 15]) == tuple(wanted)
+            wanted = colour(level(float(weights[out, channel, y, x]), low, high))
+            assert tuple(page[down, across]) == wanted
+            assert tuple(page[down + 15, across + 15]) == wanted
     assert tuple(page[top + 48, left + 5]) == (195, 195, 195)
 
 

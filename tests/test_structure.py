@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src/phosphene"
 FLOORS = (
-    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients"),
+    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients", "allocator"),
     ("capture", "tracing", "objectives", "parameterizations", "photo", "store", "figure"),
     ("folding",),
     ("layers", "recipes", "rendered", "heatmap"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from phosphene.cams import CAMS, INPUT_METHODS, Cam
 from phosphene.capture import Place
 from phosphene.errors import InvalidRequest, LayerRefused
+from phosphene.folding import Folding
 from phosphene.heatmap import Guess, Heatmap, chosen_scores, class_indices, class_name, probabilities
 from phosphene.layers import Layer
 from phosphene.model import Model
@@ -85,8 +86,10 @@ def explaining(model: Model, layer: Address | None = None, method: str | Cam = "
         None if at_input else check_has_map(model, model.find(layer)) if layer is not None else default_layer(model)
     )
     roots = [chosen.path] if chosen else []
-    with model.reading([*roots, model.logits], roots) as read:
-        yield Explainer(model, chosen, method, read)
+    addresses = [*roots, model.logits]
+    folding = model.folding(addresses)
+    with model.reading(addresses, roots) as read:
+        yield Explainer(model, chosen, method, read, folding)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,7 @@ class Explainer:
     layer: Layer | None
     method: str | Cam
     read: Callable[[Tensor], dict[Address, Tensor]]
+    folding: Folding
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -148,17 +152,19 @@ class Explainer:
 
     def maps(self, images: Tensor, targets: Sequence[Target] | Tensor | Target = None) -> tuple[Tensor, Tensor]:
         """Return raw maps (b, h, w) and logits (b, k) of images (b, c, h, w) at the network's input size."""
-        maps, logits = self.at_layer(images, targets) if self.layer else self.at_input(images, targets)
+        # convolutions are fastest with the channels last in memory and with the normalisations folded into them; for
+        # both the weights are laid out anew, which pays from a few images on, or where passes go all the way back; the
+        # results are the same within rounding; what runs again in the backward pass has to find the same weights
+        pays = len(images) >= SEVERAL or self.layer is None
+        with self.folding.folded() if pays else nullcontext():
+            maps, logits = self.at_layer(images, targets) if self.layer else self.at_input(images, targets)
         need_finite(self.model, maps, logits)
         return maps, logits
 
     def at_layer(self, images: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Return maps from the layer's activations and gradients."""
         assert self.layer is not None
-        # convolutions are fastest with the channels last in memory, but every pass first turns the weights so, which
-        # pays from a few images on; the results are the same within rounding
-        several = len(images) >= SEVERAL
-        found = self.read(images.contiguous(memory_format=torch.channels_last) if several else images)
+        found = self.read(images.contiguous(memory_format=torch.channels_last) if len(images) >= SEVERAL else images)
         logits, raw = self.logits(found, len(images)), found[self.layer.path]
         score = chosen_scores(logits, class_indices(targets, logits, self.model.labels), self.model.labels).sum()
         slope = torch.autograd.grad(score, raw, allow_unused=True)[0] if score.requires_grad else None

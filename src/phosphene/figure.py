@@ -95,7 +95,9 @@ def coloured(values: Tensor, colours: str = "viridis") -> Picture:
 
 
 def painted(levels: Tensor, colours: str = "viridis") -> Tensor:
-    """Return levels 0..255 (…), uint8, as colours (…, 3), uint8, of a colour map of matplotlib's."""
+    """Return levels 0..255 (…), uint8, as colours (…, 3), uint8, of a colour map of matplotlib's; `gray` is exact."""
+    if colours == "gray":  # whose table in matplotlib is one too dark at some levels, for it rounds down
+        return levels.cpu()[..., None].repeat_interleave(3, -1)
     from matplotlib import colormaps  # as above
 
     table = colormaps[colours](np.linspace(0, 1, 256), bytes=True)[:, :3]

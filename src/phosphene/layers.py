@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from phosphene.capture import PLAIN, Layout, Place, Splice, borrowed, parts, watch
 from phosphene.errors import LayerNotFound, LayerRefused, nearest
+from phosphene.folding import Pair, Witness
 from phosphene.receptive import DOWN, RIGHT, Field
 from phosphene.tracing import Tracer
 
@@ -82,14 +83,16 @@ class Layer:
 class Layers(Sequence[Layer]):
     """The table of a network's layers in the order of the forward pass; prints as a table, in notebooks too.
 
-    `unlisted` are places inside layers, such as `conv1#preactivation`, that have an address but no row.
+    `unlisted` are places inside layers, such as `conv1#preactivation`, that have an address but no row; `pairs` are the
+    convolutions that can do the work of the batch normalisation after them.
     """
 
     HEADINGS = ("layer", "kind", "channels", "map", "receptive field / stride / padding", "overwritten by")
 
-    def __init__(self, layers: Sequence[Layer], unlisted: Sequence[Layer] = ()) -> None:
+    def __init__(self, layers: Sequence[Layer], unlisted: Sequence[Layer] = (), pairs: Sequence[Pair] = ()) -> None:
         self._layers = tuple(layers)
         self.unlisted = tuple(unlisted)
+        self.pairs = tuple(pairs)
 
     @overload
     def __getitem__(self, index: int) -> Layer: ...
@@ -217,15 +220,17 @@ def trace(
     """Run a network under a tracer and return its table."""
     calls: Counter[str] = Counter()
     sightings: list[Sighting] = []
+    witness = Witness()
 
     def see(path: str, output: Any) -> None:
         for part, returned in parts(output).items():
+            witness.show(path, modules[path], returned)
             tensor = layout.read(returned)
             field = tracer.show(len(sightings), tensor)
             sightings.append(Sighting(Place(path, calls[path], part), modules[path], tuple(tensor.shape), field))
         calls[path] += 1
 
-    with watch(modules, see), tracer:
+    with watch(modules, see), tracer, witness:
         run(image)
     pieces = Counter((one.place.path, one.place.call) for one in sightings)
     rows = [
@@ -242,6 +247,7 @@ def trace(
     return Layers(
         [row for row in rows if row.place.path and row.place.path not in inside],
         [row for row in rows if row.place.path in inside],
+        witness.pairs(),
     )
 
 

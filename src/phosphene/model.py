@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phosphene.allocator import keep_memory
 from phosphene.capture import PLAIN, Layout, Place, borrowed, capture, parts
 from phosphene.errors import (
     ChannelNotFound,
@@ -27,6 +28,7 @@ from phosphene.errors import (
     SizeRefused,
     WeightsRefused,
 )
+from phosphene.folding import Folding
 from phosphene.layers import Layer, Layers, survey
 from phosphene.photo import MIDDLE, Fit, Region
 from phosphene.version import __version__
@@ -127,12 +129,21 @@ class Model:
         The forward pass stops at the last of them. At `roots`, some of the addresses, the graph of gradients starts: a
         backward pass goes no further down. The module is given back as it was.
         """
+        keep_memory()
         places: dict[Any, Place] = {one: Place("") if one == "" else self.find(one).place for one in addresses}
         if "" in places:
             places[""] = Place("", part=self.output_part)
         modules = {place.path: self.modules[place.path] for place in places.values()}
         with borrowed(self.module), capture(self.forward, modules, places, self.layout, roots) as read:
             yield read
+
+    def folding(self, addresses: Sequence[str | int]) -> Folding:
+        """Return what makes forward passes cheaper that read nothing but these addresses; see `reading`.
+
+        The hooks of `reading` would count as the user's: it has to be asked for before.
+        """
+        read = {"" if one == "" else self.find(one).place.path for one in addresses}
+        return Folding(self.module, self.modules, [one for one in self.layers().pairs if not one.paths & read])
 
     @cached_property
     def output_part(self) -> str:

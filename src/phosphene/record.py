@@ -91,13 +91,13 @@ class Recorder:
         self.film = None if filters is None else film_of(self.subject, filters, recipe)
         self.cap = cap
         self.running, self.since_last, self.read = RunningGradients(), SinceLast(), CLIPPING[False]
-        self.written = set[int]()
         self.history: History | None = None
         if is_first_process():
             facts = self.facts()
             check_cap(self, Path(store), epochs)
             self.history = continued(Path(store), facts)
             self.used = size_of(self.history.folder)
+            self.last = max(self.history.epochs, default=-1)
 
     def facts(self) -> dict[str, Any]:
         """Return what is recorded, of which network, in JSON terms."""
@@ -157,7 +157,7 @@ class Recorder:
     def end_epoch(self, epoch: int, /, **metrics: float | Tensor) -> None:
         """Write the entry of an epoch; where the disk is full the training goes on with a warning.
 
-        An epoch that a training before this one recorded is moved to `replaced/` together with all later ones.
+        An epoch that was recorded before is moved to `replaced/` together with all later ones.
 
         Raises:
             InvalidRequest: the number is none, a metric is no number, or no backward pass was seen.
@@ -221,10 +221,10 @@ class Recorder:
             ]
         notes = []
         try:
-            if entry.epoch not in self.written and (aside := history.set_aside(entry.epoch)):
+            if entry.epoch <= self.last and (aside := history.set_aside(entry.epoch)):
                 notes = [f"epoch {entry.epoch} was recorded before; it and what came after it is now in {aside}"]
             self.used += history.write(entry)
-            self.written.add(entry.epoch)
+            self.last = entry.epoch
         except OSError as error:
             notes += [f"epoch {entry.epoch} is not recorded, the training goes on: {error}"]
         return notes
