@@ -377,7 +377,7 @@ def test_bf16_climbs_in_low_precision_and_scores_as_the_network_is(small_net: nn
     assert low.images.dtype == torch.float32
     as_it_is = [net[:5](low.images)[k, k].mean().item() for k in range(2)]
     assert low.scores.tolist() == pytest.approx(as_it_is, rel=1e-6)  # bfloat16 would be off by 1e-3
-    assert torch.equal(low.start_scores, full.start_scores)
+    assert low.start_scores.tolist() == pytest.approx(full.start_scores.tolist(), rel=1e-5)  # the hook costs a shortcut
     assert low.scores.tolist() == pytest.approx(full.scores.tolist(), abs=0.02)
 
 

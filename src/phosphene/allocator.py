@@ -25,4 +25,5 @@ def keep_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
-    return all([mallopt(name, value) == 1 for name, value in SETTINGS])
+    done = [mallopt(name, value) == 1 for name, value in SETTINGS]
+    return all(done)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,13 @@ from phosphene.recipes import Recipe
 from phosphene.steps import STEPS, State
 from phosphene.transforms import TRANSFORMS, Draws
 
-Read = Callable[[Tensor], Acts]
+
+class Read(Protocol):
+    """What runs the network: image (b, c, h, w), items (b,) -> what the objective scores."""
+
+    def __call__(self, image: Tensor, items: Tensor) -> Acts: ...
+
+
 Shape = tuple[int, int, int]  # (c, h, w)
 
 
@@ -112,7 +118,7 @@ def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
             seen = image
             for transform in transforms:
                 seen = transform(seen, draws)
-            acts = read(seen)
+            acts = read(seen, rows)
             need_gradient(acts)
             scores = objective.score(acts, image, rows)
             yield Frame(done, total, rows, scores.detach(), image.detach())
@@ -143,7 +149,7 @@ def need_gradient(acts: Acts) -> None:
 def clean_scores(read: Read, objective: Objective, image: Tensor, items: Tensor) -> Tensor:
     """Return the scores of finished images as they are, without transforms."""
     with torch.no_grad():
-        return objective.score(read(image), image, items)
+        return objective.score(read(image, items), image, items)
 
 
 def resize(image: Tensor, shape: Shape) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from phosphene.allocator import keep_memory
-from phosphene.capture import PLAIN, Layout, Place, borrowed, capture, parts
+from phosphene.capture import PLAIN, Layout, Place, Splice, borrowed, capture, parts
 from phosphene.errors import (
     ChannelNotFound,
     InvalidRequest,
@@ -122,18 +122,23 @@ class Model:
 
     @contextmanager
     def reading(
-        self, addresses: Sequence[str | int], roots: Sequence[str | int] = ()
+        self, addresses: Sequence[str | int], roots: Sequence[str | int] = (), inputs: Collection[str | int] = ()
     ) -> Iterator[Callable[[Tensor], dict[str | int, Tensor]]]:
         """Borrow the network and yield `read(image)`: the tensors at the addresses, `""` being the network's output.
 
         The forward pass stops at the last of them. At `roots`, some of the addresses, the graph of gradients starts: a
-        backward pass goes no further down. The module is given back as it was.
+        backward pass goes no further down. Of `inputs`, some of the addresses, it is what the layer is given that is
+        read. The module is given back as it was.
         """
         keep_memory()
         places: dict[Any, Place] = {one: Place("") if one == "" else self.find(one).place for one in addresses}
         if "" in places:
             places[""] = Place("", part=self.output_part)
         modules = {place.path: self.modules[place.path] for place in places.values()}
+        for one in inputs:
+            splice = Splice(modules[places[one].path], Splice.INPUT)
+            places[one] = Place(f"{places[one].path}#{Splice.INPUT}", places[one].call)
+            modules[places[one].path] = splice
         with borrowed(self.module), capture(self.forward, modules, places, self.layout, roots) as read:
             yield read
 

@@ -3,6 +3,9 @@
 An objective asks for `n` pictures. It is scored on a batch that shows some of them: `items` (b,) says which picture
 each row of the batch is, `acts` maps every address in `layers` to that layer's output for the batch, `image` is the
 batch (b, c, h, w) in [0, 1] before random transforms. The score is (b,), and row k depends on row k alone.
+
+Where an objective reads no more of a layer than one number an item, `reads` says which; then `acts` may hold that
+number, (b,), in place of the layer's output (see `shortcuts.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +28,23 @@ Score = Callable[[Acts, Tensor, Tensor], Tensor]
 OUTPUT = ""  # the address of what the whole network returns
 
 
+class Reads(NamedTuple):
+    """The one number an item that an objective reads of a layer, `channels` by item.
+
+    It is the channel's mean where `mean`, else its value at `position` (row, column), by default the map's centre.
+    """
+
+    channels: tuple[int, ...]
+    mean: bool
+    position: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True)
 class Objective:
     """A score for each of `n` pictures; see the module's text.
 
-    `spec` says in JSON terms what it is; `names` says of each picture what it shows, such as `filter_12`.
+    `spec` says in JSON terms what it is; `names` says of each picture what it shows, such as `filter_12`; `reads` what
+    it reads of those layers of which it reads one number an item.
     """
 
     layers: tuple[Address, ...]
@@ -37,6 +52,7 @@ class Objective:
     score: Score = field(repr=False, compare=False)
     spec: Mapping[str, Any]
     names: tuple[str, ...]
+    reads: Mapping[Address, Reads] = field(default_factory=dict, compare=False)
 
     def __add__(self, other: Objective | float) -> Objective:
         return add(self, other)
@@ -98,7 +114,21 @@ def add(one: Objective, other: Objective | float) -> Objective:
         score=score,
         spec={"sum": [one.spec, other.spec]},
         names=naming.names,
+        reads=reads_of_sum(one, other, naming.n),
     )
+
+
+def reads_of_sum(one: Objective, other: Objective, n: int) -> dict[Address, Reads]:
+    """Return what a sum reads of each layer of which it reads one number an item: both parts the same, or one of them.
+
+    An objective of one picture reads the same for every item of the other.
+    """
+    found: dict[Address, Reads] = {}
+    for part, rest in ((one, other), (other, one)):
+        for layer, reads in part.reads.items():
+            if layer not in rest.layers or rest.reads.get(layer) == reads:
+                found[layer] = reads._replace(channels=reads.channels * (n if part.n < n else 1))
+    return found
 
 
 def numbers(chosen: int | Iterable[int], noun: str) -> list[int]:
@@ -151,12 +181,15 @@ def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
     chosen = torch.tensor(listed)
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
+        if acts[layer].dim() == 1:
+            return acts[layer]
         need_map(acts[layer], layer, max(listed))
         # one axis after the other: both at once would round otherwise for a batch of one large map
         return pick(acts[layer], chosen, items).mean(-1).mean(-1)
 
     spec = {"objective": "channel", "layer": layer, "channels": listed}
-    return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed))
+    reads = {layer: Reads(tuple(listed), mean=True)}
+    return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed), reads)
 
 
 def neuron(layer: Address, channels: int | Iterable[int], position: tuple[int, int] | None = None) -> Objective:
@@ -167,15 +200,24 @@ def neuron(layer: Address, channels: int | Iterable[int], position: tuple[int, i
     chosen = torch.tensor(listed)
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
+        if acts[layer].dim() == 1:
+            return acts[layer]
         need_map(acts[layer], layer, max(listed))
-        height, width = acts[layer].shape[-2:]
-        row, column = position or (height // 2, width // 2)
-        if not (0 <= row < height and 0 <= column < width):
-            raise InvalidRequest(f"{layer!r} has a map of {height}×{width}; there is no position {row}, {column}")
+        row, column = position_in(acts[layer], layer, position)
         return pick(acts[layer][..., row, column], chosen, items)
 
     spec = {"objective": "neuron", "layer": layer, "channels": listed, "position": position and list(position)}
-    return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed))
+    reads = {layer: Reads(tuple(listed), mean=False, position=position)}
+    return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed), reads)
+
+
+def position_in(act: Tensor, layer: Address, position: tuple[int, int] | None) -> tuple[int, int]:
+    """Return a position (row, column) of a map (b, c, h, w), by default its centre; refuse one that it has not."""
+    height, width = act.shape[-2:]
+    row, column = position or (height // 2, width // 2)
+    if not (0 <= row < height and 0 <= column < width):
+        raise InvalidRequest(f"{layer!r} has a map of {height}×{width}; there is no position {row}, {column}")
+    return row, column
 
 
 def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:

@@ -18,6 +18,7 @@ from phosphene.model import Model, first_line, is_out_of_memory
 from phosphene.objectives import Acts, Address, Objective, layer
 from phosphene.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendered import Rendered
+from phosphene.shortcuts import fast_reading
 
 
 def render(
@@ -65,10 +66,10 @@ def render(
         model.check_photo(photo)
     layers = resolved(model, objective)
     done: list[Batch] = []
-    with model.reading(objective.layers) as read:
+    with fast_reading(model, objective) as (read, shortcuts):
         fitting, base = fitted(model, read, asked, size is not None, photo)
         plan = Plan(objective, fitting, base, layers, model.like)
-        spec = specification(model, plan, precision)
+        spec = {**specification(model, plan, precision), "shortcuts": list(shortcuts())}
         one_batch = partial(render_batch, in_bf16(read) if precision == "bf16" else read, plan, film, watch)
         try:
             for batch_done in batches(one_batch, plan, at_once):
@@ -108,11 +109,11 @@ def chosen_batch(batch: int | str, device: torch.device) -> int:
 def in_bf16(read: Read) -> Read:
     """Return a `read` that computes in bfloat16 where gradients are wanted: climbing, not the final scores."""
 
-    def read_low(image: Tensor) -> Acts:
+    def read_low(image: Tensor, items: Tensor) -> Acts:
         if not torch.is_grad_enabled():
-            return read(image)
+            return read(image, items)
         with torch.autocast(image.device.type, torch.bfloat16):
-            return {address: act.to(image.dtype) for address, act in read(image).items()}
+            return {address: act.to(image.dtype) for address, act in read(image, items).items()}
 
     return read_low
 
@@ -130,13 +131,15 @@ def fitted(model: Model, read: Read, recipe: Recipe, size_given: bool, photo: Te
     base = Base(model.channels_in, photo)
     if photo is None and not size_given:
         recipe = recipe.at(size=min(recipe.size, 2 * min(model.input_size)))
+    first = torch.zeros(1, dtype=torch.long, device=model.like.device)
+    read_first = partial(read, items=first)
     try:
         for size in {min(recipe.sizes), max(recipe.sizes)}:
-            model.check_takes(read, base.shape(size)[1:])
+            model.check_takes(read_first, base.shape(size)[1:])
     except SizeRefused:
         if size_given or photo is not None:
             raise
-        model.check_takes(read, model.input_size)
+        model.check_takes(read_first, model.input_size)
         recipe = replace(recipe, sizes=(min(model.input_size),), steps=recipe.steps * len(recipe.sizes))
         base = Base(model.channels_in, sides=model.input_size)
     return recipe, base
