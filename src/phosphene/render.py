@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from phosphene.objectives import Acts, Address, Objective, layer
 from phosphene.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendered import Rendered
 from phosphene.shortcuts import fast_reading
+
+EXACT = 0.2  # of a climb's steps, which are not in bfloat16
 
 
 def render(
@@ -44,8 +47,8 @@ def render(
         size: side of the pictures in pixels, by default the recipe's, but at most twice the network's input.
         steps: at each scale; `seed`: of starts and transforms; both by default the recipe's.
         batch: pictures at once, or `auto`. A batch that does not fit the memory is halved, with a warning.
-        precision: of the network's forward pass while climbing: `fp32` as the network is, or `bf16`; scores are always
-            taken as the network is. `auto` is fp32.
+        precision: of the network's forward pass while climbing: `fp32` as the network is, or `bf16` after the first
+            fifth of the steps; scores are always taken as the network is. `auto` is fp32.
         film: how many moments of the climb to keep, beside the start.
         photo: (1, c, h, w) in [0, 1] to start from in place of noise.
         watch: called with every `Frame`.
@@ -70,7 +73,7 @@ def render(
         fitting, base = fitted(model, read, asked, size is not None, photo)
         plan = Plan(objective, fitting, base, layers, model.like)
         spec = {**specification(model, plan, precision), "shortcuts": list(shortcuts())}
-        one_batch = partial(render_batch, in_bf16(read) if precision == "bf16" else read, plan, film, watch)
+        one_batch = partial(render_batch, read, plan, precision, film, watch)
         try:
             for batch_done in batches(one_batch, plan, at_once):
                 done.append(batch_done)
@@ -106,11 +109,18 @@ def chosen_batch(batch: int | str, device: torch.device) -> int:
     return batch
 
 
-def in_bf16(read: Read) -> Read:
-    """Return a `read` that computes in bfloat16 where gradients are wanted: climbing, not the final scores."""
+def in_bf16(read: Read, exact: int) -> Read:
+    """Return a `read` that computes in bfloat16 where gradients are wanted, after so many passes as the network is.
+
+    What a picture becomes is decided in its first steps: with those in float32 it ends as the same picture to the eye,
+    where rounding from the start on leads to another (decision 7). Scores without gradients are as the network is.
+    """
+    passes = 0
 
     def read_low(image: Tensor, items: Tensor) -> Acts:
-        if not torch.is_grad_enabled():
+        nonlocal passes
+        passes += torch.is_grad_enabled()
+        if not torch.is_grad_enabled() or passes <= exact:
             return read(image, items)
         with torch.autocast(image.device.type, torch.bfloat16):
             return {address: act.to(image.dtype) for address, act in read(image, items).items()}
@@ -194,8 +204,12 @@ def batches(one_batch: Callable[[list[int]], Batch], plan: Plan, at_once: int) -
         yield batch
 
 
-def render_batch(read: Read, plan: Plan, film: int, watch: Callable[[Frame], None] | None, items: list[int]) -> Batch:
+def render_batch(
+    read: Read, plan: Plan, precision: str, film: int, watch: Callable[[Frame], None] | None, items: list[int]
+) -> Batch:
     """Render some of an objective's pictures at once."""
+    if precision == "bf16":
+        read = in_bf16(read, math.ceil(EXACT * len(plan.recipe.sizes) * plan.recipe.steps))
     history: list[Tensor] = []
     moments: list[Tensor] = []
     start_scores = None
