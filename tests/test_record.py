@@ -5,14 +5,17 @@ from __future__ import annotations
 import collections
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +165,17 @@ def test_before_and_after_clipping(tmp_path: Path, clipped: bool) -> None:
     assert math.isclose(found, whole / (2 if clipped else 1), rel_tol=1e-5)
 
 
+def test_both_in_one_epoch_are_said(tmp_path: Path) -> None:
+    net = network()
+    recorder = Recorder(net, tmp_path)
+    for clipped in (True, False):
+        net.zero_grad()
+        backward(net, samples(8))
+        recorder.after_backward(clipped=clipped)
+    recorder.end_epoch(0)
+    assert open_history(tmp_path).entry()["gradients"]["read"] == "before clipping and after clipping"
+
+
 def test_with_loss_scaling(tmp_path: Path) -> None:
     net = network().float().eval()
     images, classes = samples(8)
@@ -175,7 +189,7 @@ def test_with_loss_scaling(tmp_path: Path) -> None:
             loss.backward()
             if unscaled:
                 scaler.unscale_(optimizer)
-            recorder.after_backward(scaler=None if unscaled else scaler)
+            recorder.after_backward(scaler=scaler)  # which knows whether it was taken out again
             scaler.step(optimizer)
             scaler.update()
             recorder.end_epoch(0)
@@ -308,6 +322,23 @@ def test_filters_are_rendered_after_each_epoch_from_one_seed(tmp_path: Path) -> 
     assert history.facts["filters"]["channels"] == [1, 3]
 
 
+def test_filters_that_cannot_be_rendered_do_not_stop_the_training(tmp_path: Path, monkeypatch: Any) -> None:
+    net = network()
+    recorder = Recorder(net, tmp_path, gradients=None, filters=".4:0", recipe="max-step")
+    monkeypatch.setattr("phosphene.record.render", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="filters were not rendered: division by zero"):
+        recorder.end_epoch(0)
+
+    def stop(*_: Any) -> None:
+        raise errors.Interrupted("stopped")
+
+    monkeypatch.setattr("phosphene.record.render", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.end_epoch(1)
+    assert open_history(tmp_path).epochs == [0]
+    assert open_history(tmp_path).filters() == {}
+
+
 @pytest.mark.parametrize("gradients", ["running", "epoch", None])
 def test_the_training_is_bit_identical_with_and_without(tmp_path: Path, gradients: str | None) -> None:
     plain, watched = network(), network()
@@ -431,7 +462,9 @@ def test_a_training_that_is_killed_leaves_all_finished_epochs_readable(tmp_path:
 
 def test_the_cap_is_looked_at_in_advance_and_never_passed(tmp_path: Path) -> None:
     net = network()
-    with pytest.raises(errors.InvalidRequest, match=r"500 epochs of 11\.7 kB are 5\.9 MB, and the cap is 1\.0 MB"):
+    with pytest.raises(
+        errors.InvalidRequest, match=r"500 epochs of up to 38\.3 kB are 19\.2 MB, and the cap is 1\.0 MB"
+    ):
         Recorder(net, tmp_path / "a", epochs=500, cap=10**6)
     assert not (tmp_path / "a").exists()
     recorder = Recorder(net, tmp_path / "b", gradients=None, cap=20_000)
@@ -440,6 +473,52 @@ def test_the_cap_is_looked_at_in_advance_and_never_passed(tmp_path: Path) -> Non
         collections.deque(map(recorder.end_epoch, range(1, 12)), 0)
     history = open_history(tmp_path / "b")
     assert sum(path.stat().st_size for path in history.folder.rglob("*") if path.is_file()) <= 20_000
+
+
+def test_a_run_with_filters_goes_on_too(tmp_path: Path) -> None:
+    net = network()
+    for epoch in range(2):
+        recorder = Recorder(net, tmp_path, gradients=None, filters="1:0:2", recipe="max-step")
+        recorder.film = None  # what is rendered is not looked at here
+        recorder.end_epoch(np.int64(epoch))  # type: ignore[arg-type]
+    assert open_history(tmp_path).epochs == [0, 1]
+    assert open_history(tmp_path).facts["filters"]["layer"] == ".4"
+    with pytest.raises(errors.InvalidRequest, match="is one with other filters; choose another folder"):
+        Recorder(net, tmp_path, gradients=None, filters="1:0:3", recipe="max-step")
+
+
+def test_what_two_recorders_or_nobody_left_there_is_not_lost(tmp_path: Path) -> None:
+    one, other = (Recorder(network(), tmp_path, gradients=None) for _ in range(2))
+    one.end_epoch(0, number=1)
+    with pytest.warns(UserWarning, match="epoch 0 was recorded before"):
+        other.end_epoch(0, number=2)
+    assert open_history(tmp_path).metrics(0) == {"number": 2}
+    assert (tmp_path / "replaced/0/000000/manifest.json").exists()
+    shutil.rmtree(tmp_path)
+    one.end_epoch(1, number=3)
+    assert open_history(tmp_path).metrics() == {"number": 3}
+
+
+def test_a_damaged_epoch_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    recorder = Recorder(network(), tmp_path, gradients=None)
+    recorder.end_epoch(0)
+    recorder.end_epoch(1)
+    history = open_history(tmp_path)
+    (history.place(1) / "kernels.safetensors").write_bytes(b"abc")
+    with pytest.raises(errors.WeightsRefused, match=r"000001/kernels.safetensors is damaged .* delete .*000001 to"):
+        history.kernels(".0")
+    (history.place(1) / "manifest.json").write_text("{")
+    with pytest.raises(errors.WeightsRefused, match=r"000001/manifest.json is damaged"):
+        history.entry()
+    assert history.kernels(".0", 0).weights.shape == (4, 3, 3, 3)
+
+
+def test_a_layer_that_took_another_s_place_is_the_one_recorded(tmp_path: Path) -> None:
+    net = network()
+    recorder = Recorder(net, tmp_path, gradients=None)
+    net[4] = nn.Conv2d(4, 6, 3, padding=1).double()
+    recorder.end_epoch(0)
+    assert open_history(tmp_path).kernels(".4").weights.equal(net.state_dict()["4.weight"])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -451,10 +530,16 @@ def test_what_cannot_be_recorded_is_refused_before_the_training(tmp_path: Path) 
         ({"layers": "block9*"}, r"no convolution matches 'block9\*'; there are: .0, .4, .8"),
         ({"gradients": "all"}, "gradients is 'running', 'epoch' or None, not 'all'"),
         ({"gradients": "epoch"}, "gradients='epoch' needs data="),
-        ({"every": 0}, "every is a whole number of epochs from 1 on, not 0"),
+        ({"every": 0}, "every is a whole number from 1 on, not 0"),
         ({"filters": ".4:0:9"}, "there is no channel 8"),
         ({"filters": "conv9:0:1"}, "conv9"),
-        ({"recipe": "x", "filters": ".4"}, "x"),
+        ({"filters": "9:0:1"}, "9"),
+        ({"filters": ".16:0:1"}, "has no map of channels to render"),
+        ({"recipe": "x"}, "x"),
+        ({"layers": ["0"]}, "layers is of the kind str"),
+        ({"cap": "1GB"}, "cap is of the kind int, not '1GB'"),
+        ({"epochs": -1}, "epochs is a whole number from 0 on, not -1"),
+        ({"writer": 3}, "a writer is a SummaryWriter"),
     )
     for wrong, sentence in cases:
         with pytest.raises(errors.PhospheneError, match=sentence):
@@ -485,10 +570,16 @@ def test_what_cannot_be_recorded_on_the_way_says_so(tmp_path: Path) -> None:
         (iter([samples(2)]), F.cross_entropy, "can be gone through once an epoch"),
         ([samples(2)[0]], F.cross_entropy, r"a batch for gradients='epoch' is \(inputs, targets\)"),
         (samples(2), None, "needs loss="),
+        (
+            samples(2),
+            partial(F.cross_entropy, reduction="none"),
+            r"one number that the weights decide; it returned .*2",
+        ),
         ([], F.cross_entropy, "held no sample"),
+        ((samples(2)[0][:, :1], samples(2)[1]), F.cross_entropy, "does not take a batch of the data .* channels"),
     ):
         with pytest.raises(errors.InvalidRequest, match=sentence):
-            Recorder(net, tmp_path / "b", gradients="epoch", data=data, loss=loss).end_epoch(0)
+            Recorder(net, tmp_path / "b", gradients="epoch", data=data, loss=loss)
 
 
 def test_the_record_names_what_it_has(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     with pytest.raises(expected) as caught:
         write_file(path, b"new")
     assert expected is KeyboardInterrupt or str(caught.value) == (
-        f"{path} cannot be written: No space left on device; give another --out"
+        f"{path} cannot be written: No space left on device; give another place"
     )
     assert path.read_bytes() == b"old"
     assert everything(tmp_path) == ["c.bin"]
@@ -76,7 +76,7 @@ def test_a_place_that_takes_no_folder_is_refused_before_the_work(tmp_path: Path)
     (tmp_path / "file").write_text("a file")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     places = {
-        tmp_path / "file": "is a file, so no folder can be made there; give another --out",
+        tmp_path / "file": "is a file, so no folder can be made there; give another place",
         tmp_path / "file/below": "Not a directory",
         tmp_path / "dangling": "No such file or directory",
         Path("/proc/phosphene"): "cannot be written",

@@ -26,7 +26,7 @@ FLOORS = (
     ("render", "explain", "activations", "kernels"),
     ("history", "subject"),
     ("looks",),
-    ("subject_keras", "live", "strip", "curves"),
+    ("subject_keras", "live", "strip", "curves", "budget"),
     ("record",),
     ("record_keras", "record_lightning", "record_transformers"),
     ("demo",),

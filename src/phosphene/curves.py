@@ -327,7 +327,7 @@ class Sizes:
     def mark(self, axes: Any, values: Tensor, colours: Any) -> None:
         """Mark on a plot what has no place on its scale: 0 at the foot, NaN and infinity at the top."""
         there = self.batches > 0
-        for where, sign, height in ((values == 0, "v", 0.0), (there & ~values.isfinite(), "x", 1.0)):
+        for where, sign, height in ((values == 0, "v", 0.0), (there & (self.nonfinite > 0), "x", 1.0)):
             rows, columns = where.nonzero(as_tuple=True)
             if len(rows):
                 at = [self.epochs[row] for row in rows.tolist()]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -120,6 +121,10 @@ class History:
         found = (self.folder / "epochs").glob(f"*/{MANIFEST}")
         return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
 
+    def __contains__(self, epoch: int) -> bool:
+        """Return whether an epoch is recorded."""
+        return (self.place(epoch) / MANIFEST).exists()
+
     @property
     def layers(self) -> list[str]:
         """The layers whose kernels are recorded."""
@@ -136,7 +141,7 @@ class History:
         Raises:
             InvalidRequest: it is not recorded; the message says which are.
         """
-        if epoch is not None and (self.place(epoch) / MANIFEST).exists():
+        if epoch is not None and epoch in self:
             return epoch
         known = self.epochs
         if not known:
@@ -151,8 +156,9 @@ class History:
 
     def entry(self, epoch: int | None = None) -> dict[str, Any]:
         """Return what is recorded of an epoch beside arrays and pictures."""
-        text = (self.place(self.chosen(epoch)) / MANIFEST).read_text(encoding="utf-8")
-        return {name: unspelled(one) for name, one in json.loads(text).items()}
+        path = self.place(self.chosen(epoch)) / MANIFEST
+        with whole(path):
+            return {name: unspelled(one) for name, one in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def metrics(self, epoch: int | None = None) -> dict[str, float]:
         """Return an epoch's metrics."""
@@ -179,13 +185,14 @@ class History:
             LayerNotFound, InvalidRequest: there is no such layer, or epoch.
         """
         path, number = self.find(layer), self.chosen(epoch)
-        with safetensors.safe_open(self.place(number) / KERNELS, "pt") as file:
+        with whole(self.place(number) / KERNELS), safetensors.safe_open(self.place(number) / KERNELS, "pt") as file:
             return kernels_of(path, file.get_tensor(path), self.facts, number)
 
     def gradients(self, epoch: int | None = None) -> dict[str, Tensor]:
         """Return an epoch's gradient of every trainable weight, in the network's order; {} where none are recorded."""
         path = self.place(self.chosen(epoch)) / GRADIENTS
-        found = safetensors.torch.load_file(path) if path.exists() else {}
+        with whole(path):
+            found = safetensors.torch.load_file(path) if path.exists() else {}
         return {one["name"]: found[one["name"]] for one in self.facts["weights"] if one["name"] in found}
 
     def record(self) -> list[list[Tensor]]:
@@ -209,6 +216,8 @@ class History:
         place = self.place(entry.epoch)
         shutil.rmtree(place, ignore_errors=True)  # what a training that was killed had begun
         try:
+            if not (self.folder / MANIFEST).exists():  # somebody has deleted the record
+                write_manifest(self.folder / MANIFEST, self.facts)
             kernels = {path: one.weights for path, one in entry.kernels.items()}
             write_file(place / KERNELS, safetensors.torch.save(kernels))
             if entry.gradients:
@@ -234,6 +243,21 @@ class History:
         for one in old:
             self.place(one).rename(target / self.place(one).name)
         return target
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Refuse a file of an epoch that turns out to be damaged.
+
+    Raises:
+        WeightsRefused: the message says which.
+    """
+    try:
+        yield
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise WeightsRefused(
+            f"{path} is damaged ({error}); put it back from a copy, or delete {path.parent} to leave this epoch out"
+        ) from error
 
 
 def kernels_of(path: str, weights: Tensor, facts: Mapping[str, Any], epoch: int) -> Kernels:
@@ -290,11 +314,12 @@ def continued(folder: Path, facts: Mapping[str, Any]) -> History:
         OutputRefused: it cannot be written.
     """
     check_writable(folder, folder=True)
+    facts = json.loads(json.dumps(facts))  # as it is read again
     if not is_history(folder):
         if (folder / MANIFEST).exists():
             raise InvalidRequest(f"{folder} holds other results; give the record of a training a folder of its own")
         write_manifest(folder / MANIFEST, {"kind": KIND, **facts})
-        return History(folder, facts)
+        return History(folder, {"kind": KIND, **facts})
     known = read_facts(folder)
     check_same(folder, known, facts)
     both = zip(known["weights"], facts["weights"], strict=True)
@@ -317,9 +342,9 @@ def check_same(folder: Path, known: Mapping[str, Any], facts: Mapping[str, Any])
             )
     for name in ("gradients", "filters", "every"):
         if known[name] != facts[name]:
+            which = "other filters" if name == "filters" else f"{name}={known[name]!r}, not {facts[name]!r}"
             raise InvalidRequest(
-                f"the record in {folder} is one with {name}={known[name]!r}, not {facts[name]!r}; choose another "
-                "folder, or go on with the same"
+                f"the record in {folder} is one with {which}; choose another folder, or go on with the same"
             )
 
 

@@ -124,7 +124,7 @@ class Kernels:
         largest = float(self.weights.abs().max())
         said += [f"largest ±{largest:.3g}, shown as ±{high:.3g}"] if about_zero and largest > high * 1.001 else []
         said += [f"page {page + 1} of {len(sheet.pages)}"] if len(sheet.pages) > 1 else []
-        return figure.captioned(figure.joined([*blocks, bar]), f"{self.spec['layer']} · kernels", " · ".join(said))
+        return figure.captioned(figure.joined([*blocks, bar]), self.heading("kernels"), " · ".join(said))
 
     def rgb(self) -> figure.Picture:
         """Return one tile in colour per filter, for a layer that sees a photo's three channels, row by row.
@@ -148,7 +148,12 @@ class Kernels:
         marks = numbered(range(0, len(self), columns), self.weights.shape[2] * factor + GAP, 14)
         size = "×".join(map(str, self.weights.shape[2:]))
         note = f"{len(self):,} filters of {size} in colour · grey is 0, full colour ±{high:.3g}"
-        return figure.captioned(figure.ruled(sheet, marks), f"{self.spec['layer']} · filters in colour", note)
+        return figure.captioned(figure.ruled(sheet, marks), self.heading("filters in colour"), note)
+
+    def heading(self, what: str) -> str:
+        """Return what a picture shows; of a recorded training, after which epoch."""
+        epoch = self.spec.get("epoch")
+        return f"{self.spec['layer']} · {what}" + ("" if epoch is None else f" after epoch {epoch}")
 
     def pictures(self) -> Iterator[figure.Picture]:
         """Yield what there is to see: tiles in colour in a network's first layer, then every page of the grid."""

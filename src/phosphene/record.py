@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from phosphene.errors import InvalidRequest, LayerNotFound, PhospheneError
+from phosphene.budget import bytes_of, check_cap, in_bytes, space
+from phosphene.errors import Interrupted, InvalidRequest, LayerNotFound
 from phosphene.gradients import Gradient, RunningGradients, SinceLast, of_one
 from phosphene.history import Entry, History, continued, kernels_of, size_of
 from phosphene.live import checked, publish
 from phosphene.loaders.keras import is_keras_model
-from phosphene.model import Model, parse_channels
+from phosphene.model import Model, first_line, parse_channels
 from phosphene.objectives import channel
 from phosphene.recipes import Recipe, find_recipe
 from phosphene.render import render
@@ -83,19 +85,29 @@ class Recorder:
         epochs: int | None = None,
         cap: int = CAP,
     ) -> None:
+        check_kinds(store=(store, str | Path), layers=(layers, str), filters=(filters, str | None), cap=(cap, int))
         self.subject = as_subject(model)
         self.layers = matching(layers, self.subject.kinds)
         check(self.subject, gradients, data, every)
         checked(writer)
+        find_recipe(recipe)
+        if epochs is not None:
+            check_count("epochs", epochs, 0)
+        store = Path(store).expanduser()
         self.kind, self.every, self.data, self.loss, self.writer = gradients, every, data, loss, writer
         self.film = None if filters is None else film_of(self.subject, filters, recipe)
+        if gradients == "epoch":
+            self.subject.total_gradient(data, loss, 1)  # what does not work is better known before the training
         self.cap = cap
-        self.running, self.since_last, self.read = RunningGradients(), SinceLast(), CLIPPING[False]
+        self.running, self.since_last, self.clipped = RunningGradients(), SinceLast(), set[bool]()
         self.history: History | None = None
         if is_first_process():
             facts = self.facts()
-            check_cap(self, Path(store), epochs)
-            self.history = continued(Path(store), facts)
+            kernels = [self.subject.kernels[path]() for path in self.layers]
+            weights = list(self.subject.weights().values()) if self.kind else []
+            each = space(kernels, weights, self.film.pixels if self.film else 0)
+            check_cap(store, each, -(-(epochs or 1) // self.every), cap)
+            self.history = continued(store, facts)
             self.used = size_of(self.history.folder)
             self.last = max(self.history.epochs, default=-1)
 
@@ -144,7 +156,7 @@ class Recorder:
         if self.history is None or self.kind != "running":
             return
         scale = self.subject.scale() if self.subject.scale else 1.0
-        scale *= float(scaler.get_scale()) if scaler is not None else 1.0
+        scale *= scale_of(scaler)
         found = {name: one.grad for name, one in self.subject.weights().items() if one.grad is not None}
         batch = self.since_last.batch(found)
         if not batch:
@@ -152,7 +164,7 @@ class Recorder:
                 "no weight has a new gradient: call after_backward() after loss.backward(), and before zero_grad()"
             )
         self.running.add(batch, scale)
-        self.read = CLIPPING[clipped]
+        self.clipped.add(clipped)
 
     def end_epoch(self, epoch: int, /, **metrics: float | Tensor) -> None:
         """Write the entry of an epoch; where the disk is full the training goes on with a warning.
@@ -162,13 +174,13 @@ class Recorder:
         Raises:
             InvalidRequest: the number is none, a metric is no number, or no backward pass was seen.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise InvalidRequest(f"an epoch has a whole number from 0 on, not {epoch!r}")
+        epoch = check_count("an epoch", epoch, 0)
         numbers = {name: as_number(name, one) for name, one in metrics.items()}
         if self.history is None:
             return
         if epoch % self.every:
             self.running.take()
+            self.clipped.clear()
             return
         if self.kind == "running" and not self.running.batches:
             raise InvalidRequest(
@@ -185,8 +197,10 @@ class Recorder:
         """Return what is to be recorded of an epoch."""
         facts: dict[str, Any] = {}
         if self.kind == "running":
-            facts = {"kind": "running", "read": self.read, "batches": self.running.batches}
+            read = " and ".join(CLIPPING[one] for one in sorted(self.clipped))
+            facts = {"kind": "running", "read": read, "batches": self.running.batches}
             found = self.running.take()
+            self.clipped.clear()
         elif self.kind == "epoch":
             facts = {"kind": "epoch", "read": "of the total loss", "batches": 1}
             found = {name: of_one(one) for name, one in self.subject.total_gradient(self.data, self.loss).items()}
@@ -221,7 +235,8 @@ class Recorder:
             ]
         notes = []
         try:
-            if entry.epoch <= self.last and (aside := history.set_aside(entry.epoch)):
+            known = entry.epoch <= self.last or entry.epoch in history
+            if known and (aside := history.set_aside(entry.epoch)):
                 notes = [f"epoch {entry.epoch} was recorded before; it and what came after it is now in {aside}"]
             self.used += history.write(entry)
             self.last = entry.epoch
@@ -251,8 +266,10 @@ class Film(NamedTuple):
         """Return the filters as they are now, or what kept them from being rendered."""
         try:
             return render(self.model, channel(self.layer, self.channels), self.recipe), ()
-        except PhospheneError as error:
-            return None, (f"filters were not rendered: {error}",)
+        except Interrupted:
+            raise
+        except Exception as error:  # whatever it is, the training goes on
+            return None, (f"filters were not rendered: {first_line(error)}",)
 
 
 def as_subject(model: Any) -> Subject:
@@ -276,7 +293,7 @@ def matching(pattern: str, kinds: Mapping[str, str]) -> list[str]:
     Raises:
         LayerNotFound: none; the message lists what there is.
     """
-    names = {path: (path, kind, kind.lower(), "convolution") for path, kind in kinds.items()}
+    names = {path: (path, path.lstrip("."), kind, kind.lower(), "convolution") for path, kind in kinds.items()}
     found = [path for path, all_names in names.items() if any(fnmatch.fnmatchcase(one, pattern) for one in all_names)]
     if not found and kinds:
         raise LayerNotFound(f"no convolution matches {pattern!r}; there are: {', '.join(kinds)}")
@@ -299,8 +316,43 @@ def check(subject: Subject, gradients: str | None, data: Any, every: int) -> Non
             "gradients='running' reads what backward passes leave in .grad, which this backend has not; give "
             "gradients='epoch' with data=, or gradients=None"
         )
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise InvalidRequest(f"every is a whole number of epochs from 1 on, not {every!r}")
+    check_count("every", every, 1)
+    if gradients == "running" and not subject.weights():
+        raise InvalidRequest("no weight of the network is trained; unfreeze some, or record with gradients=None")
+
+
+def check_count(name: str, number: Any, least: int) -> int:
+    """Return a whole number, of whatever kind.
+
+    Raises:
+        InvalidRequest: it is none, or too small.
+    """
+    try:
+        count = -1 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        count = -1
+    if count < least:
+        raise InvalidRequest(f"{name} is a whole number from {least} on, not {number!r}")
+    return count
+
+
+def check_kinds(**given: tuple[Any, Any]) -> None:
+    """Refuse arguments of another kind than they have to be."""
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            what = getattr(kind, "__name__", str(kind))
+            raise InvalidRequest(f"{name} is of the kind {what}, not {value!r}")
+
+
+def scale_of(scaler: Any) -> float:
+    """Return what a `GradScaler` has multiplied the gradients with; 1 where its `unscale_` took that out again."""
+    if scaler is None:
+        return 1.0
+    if not hasattr(scaler, "get_scale"):
+        raise InvalidRequest(f"scaler is a torch.amp.GradScaler, not a {type(scaler).__name__}")
+    stages = [one.get("stage") for one in getattr(scaler, "_per_optimizer_states", {}).values()]
+    taken_out = bool(stages) and all(getattr(one, "name", "") == "UNSCALED" for one in stages)
+    return 1.0 if taken_out else float(scaler.get_scale())
 
 
 def film_of(subject: Subject, filters: str, recipe: str | Recipe) -> Film:
@@ -313,9 +365,9 @@ def film_of(subject: Subject, filters: str, recipe: str | Recipe) -> Film:
         raise InvalidRequest("filters are rendered with PyTorch; train on Keras' torch backend, or leave filters out")
     layer, _, channels = filters.partition(":")
     model = subject.model()
-    found = model.find(layer)
-    if found.channels is None:
-        raise InvalidRequest(f"{layer} has no channels to render; give a convolution as LAYER:0:8")
+    found = model.find(int(layer) if layer.isdigit() else layer)
+    if found.channels is None or not found.is_map:
+        raise InvalidRequest(f"{layer} has no map of channels to render; give a convolution as LAYER:0:8")
     return Film(model, found.path, parse_channels(channels or "all", found.channels), find_recipe(recipe))
 
 
@@ -323,39 +375,6 @@ def is_first_process() -> bool:
     """Return whether this is the process of a distributed training that writes, or the only one."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
-def check_cap(recorder: Recorder, store: Path, epochs: int | None) -> None:
-    """Refuse in advance a record that would outgrow its cap.
-
-    Raises:
-        InvalidRequest: the message has the figures.
-    """
-    each = sum(recorder.subject.kernels[path]().nbytes for path in recorder.layers)
-    each += sum(one.nbytes for one in recorder.subject.weights().values()) if recorder.kind else 0
-    each += recorder.film.pixels if recorder.film else 0
-    count = -(-(epochs or 1) // recorder.every)
-    before = size_of(store) if store.is_dir() else 0
-    if before + count * each > recorder.cap:
-        already = f", beside {in_bytes(before)} that are there" if before else ""
-        raise InvalidRequest(
-            f"{count} epochs of {in_bytes(each)} are {in_bytes(count * each)}{already}, and the cap is "
-            f"{in_bytes(recorder.cap)}: record fewer layers, gradients=None or every=10, or give a larger cap"
-        )
-
-
-def bytes_of(entry: Entry) -> int:
-    """Return what an entry takes on the disk, about: the arrays are nearly all of it, pictures take less than said."""
-    arrays = [*(one.weights for one in entry.kernels.values()), *(one.mean for one in entry.gradients.values())]
-    return sum(one.nbytes for one in arrays) + (entry.filters.images.numel() if entry.filters else 0)
-
-
-def in_bytes(count: int) -> str:
-    """Return a number of bytes for a message: "45.2 MB"."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 def as_number(name: str, value: Any) -> float:
@@ -366,7 +385,7 @@ def as_number(name: str, value: Any) -> float:
     """
     try:
         return float(value.detach()) if isinstance(value, Tensor) else float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidRequest(f"a metric is one number, and {name} is {value!r}") from error
 
 

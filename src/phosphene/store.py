@@ -22,7 +22,7 @@ def check_writable(target: Path, folder: bool) -> None:
     place = target if folder else target.parent
     try:
         if folder and target.exists() and not target.is_dir():
-            raise OutputRefused(f"{target} is a file, so no folder can be made there; give another --out")
+            raise OutputRefused(f"{target} is a file, so no folder can be made there; give another place")
         if not folder and target.is_dir():
             raise OutputRefused(f"{target} is a folder; give --out the name of a file in it")
         with suppress(FileNotFoundError):
@@ -67,7 +67,7 @@ def temporary_name(path: Path) -> Path:
 def cannot_write(path: Path, error: Exception) -> OutputRefused:
     """Return the refusal of a place; a ValueError comes from a name that no file can have."""
     reason = getattr(error, "strerror", None) or str(error)
-    return OutputRefused(f"{path} cannot be written: {reason}; give another --out")
+    return OutputRefused(f"{path} cannot be written: {reason}; give another place")
 
 
 def write_manifest(path: Path, content: Mapping[str, Any]) -> Path:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phosphene.capture import PLAIN, Layout, borrowed
-from phosphene.errors import InvalidRequest
+from phosphene.errors import InvalidRequest, LayerRefused, PhospheneError
 from phosphene.loaders import load
-from phosphene.model import Model
+from phosphene.model import Model, first_line
 
 Described = tuple[str, tuple[int, ...], str]
 TOGETHER = 64  # samples that go through the network at once, where the data is not in batches
@@ -29,8 +30,8 @@ class Subject:
         described: returns name, shape and number format of every weight, trainable now or not, in that order.
         kernels: returns the kernel (out, in, kh, kw) of each layer that has one, by the layer's path.
         kinds: the class name of each of these layers.
-        total_gradient: (data, loss) -> the gradient of the mean loss over all samples with respect to every trainable
-            weight, by name, the network in inference mode and left as it was.
+        total_gradient: (data, loss, limit) -> the gradient of the mean loss over all samples with respect to every
+            trainable weight, by name, the network in inference mode and left as it was; of at most `limit` batches.
         model: returns the handle to render filters with; None where there can be none.
         has_grad: whether a weight has its gradient in `.grad` after a backward pass.
         scale: returns what `.grad` has to be divided by; None where it is what it should be.
@@ -41,7 +42,7 @@ class Subject:
     described: Callable[[], list[Described]]
     kernels: Mapping[str, Callable[[], Tensor]]
     kinds: Mapping[str, str]
-    total_gradient: Callable[[Any, Any], dict[str, Tensor]]
+    total_gradient: Callable[..., dict[str, Tensor]]
     model: Callable[[], Model] | None = None
     has_grad: bool = True
     scale: Callable[[], float] | None = None
@@ -53,13 +54,13 @@ def subject_of(network: nn.Module | Model) -> Subject:
     module = bare(network.module if isinstance(network, Model) else network)
     weights = partial(trainable, module)
     layout, modules = (handle.layout, handle.modules) if handle else (PLAIN, dict(module.named_modules()))
-    found = {typed(path): one for path, one in modules.items() if path and layout.kernel(one) is not None}
+    found = {path: one for path, one in modules.items() if path and layout.kernel(one) is not None}
     return Subject(
         name=handle.name if handle else type(module).__name__,
         weights=weights,
         described=partial(described, module),
-        kernels={path: partial(kernel, layout, one) for path, one in found.items()},
-        kinds={path: type(one).__name__ for path, one in found.items()},
+        kernels={typed(path): partial(kernel, layout, module, path, one) for path, one in found.items()},
+        kinds={typed(path): type(one).__name__ for path, one in found.items()},
         total_gradient=partial(total_gradient, module, handle.forward if handle else module, weights),
         model=(lambda: handle) if handle else partial(load, module),
     )
@@ -90,15 +91,24 @@ def typed(path: str) -> str:
     return f".{path}" if path.isdigit() else path
 
 
-def kernel(layout: Layout, module: nn.Module) -> Tensor:
-    """Return a layer's kernel (out, in, kh, kw) as it is now."""
-    found = layout.kernel(module)
-    assert found is not None
+def kernel(layout: Layout, root: nn.Module, path: str, module: nn.Module) -> Tensor:
+    """Return a layer's kernel (out, in, kh, kw) as it is now, also where another layer has taken its place since."""
+    try:
+        found = layout.kernel(root.get_submodule(path))
+    except AttributeError:  # a path that is not PyTorch's
+        found = layout.kernel(module)
+    if found is None:
+        raise LayerRefused(f"{path} has no kernel any more; make the Recorder after the network is whole")
     return found.detach()
 
 
 def total_gradient(
-    module: nn.Module, forward: Callable[..., Any], weights: Callable[[], dict[str, Tensor]], data: Any, loss: Any
+    module: nn.Module,
+    forward: Callable[..., Any],
+    weights: Callable[[], dict[str, Tensor]],
+    data: Any,
+    loss: Any,
+    limit: int | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all samples with respect to every trainable weight (R2.2a).
 
@@ -109,9 +119,10 @@ def total_gradient(
         data: (inputs, targets), or an iterable of such batches that can be gone through once an epoch; a batch may be
             a mapping too, which the network gets as keyword arguments.
         loss: (outputs, targets) -> the mean loss over the batch; None for a network whose output has a `.loss`.
+        limit: how many batches to take at most, to see whether it can be done.
 
     Raises:
-        InvalidRequest: there are no samples, or a batch is no pair.
+        InvalidRequest: there are no samples, a batch is no pair, or the network or the loss does not take it.
     """
     wanted = weights()
     sums = {name: torch.zeros_like(one) for name, one in wanted.items()}
@@ -120,8 +131,13 @@ def total_gradient(
         for one in wanted.values():
             one.requires_grad_(True)
         place = next(iter(wanted.values())).device if wanted else torch.device("cpu")
-        for batch in batches(data):
-            value, count = batch_loss(forward, moved(batch, place), loss)
+        for batch in islice(batches(data), limit):
+            value, count = taken(forward, moved(batch, place), loss)
+            if value.dim() or not value.requires_grad:
+                raise InvalidRequest(
+                    "loss=(outputs, targets) returns the batch's mean loss, one number that the weights decide; it "
+                    f"returned a tensor {tuple(value.shape)}"
+                )
             slopes = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
             for name, slope in zip(wanted, slopes, strict=True):
                 if slope is not None:
@@ -152,6 +168,19 @@ def moved(batch: Any, place: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: moved(one, place) for name, one in batch.items()}
     return [moved(one, place) for one in batch] if isinstance(batch, list | tuple) else batch
+
+
+def taken(forward: Callable[..., Any], batch: Any, loss: Any) -> tuple[Tensor, int]:
+    """Return the mean loss over a batch and its number of samples, or say what does not go together."""
+    try:
+        return batch_loss(forward, batch, loss)
+    except (PhospheneError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InvalidRequest(
+            f"the network or the loss does not take a batch of the data for gradients='epoch' ({first_line(error)}); "
+            "give batches (inputs, targets) as the training has them"
+        ) from error
 
 
 def batch_loss(forward: Callable[..., Any], batch: Any, loss: Any) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -152,7 +153,7 @@ class Batch(NamedTuple):
 Slopes = Callable[[Batch, Any], Sequence[Tensor]]  # (batch, loss) -> gradient of each trainable weight
 
 
-def total_gradient(network: Any, slopes: Slopes, data: Any, loss: Any) -> dict[str, Tensor]:
+def total_gradient(network: Any, slopes: Slopes, data: Any, loss: Any, limit: int | None = None) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all samples with respect to every trainable weight (R2.2a).
 
     The network is in inference mode, so that the figure does not depend on how the data are cut into batches; it, its
@@ -163,6 +164,7 @@ def total_gradient(network: Any, slopes: Slopes, data: Any, loss: Any) -> dict[s
             iterable of such batches that can be gone through once an epoch: a DataLoader, PyDataset, `tf.data.Dataset`.
         loss: (outputs, targets) -> the mean loss over the batch, which is then all of the loss; a `keras.losses.Loss`;
             or None for the loss that the network was compiled with, and all that its layers and regularisers add.
+        limit: how many batches to take at most, to see whether it can be done.
 
     Raises:
         InvalidRequest: there are no samples, a batch is none, or there is no loss.
@@ -177,7 +179,7 @@ def total_gradient(network: Any, slopes: Slopes, data: Any, loss: Any) -> dict[s
     samples = 0
     with left_as_found(network):
         names = list(trainable(network))
-        for batch in batches(data):
+        for batch in islice(batches(data), limit):
             found = [
                 one.to(torch.promote_types(one.dtype, torch.float32)) * len(batch)
                 for one in slopes(in_backend(batch), loss)
