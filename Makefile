@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PHOTOS ?= photos
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check example bench bench-quality bench-peers bench-cam bench-record docs clean
+.PHONY: help install demo test test-slow check example bench bench-quality bench-peers bench-cam bench-engine bench-record docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,7 +39,7 @@ check: $(VENV)/installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-quality bench-cam bench-record  ## run the benchmarks
+bench: bench-quality bench-cam bench-engine bench-record  ## run the benchmarks
 
 bench-quality: $(VENV)/installed-dev  ## measure the pictures of every recipe against photos (PHOTOS=folder)
 	$(BIN)/python bench/quality.py $(PHOTOS)
@@ -51,10 +51,19 @@ $(PEERS)/installed: bench/peers.txt constraints.txt pyproject.toml
 	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable . --requirement bench/peers.txt
 	touch $@
 
-bench-peers: $(PEERS)/installed  ## set up .venv-peers with the packages that the benchmarks compare with
+# TensorFlow pins other versions than phosphene's, and phosphene is not installed beside it
+$(PEERS)/tensorflow/installed: bench/engine-peers.txt $(PEERS)/installed
+	$(PYTHON) -m venv $(PEERS)/tensorflow
+	$(PEERS)/tensorflow/bin/python -m pip install --quiet --requirement bench/engine-peers.txt
+	touch $@
 
-bench-cam: bench-peers  ## time heat maps against other packages
+bench-peers: $(PEERS)/tensorflow/installed  ## set up .venv-peers with the packages that the benchmarks compare with
+
+bench-cam: $(PEERS)/installed  ## time heat maps against other packages
 	$(PEERS)/bin/python bench/cam.py
+
+bench-engine: bench-peers  ## time rendering against other packages and the machine's limit (PHOTOS=folder, PARTS=…)
+	$(PEERS)/bin/python bench/engine.py --photos $(PHOTOS) $(if $(PARTS),--parts $(PARTS))
 
 bench-record: $(VENV)/installed-dev  ## time training with a recorder against training without
 	$(BIN)/python bench/record.py
