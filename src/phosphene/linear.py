@@ -31,7 +31,7 @@ class Functional:
         self.convolution, self.layer, self.reads = convolution, layer, reads
         self.items: Tensor | None = None
         self.known: tuple[torch.Size, torch.dtype, Position | None] | None = None
-        self.gradients = self.offsets = torch.empty(0)
+        self.gradients = self.slopes = self.offsets = torch.empty(0)
 
     def __call__(self, given: Tensor, items: Tensor, position: Position | None = None) -> Tensor:
         """Return the numbers (b,) for what the convolution is given, (b, c, h, w); at another position in a crop."""
@@ -39,9 +39,10 @@ class Functional:
         if self.items is not items or self.known != known:
             found = [self.of_channel(given[:1], self.reads.channels[item], position) for item in items.tolist()]
             self.gradients = laid_out(torch.cat([gradient for gradient, _ in found]))
+            self.slopes = self.gradients.to(given.dtype)
             self.offsets = torch.stack([offset for _, offset in found])
             self.items, self.known = items, known
-        found_sum: Tensor = SumOfProducts.apply(given, self.gradients)
+        found_sum: Tensor = SumOfProducts.apply(given, self.gradients, self.slopes)
         return found_sum + self.offsets
 
     def of_channel(self, like: Tensor, channel: int, position: Position | None) -> tuple[Tensor, Tensor]:
@@ -70,15 +71,18 @@ def channel_of(convolution: nn.Conv2d, given: Tensor, channel: int) -> Tensor:
 
 
 class SumOfProducts(torch.autograd.Function):
-    """The sum over (c, h, w) of input × gradients, row by row, so that a row's is the same in every batch."""
+    """The sum over (c, h, w) of input × gradients, row by row, so that a row's is the same in every batch.
+
+    `slopes` are the gradients in the number format of the input: what goes back, as it is wherever the sums are summed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, given: Tensor, gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(gradients)
-        ctx.dtype = given.dtype
+    def forward(ctx: Any, given: Tensor, gradients: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes)
         return torch.stack([(one * gradient).sum() for one, gradient in zip(given, gradients, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        (gradients,) = ctx.saved_tensors
-        return (slope.view(-1, 1, 1, 1) * gradients).to(ctx.dtype), None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        summed = slope.device.type == "cpu" and bool((slope == 1).all())
+        return (slopes if summed else (slope.view(-1, 1, 1, 1) * slopes).to(slopes.dtype)), None, None
