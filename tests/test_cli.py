@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from phosphene import cli
+from command_line import Run, command_line
 from phosphene.ascent import Frame
 from phosphene.cams import CAUTIONS
 from phosphene.cli import rendering
@@ -42,30 +39,10 @@ def broken():
 '''
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Return a function that runs the command line in a folder of its own, where `nets.py` lies."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(NETS)
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-
-    def command(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["phosphene", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        shown = capsys.readouterr()
-        return Ran(int(str(ended.value.code or 0)), shown.out, shown.err)
-
-    return command
+    return command_line(monkeypatch, capsys, tmp_path, NETS)
 
 
 QUICK = ("--size", 16, "--steps", 2)

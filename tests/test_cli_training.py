@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from phosphene import cli
+from command_line import Run, command_line
 from phosphene.cli import training
 from phosphene.history import History, open_history
 from phosphene.strip import strip
@@ -29,30 +27,10 @@ def net():
 """
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Return a function that runs the command line in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "training_nets.py").write_text(NETS)
-    monkeypatch.delitem(sys.modules, "training_nets", raising=False)
-
-    def command(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["phosphene", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        shown = capsys.readouterr()
-        return Ran(int(str(ended.value.code or 0)), shown.out, shown.err)
-
-    return command
+    return command_line(monkeypatch, capsys, tmp_path, NETS, "training_nets")
 
 
 @pytest.fixture

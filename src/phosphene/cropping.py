@@ -10,7 +10,7 @@ from torch import Tensor
 
 from phosphene.layers import Layer
 from phosphene.linear import Functional, Position, channel_of
-from phosphene.objectives import Address, Objective, Reads, position_in
+from phosphene.objectives import Address, Objective, Reads, pick, position_in
 
 WORTH = 0.7  # of the picture's pixels that a crop may keep at most: a larger one saves too little
 
@@ -94,8 +94,8 @@ class Cropping:
         """Return the neurons' values (b,), from what the convolution is given or what the layer returned."""
         if self.functional is not None:
             return self.functional(act, items, position)
-        channels = torch.tensor(self.reads.channels, device=act.device)[items]
-        return act[torch.arange(len(act), device=act.device), channels, position[0], position[1]]
+        row, column = position
+        return pick(act[..., row, column], torch.tensor(self.reads.channels), items)
 
 
 def cropping_of(
@@ -104,14 +104,14 @@ def cropping_of(
     functionals: Mapping[Address, Functional],
     read: Callable[[Tensor], dict[Address, Tensor]],
 ) -> Cropping | None:
-    """Return what crops for an objective that reads single neurons of one layer, None for any other."""
-    if len(objective.layers) != 1 or objective.layers[0] not in objective.reads:
+    """Return what crops for an objective that reads single neurons of one of the layers alone, None for any other."""
+    if len(objective.layers) != 1 or objective.layers[0] not in layers:
         return None
     address = objective.layers[0]
     layer, reads = layers[address], objective.reads[address]
-    if reads.mean or layer.receptive_field is None or not layer.channels or max(reads.channels) >= layer.channels:
+    if reads.mean or layer.receptive_field is None or not layer.is_map:
         return None
-    return Cropping(layer, address, reads, functionals.get(address), read) if layer.is_map else None
+    return Cropping(layer, address, reads, functionals.get(address), read)
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:

@@ -217,7 +217,7 @@ def is_foldable(root: nn.Module, modules: Mapping[str, nn.Module], pair: Pair) -
     values = [one for module in (convolution, norm) for one in tensors(module) if one.is_floating_point()]
     plain = all(type(one) in (Tensor, nn.Parameter) and one.dtype in EXACT for one in values)
     alike = len({(one.dtype, one.device) for one in values}) == 1
-    patched = any(name in vars(one) for one in (convolution, norm) for name in ("forward", "_conv_forward"))
+    patched = is_patched(convolution) or is_patched(norm)
     watched = any(has_hooks(modules[path]) for path in passed(pair) if path in modules)
     return "weight" in convolution._parameters and plain and alike and not patched and not watched
 
@@ -238,6 +238,11 @@ def above(path: str) -> set[str]:
     """Return the path and those of the modules that it lies in, the network itself left out."""
     names = path.split(".")
     return {".".join(names[:count]) for count in range(1, len(names) + 1)}
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Return whether somebody has put another forward pass in the module's own place."""
+    return any(name in vars(module) for name in ("forward", "_conv_forward"))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,12 +155,15 @@ class Kernels:
         epoch = self.spec.get("epoch")
         return f"{self.spec['layer']} · {what}" + ("" if epoch is None else f" after epoch {epoch}")
 
-    def pictures(self) -> Iterator[figure.Picture]:
-        """Yield what there is to see: tiles in colour in a network's first layer, then every page of the grid."""
-        if self.spec["colours"]:
+    def pictures(self, style: str = "signed") -> Iterator[figure.Picture]:
+        """Yield what there is to see: every page of the grid, beside tiles in colour in a network's first layer.
+
+        The tiles are signed too, so that there are none beside another style.
+        """
+        if self.spec["colours"] and style == "signed":
             yield figure.joined([self.rgb(), self.grid()])
             return
-        yield from (self.grid(page) for page in range(self.pages))
+        yield from (self.grid(page, style) for page in range(self.pages))
 
     def save(self, path: str | Path) -> list[Path]:
         """Write `pictures()` as PNG files, the first at `path`, further pages at `…_page2.png`; return the paths.
@@ -168,17 +171,21 @@ class Kernels:
         Raises:
             OutputRefused: they cannot be written.
         """
-        first = Path(path)
-        return [
-            write_file(
-                first.with_name(f"{first.stem}_page{page + 1}{first.suffix}") if page else first,
-                figure.png(one, {**self.spec, "page": page}),
-            )
-            for page, one in enumerate(self.pictures())
-        ]
+        return write_pages(self.pictures(), Path(path), self.spec)
 
     def _repr_png_(self) -> bytes:
         return figure.png(next(self.pictures()), self.spec)
+
+
+def write_pages(pages: Iterable[figure.Picture], target: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Write pages as PNG, the first as `target`, further ones as `…_page2.png`, and return the paths."""
+    return [
+        write_file(
+            target.with_name(f"{target.stem}_page{page + 1}{target.suffix}") if page else target,
+            figure.png(one, {**facts, "page": page}),
+        )
+        for page, one in enumerate(pages)
+    ]
 
 
 class Sheet(NamedTuple):

@@ -260,12 +260,17 @@ def fused_activation(modules: Mapping[str, nn.Module], path: str) -> str:
     return str(getattr(activation, "__name__", type(activation).__name__))
 
 
+def typed(path: str) -> str:
+    """Return a module's path as it is typed: a number alone would be the n-th convolution."""
+    return f".{path}" if path.isdigit() else path
+
+
 def describe(seen: Sighting, overwritten: str | None, repeated: bool, several: bool, fused: str = "") -> Layer:
     """Return the row of one sighting."""
     inside = isinstance(seen.module, Splice)
     owner = seen.module.owner if isinstance(seen.module, Splice) else seen.module
     path, mark, where = seen.place.path.rpartition("#") if inside else (seen.place.path, "", "")
-    path = f".{path}" if path.isdigit() else path
+    path = typed(path)
     path += f"@{seen.place.call}" if repeated else ""
     path += f"#{seen.place.part}" if several else f"{mark}{where}"
     is_map = len(seen.shape) == 4 and channels_first(seen.field)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ from phosphene.kernels import LARGEST, REACH, SMALLEST, STYLES, as_levels
 SIDES = (160, 128, 96, 64, 48)  # pixels of a rendered picture's longer side
 
 
-class Look:
+class Look(ABC):
     """What there is to see of a layer: kernels, or rendered filters.
 
     Attributes:
@@ -35,13 +36,13 @@ class Look:
     scale: tuple[float, float, str] | None = None
     said: tuple[str, ...]
 
+    @abstractmethod
     def tiles(self, epoch: int, filters: int, lines: int) -> tuple[Tensor, Tensor]:
         """Return the first filters and lines after an epoch, (filters, lines, h, w, 3), uint8, and which are broken."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sizes(self) -> list[tuple[int, int]]:
         """Return the sizes (h, w) at which a tile may be shown, the largest first."""
-        raise NotImplementedError
 
 
 class Drawn(Look):

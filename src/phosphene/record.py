@@ -147,7 +147,7 @@ class Recorder:
         use is one batch. In distributed training that is after the gradients were averaged over the processes.
 
         Args:
-            scaler: the `GradScaler`, where its `unscale_` has not been called since the backward pass.
+            scaler: the `GradScaler`, where there is one; whether its `unscale_` has been called is seen.
             clipped: whether the gradients have been clipped before this call, which is noted in the record.
 
         Raises:
@@ -187,14 +187,14 @@ class Recorder:
                 f"no backward pass was seen in epoch {epoch}: call recorder.after_backward() after each "
                 "loss.backward(), or record with gradients=None"
             )
-        entry = self.entry(epoch, numbers)
+        entry = self.entry(epoch, numbers, self.history.facts)
         for note in (*entry.notes, *self.keep(self.history, entry)):
             warnings.warn(note, stacklevel=2)
         if self.writer is not None:
             publish(self.writer, entry)
 
-    def entry(self, epoch: int, metrics: Mapping[str, float]) -> Entry:
-        """Return what is to be recorded of an epoch."""
+    def entry(self, epoch: int, metrics: Mapping[str, float], described: Mapping[str, Any]) -> Entry:
+        """Return what is to be recorded of an epoch of what the record describes."""
         facts: dict[str, Any] = {}
         if self.kind == "running":
             read = " and ".join(CLIPPING[one] for one in sorted(self.clipped))
@@ -207,7 +207,6 @@ class Recorder:
         else:
             found = {}
         weights = self.subject.weights()
-        described = self.facts()
         kernels = {path: self.subject.kernels[path]().detach().cpu().clone().contiguous() for path in self.layers}
         filters, notes = self.film.rendered() if self.film else (None, ())
         ordered = {name: found[name] for name in weights if name in found}

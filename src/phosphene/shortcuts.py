@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from phosphene.ascent import Read
 from phosphene.cropping import cropping_of
-from phosphene.folding import has_hooks
+from phosphene.folding import has_hooks, is_patched
 from phosphene.layers import Layer
 from phosphene.linear import Functional, laid_out
 from phosphene.model import Model
@@ -40,9 +40,10 @@ class Fast(NamedTuple):
 @contextmanager
 def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = SHORTCUTS) -> Iterator[Fast]:
     """Borrow a network and yield what reads as much of it as an objective needs; see `Model.reading`."""
-    layers = {one: model.find(one) for one in objective.reads}
+    found = {one: model.find(one) for one in objective.reads}
+    # a layer that has not the channels says so itself, when it is scored
+    layers = {one: layer for one, layer in found.items() if max(objective.reads[one].channels) < (layer.channels or 0)}
     plain = [one for one, layer in layers.items() if "linear" in shortcuts and is_plain(model, layer)]
-    plain = [one for one in plain if max(objective.reads[one].channels) < (layers[one].channels or 0)]
     folding = model.folding(objective.layers) if "folded" in shortcuts else None
     with model.reading(objective.layers, inputs=plain) as borrowed:
 
@@ -57,13 +58,13 @@ def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = 
             if cropping and (crop := cropping.of(image)):
                 act = read(image[..., crop.rows, crop.columns])[cropping.layer]
                 return {cropping.layer: cropping.numbers(act, items, crop.position)}
-            found = read(image)
-            return {one: functionals[one](act, items) if one in functionals else act for one, act in found.items()}
+            acts = read(image)
+            return {one: functionals[one](act, items) if one in functionals else act for one, act in acts.items()}
 
         def taken() -> tuple[str, ...]:
             crops = cropping is not None and any(cropping.crops.values())
-            found = {"linear": bool(functionals), "folded": bool(folding and folding.pairs), "cropped": crops}
-            return tuple(name for name, one in found.items() if one)
+            applies = {"linear": bool(functionals), "folded": bool(folding and folding.pairs), "cropped": crops}
+            return tuple(name for name, one in applies.items() if one)
 
         yield Fast(run, taken)
 
@@ -76,5 +77,4 @@ def module_of(model: Model, layer: Layer) -> Any:
 def is_plain(model: Model, layer: Layer) -> bool:
     """Return whether a layer is a convolution of PyTorch's own, which nobody has changed or watches."""
     module = module_of(model, layer)
-    changed = {"forward", "_conv_forward"} & vars(module).keys()
-    return type(module) is nn.Conv2d and not changed and not has_hooks(module)
+    return type(module) is nn.Conv2d and not is_patched(module) and not has_hooks(module)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from phosphene.capture import PLAIN, Layout, borrowed
 from phosphene.errors import InvalidRequest, LayerRefused, PhospheneError
+from phosphene.layers import typed
 from phosphene.loaders import load
 from phosphene.model import Model, first_line
 
@@ -84,11 +85,6 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
 def described(module: nn.Module) -> list[Described]:
     """Return name, shape and number format of every weight, each once."""
     return [(name, tuple(one.shape), str(one.dtype).removeprefix("torch.")) for name, one in module.named_parameters()]
-
-
-def typed(path: str) -> str:
-    """Return a module's path as it is typed: a number alone would be the n-th convolution."""
-    return f".{path}" if path.isdigit() else path
 
 
 def kernel(layout: Layout, root: nn.Module, path: str, module: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +24,9 @@ from phosphene.cli.terminal import check_target, report, say, tell
 from phosphene.curves import Sizes
 from phosphene.errors import InvalidRequest, WeightsRefused
 from phosphene.history import History, is_history, open_history
-from phosphene.kernels import STYLES, Kernels
+from phosphene.kernels import STYLES, write_pages
 from phosphene.kernels import kernels as read_kernels
 from phosphene.rendered import file_prefix
-from phosphene.store import write_file
 from phosphene.strip import check_film, course, found, number
 
 Command = Callable[..., None]
@@ -80,7 +79,7 @@ def kernels_of_run(
             f"`phosphene gradients {run}` says"
         )
     metrics = "".join(f" · {name} {number(one)}" for name, one in history.metrics(chosen).items())
-    pages = [figure.captioned(one, f"epoch {chosen}{metrics}") for one in drawn(weights, style)]
+    pages = [figure.captioned(one, f"epoch {chosen}{metrics}") for one in weights.pictures(style)]
     facts = {**weights.spec, "run": str(run), "epoch": chosen, "style": style}
     report(write_pages(pages, target, facts), as_json, facts)
 
@@ -110,23 +109,7 @@ def kernels(
     check_sheet(target)
     weights = read_kernels(model, layer_of_model.path)
     facts = {**weights.spec, "style": style}
-    report(write_pages(drawn(weights, style), target, facts), as_json, facts)
-
-
-def drawn(weights: Kernels, style: str) -> Iterable[figure.Picture]:
-    """Return the pages of a kernel sheet; with tiles in colour where those are signed."""
-    return weights.pictures() if style == "signed" else [weights.grid(page, style) for page in range(weights.pages)]
-
-
-def write_pages(pages: Iterable[figure.Picture], target: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """Write pages as PNG, the first as `target`, further ones as `…_page2.png`, and return the paths."""
-    return [
-        write_file(
-            target.with_name(f"{target.stem}_page{page + 1}{target.suffix}") if page else target,
-            figure.png(one, {**facts, "page": page}),
-        )
-        for page, one in enumerate(pages)
-    ]
+    report(write_pages(weights.pictures(style), target, facts), as_json, facts)
 
 
 def strip(
