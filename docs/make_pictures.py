@@ -8,7 +8,7 @@ from PIL import Image
 
 import phosphene as ph
 from phosphene.figure import grid, png
-from phosphene.store import write_file
+from phosphene.files import write_file
 
 HERE = Path(__file__).parent
 # filters that show well how the answers grow from edges to objects

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from phosphene import errors, store
+from phosphene import errors, files
 from phosphene.history import open_history
 from phosphene.loaders import load
 from phosphene.record import Recorder
@@ -390,7 +390,7 @@ def test_another_s_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidRequest, match="one with gradients='running', not None"):
         Recorder(net, tmp_path, gradients=None)
     (tmp_path / "x").mkdir()
-    store.write_manifest(tmp_path / "x/manifest.json", {"pictures": []})
+    files.write_manifest(tmp_path / "x/manifest.json", {"pictures": []})
     with pytest.raises(errors.InvalidRequest, match="holds other results"):
         Recorder(net, tmp_path / "x")
     (tmp_path / "file").write_text("")

@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src/phosphene"
 FLOORS = (
     ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients", "allocator"),
-    ("capture", "tracing", "objectives", "parameterizations", "photo", "store", "figure"),
-    ("folding",),
+    ("capture", "tracing", "objectives", "parameterizations", "photo", "files", "figure"),
+    ("folding", "store"),
     ("layers", "recipes", "rendered", "heatmap"),
     ("model", "ascent", "positions", "linear"),
     ("cropping",),
@@ -29,10 +29,16 @@ FLOORS = (
     ("subject_keras", "live", "strip", "curves", "budget"),
     ("record",),
     ("record_keras", "record_lightning", "record_transformers"),
+    ("photos", "verdict"),
+    ("evidence", "atlas"),
+    ("work",),
+    ("runners",),
+    ("runners.local", "runners.ray"),
+    ("running", "report"),
     ("demo",),
     ("cli.terminal",),
     ("cli.options",),
-    ("cli.rendering", "cli.photos", "cli.training"),
+    ("cli.rendering", "cli.photos", "cli.training", "cli.atlas"),
     ("cli",),
     ("", "__main__"),
 )

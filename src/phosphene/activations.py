@@ -16,11 +16,11 @@ from torch import Tensor
 
 from phosphene import figure
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, OutOfMemory, nearest
+from phosphene.files import check_writable, write_file, write_manifest
 from phosphene.layers import Layer, Layers
 from phosphene.model import Model, is_out_of_memory
 from phosphene.positions import token_grid
 from phosphene.rendered import file_prefix
-from phosphene.store import check_writable, write_file, write_manifest
 
 COLUMNS, GAP = 16, 2  # channels a row (R4.1), and pixels between them
 SMALLEST, LARGEST, ALONE = 40, 160, (480, 1600)  # pixels of a tile's longer side; of a channel shown alone

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from phosphene import figure
 from phosphene.errors import InvalidRequest
+from phosphene.files import write_file
 from phosphene.history import History
-from phosphene.store import write_file
 
 VANISHING = 1e-3  # of the last layer's gradient: less vanishes
 STANDSTILL = 2.0**-24  # of the weight's norm: half of what float32 can tell apart

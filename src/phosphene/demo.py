@@ -12,11 +12,11 @@ from phosphene.activations import activations
 from phosphene.ascent import Frame
 from phosphene.explain import explain
 from phosphene.figure import png
+from phosphene.files import write_file
 from phosphene.loaders import load
 from phosphene.objectives import channel
 from phosphene.photo import read
 from phosphene.render import render
-from phosphene.store import write_file
 
 MODEL = "builtin/vgg19"
 # not block1_conv1: before its activation it is linear in the picture, so its mean over the map only answers to a colour

@@ -15,8 +15,8 @@ from torch import Tensor
 from phosphene import figure
 from phosphene.cams import CAUTIONS, CLASS_FREE, INPUT_METHODS, SHOWN_BY_SIZE
 from phosphene.errors import ChannelNotFound, InvalidRequest, nearest
+from phosphene.files import write_file
 from phosphene.photo import Region
-from phosphene.store import write_file
 
 STYLES = ("plain", "jet")
 COLOURS = "inferno"  # perceptually uniform; its dark end vanishes into the photo

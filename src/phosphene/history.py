@@ -23,10 +23,10 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest, LayerNotFound, ModelNotFound, WeightsRefused, nearest
 from phosphene.figure import Picture
+from phosphene.files import check_writable, write_file, write_manifest
 from phosphene.gradients import BIAS, Gradient
 from phosphene.kernels import Kernels
 from phosphene.rendered import Rendered
-from phosphene.store import check_writable, write_file, write_manifest
 
 KIND = "training"
 MANIFEST = "manifest.json"

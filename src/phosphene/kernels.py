@@ -12,8 +12,8 @@ from torch import Tensor
 
 from phosphene import figure
 from phosphene.errors import InvalidRequest, LayerRefused, WeightsRefused, nearest
+from phosphene.files import write_file
 from phosphene.model import Model
-from phosphene.store import write_file
 
 PAGE = 2560  # pixels of a page's longest side, about
 SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phosphene import figure
 from phosphene.errors import InvalidRequest
-from phosphene.store import write_file, write_manifest
+from phosphene.files import write_file, write_manifest
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from phosphene import figure
 from phosphene.errors import ExtraMissing, InvalidRequest, LayerNotFound, nearest
+from phosphene.files import check_writable, write_file
 from phosphene.history import History
 from phosphene.kernels import BETWEEN, GAP, STYLES, numbered
 from phosphene.looks import Drawn, Look, Rendered
-from phosphene.store import check_writable, write_file
 
 STRIP, FRAME = (1600, 1440), (1200, 840)  # pixels that the tiles of a strip, or of a film's frame, take at most
 ROWS, FRAMES = 30, 100  # epochs that are shown at most, evenly spread

@@ -18,8 +18,8 @@ from phosphene.cli.terminal import report, say, tell
 from phosphene.cli.training import gradients, kernels, strip
 from phosphene.demo import FILTERS, LAYERS, demonstrate
 from phosphene.errors import PhospheneError
+from phosphene.files import check_writable
 from phosphene.loaders import torch_device
-from phosphene.store import check_writable
 from phosphene.version import __version__
 
 app = typer.Typer(

@@ -14,10 +14,10 @@ from phosphene.cli.options import AsJson, OpenModel, Quiet, address, takes_model
 from phosphene.cli.terminal import check_target, progress, report, say, tell
 from phosphene.errors import InvalidRequest, PhotoRefused
 from phosphene.explain import Explainer, explaining
+from phosphene.files import check_writable, write_manifest
 from phosphene.heatmap import STYLES, Heatmap
 from phosphene.model import Model
 from phosphene.photo import SUFFIXES, read
-from phosphene.store import check_writable, write_manifest
 
 TOGETHER = 8  # photos of a folder that go through the network at once
 

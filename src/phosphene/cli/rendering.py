@@ -28,6 +28,7 @@ from phosphene.cli.options import (
 from phosphene.cli.terminal import check_target, progress, report, say
 from phosphene.errors import InvalidRequest, LayerRefused, Unfinished
 from phosphene.figure import png
+from phosphene.files import write_file
 from phosphene.layers import Layer
 from phosphene.model import parse_channels
 from phosphene.objectives import Objective, channel, logit, neuron
@@ -37,7 +38,6 @@ from phosphene.recipes import DEFAULT, find_recipe
 from phosphene.render import dream as render_dream
 from phosphene.render import render
 from phosphene.rendered import Rendered, file_prefix
-from phosphene.store import write_file
 
 OBJECTIVES = ("channel", "neuron", "logit", "layer")
 

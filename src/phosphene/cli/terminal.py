@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from phosphene.errors import InvalidRequest
-from phosphene.store import check_writable
+from phosphene.files import check_writable
 
 
 def say(text: str) -> None:
