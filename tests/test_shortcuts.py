@@ -95,7 +95,7 @@ def test_every_kind_of_convolution_is_read_without_running_it(name: str) -> None
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), KINDS[name]).double().eval()
     model = ph.load(net, input_size=19)
     image = torch.rand(3, 3, 19, 19, dtype=torch.float64)
-    assert_same(model, ph.channel(".2", [5, 0, 5]), image, {"linear"})
+    assert_same(model, ph.channel(".2", [5, 0, 5]), image, {"linear", "subpixel"})
     assert_same(model, ph.neuron(".2", [1, 4, 0], (1, 2)), image)
     runs: list[int] = []
 
@@ -135,7 +135,7 @@ def test_sums_and_multiples_keep_what_they_read(small_net: nn.Sequential) -> Non
     assert mixed.reads == {}
     assert_same(model, mixed, image)
     same = ph.channel(".4", [1, 2]) + 2 * ph.channel(".4", [1, 2])
-    assert_same(model, same, image, {"linear", "folded"})
+    assert_same(model, same, image, {"linear", "folded", "subpixel"})
     assert_same(model, ph.channel(".4", 1) + ph.neuron(".4", 1), image[:1])
     assert_same(model, ph.channel(".5", [1, 2]), image)  # an activation function is not linear
     assert_same(model, ph.direction(".4", torch.rand(2, 8)), image)
@@ -204,8 +204,8 @@ def test_a_position_that_the_map_has_not_is_refused_all_the_same(small_net: nn.S
 def test_a_result_says_which_shortcuts_were_taken(small_net: nn.Sequential) -> None:
     model = ph.load(small_net, input_size=32)
     pictures = ph.render(model, ph.channel(".4", [0, 1]), "fast", size=16, steps=2)
-    assert pictures.spec["shortcuts"] == ["linear", "folded"]
-    assert ph.render(model, ph.channel(".1", 0), "fast", size=16, steps=2).spec["shortcuts"] == []
+    assert pictures.spec["shortcuts"] == ["linear", "folded", "subpixel"]
+    assert ph.render(model, ph.channel(".1", 0), "fast", size=16, steps=2).spec["shortcuts"] == ["subpixel"]
 
 
 def test_the_module_is_left_as_it_was(small_net: nn.Sequential, untouched: Any) -> None:

@@ -70,6 +70,13 @@ def channel_of(convolution: nn.Conv2d, given: Tensor, channel: int) -> Tensor:
     return F.conv2d(given, weight, bias, convolution.stride, padding, convolution.dilation)
 
 
+def inner(one: Tensor, other: Tensor) -> Tensor:
+    """Return the sum of the products of two maps (c, h, w), in the number format of the other; no product is kept."""
+    order = (1, 2, 0) if one.stride(0) == 1 else (0, 1, 2)  # as they lie in memory
+    first, second = (values.permute(order).reshape(-1).to(other.dtype) for values in (one, other))
+    return torch.dot(first, second)
+
+
 class SumOfProducts(torch.autograd.Function):
     """The sum over (c, h, w) of input × gradients, row by row, so that a row's is the same in every batch.
 
@@ -79,7 +86,7 @@ class SumOfProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, gradients: Tensor, slopes: Tensor) -> Tensor:
         ctx.save_for_backward(slopes)
-        return torch.stack([(one * gradient).sum() for one, gradient in zip(given, gradients, strict=True)])
+        return torch.stack([inner(one, gradient) for one, gradient in zip(given, gradients, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:

@@ -1,12 +1,14 @@
 """Less work, same answer: what of a forward pass an objective does not need.
 
-Three shortcuts, each of them exact, each left out where it does not apply:
+Four shortcuts, each of them exact, each left out where it does not apply:
 
 - `linear`: the mean of a convolution's channel, or its value at a position, is linear in what the convolution is given.
   So the convolution itself need not run: the gradient of that number with respect to its input is found once, and the
   number is the sum of input × gradient.
 - `folded`: batch normalisations are folded into the convolutions before them, and weights lie in memory as the
   convolutions of a CPU want them (`folding.py`).
+- `subpixel`: on a CPU, a convolution of few channels, such as a network's first, finds the gradient with respect to the
+  picture several pixels at a time (`subpixel.py`).
 - `cropped`: a neuron sees no more than its receptive field, so that only this part of the picture has to go through the
   network. A crop is tried on noise first, and left out where it gives another value.
 """
@@ -26,8 +28,9 @@ from phosphene.layers import Layer
 from phosphene.linear import Functional, laid_out
 from phosphene.model import Model
 from phosphene.objectives import Acts, Address, Objective
+from phosphene.subpixel import narrow, subpixel
 
-SHORTCUTS = ("linear", "folded", "cropped")
+SHORTCUTS = ("linear", "folded", "subpixel", "cropped")
 
 
 class Fast(NamedTuple):
@@ -45,10 +48,12 @@ def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = 
     layers = {one: layer for one, layer in found.items() if max(objective.reads[one].channels) < (layer.channels or 0)}
     plain = [one for one, layer in layers.items() if "linear" in shortcuts and is_plain(model, layer)]
     folding = model.folding(objective.layers) if "folded" in shortcuts else None
+    left_out = {module_of(model, layers[one]) for one in plain}
+    first = narrow(one for one in model.modules.values() if one not in left_out) if "subpixel" in shortcuts else []
     with model.reading(objective.layers, inputs=plain) as borrowed:
 
         def read(image: Tensor) -> dict[Address, Tensor]:
-            with folding.folded() if folding else nullcontext():
+            with folding.folded() if folding else nullcontext(), subpixel(first):
                 return borrowed(laid_out(image))
 
         functionals = {one: Functional(module_of(model, layers[one]), one, objective.reads[one]) for one in plain}
@@ -63,7 +68,12 @@ def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = 
 
         def taken() -> tuple[str, ...]:
             crops = cropping is not None and any(cropping.crops.values())
-            applies = {"linear": bool(functionals), "folded": bool(folding and folding.pairs), "cropped": crops}
+            applies = {
+                "linear": bool(functionals),
+                "folded": bool(folding and folding.pairs),
+                "subpixel": bool(first),
+                "cropped": crops,
+            }
             return tuple(name for name, one in applies.items() if one)
 
         yield Fast(run, taken)
