@@ -12,11 +12,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src/phosphene"
 FLOORS = (
-    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients", "allocator"),
+    ("constants",),
+    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients", "allocator", "strongest", "spread"),
     ("capture", "tracing", "objectives", "parameterizations", "photo", "files", "figure"),
-    ("folding", "store"),
-    ("layers", "recipes", "rendered", "heatmap"),
-    ("model", "ascent", "positions", "linear"),
+    ("folding", "places", "sources"),
+    ("layers", "recipes", "rendered", "heatmap", "store"),
+    ("model", "ascent", "positions", "linear", "subpixel", "lowered"),
     ("cropping",),
     ("shortcuts", "loaders.weights", "loaders.archive", "loaders.mending", "loaders.network"),
     ("loaders.builtin",),
@@ -30,8 +31,10 @@ FLOORS = (
     ("record",),
     ("record_keras", "record_lightning", "record_transformers"),
     ("photos", "verdict"),
+    ("viewing",),
     ("evidence", "atlas"),
-    ("work",),
+    ("work", "sheets"),
+    ("entries", "estimate"),
     ("runners",),
     ("runners.local", "runners.ray"),
     ("running", "report"),

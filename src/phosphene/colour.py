@@ -10,16 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from phosphene.constants import Constant
+
 UNCORRELATED_TO_RGB = (
     (0.5678, 0.2256, 0.0531),
     (0.5835, -0.0118, -0.1153),
     (0.5806, -0.2088, 0.0639),
 )
+MATRIX = Constant(torch.tensor(UNCORRELATED_TO_RGB, dtype=torch.float64))
 
 
 def matrix(like: Tensor) -> Tensor:
     """Return the (3, 3) matrix from uncorrelated channels to RGB, in the device and dtype of `like`."""
-    return torch.tensor(UNCORRELATED_TO_RGB, dtype=like.dtype, device=like.device)
+    return MATRIX.like(like)
 
 
 def correlate(channels: Tensor) -> Tensor:

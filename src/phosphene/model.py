@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from phosphene.allocator import keep_memory
 from phosphene.capture import PLAIN, Layout, Place, Splice, borrowed, capture, parts
+from phosphene.constants import Constant
 from phosphene.errors import (
     ChannelNotFound,
     InvalidRequest,
@@ -46,11 +47,15 @@ class Preprocessing:
     bgr: bool = False
 
     def __call__(self, image: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(numbers, dtype=torch.float64).to(image).view(-1, 1, 1) for numbers in (self.mean, self.std)
-        )
+        mean, std = (one.like(image) for one in self._constants)
         ready = (image - mean) / std
         return ready.flip(1) if self.bgr else ready
+
+    @cached_property
+    def _constants(self) -> tuple[Constant, Constant]:
+        """Mean and standard deviation, (c, 1, 1) or (1, 1, 1)."""
+        mean, std = (torch.tensor(one, dtype=torch.float64).view(-1, 1, 1) for one in (self.mean, self.std))
+        return Constant(mean), Constant(std)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from phosphene.constants import Constant
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
 
 Address = str | int
@@ -165,9 +166,9 @@ def need_map(act: Tensor, layer: Address, highest: int) -> None:
         raise ChannelNotFound(f"{layer!r} has {act.shape[1]} channels, 0 to {act.shape[1] - 1}; there is no {highest}")
 
 
-def pick(act: Tensor, channels: Tensor, items: Tensor) -> Tensor:
+def pick(act: Tensor, channels: Constant, items: Tensor) -> Tensor:
     """Return, for each row of (b, c, ...), the channel that its item follows, (b, ...)."""
-    return act[torch.arange(len(act), device=act.device), channels.to(act.device)[items]]
+    return act[torch.arange(len(act), device=act.device), channels.on(act.device)[items]]
 
 
 def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
@@ -178,7 +179,7 @@ def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
         64
     """
     listed = numbers(channels, "channel")
-    chosen = torch.tensor(listed)
+    chosen = Constant(torch.tensor(listed))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         if acts[layer].dim() == 1:
@@ -197,7 +198,7 @@ def neuron(layer: Address, channels: int | Iterable[int], position: tuple[int, i
     listed = numbers(channels, "channel")
     if position is not None and len(numbers(position, "row or column")) != 2:
         raise InvalidRequest(f"a position in a map is (row, column), not {position}")
-    chosen = torch.tensor(listed)
+    chosen = Constant(torch.tensor(listed))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         if acts[layer].dim() == 1:
@@ -229,14 +230,14 @@ def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or not bool(rows.isfinite().all()) or bool((rows.norm(dim=1) == 0).any()):
         raise InvalidRequest("a direction is a vector (c,) or a table (n, c) of finite numbers, not all zero in a row")
-    unit = rows / rows.norm(dim=1, keepdim=True)
+    unit = Constant(rows / rows.norm(dim=1, keepdim=True))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         act = acts[layer]
         need_map(act, layer, 0)
-        if act.shape[1] != unit.shape[1]:
-            raise InvalidRequest(f"{layer!r} has {act.shape[1]} channels, the direction has {unit.shape[1]}")
-        along: Tensor = act.mean((-2, -1)) * unit.to(act)[items.to(act.device)]
+        if act.shape[1] != rows.shape[1]:
+            raise InvalidRequest(f"{layer!r} has {act.shape[1]} channels, the direction has {rows.shape[1]}")
+        along: Tensor = act.mean((-2, -1)) * unit.like(act)[items.to(act.device)]
         return along.sum(1)
 
     spec = {"objective": "direction", "layer": layer, "vectors": rows.tolist()}
@@ -246,7 +247,7 @@ def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:
 def logit(classes: int | Iterable[int], layer: Address = OUTPUT) -> Objective:
     """Excite classes: the class's entry of a layer that returns (b, classes), by default of the network's output."""
     listed = numbers(classes, "class")
-    chosen = torch.tensor(listed)
+    chosen = Constant(torch.tensor(listed))
     shown = "the network" if layer == OUTPUT else repr(layer)
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from phosphene.cropping import cropping_of
 from phosphene.folding import has_hooks, is_patched
 from phosphene.layers import Layer
 from phosphene.linear import Functional, laid_out
+from phosphene.lowered import Lowered
 from phosphene.model import Model
 from phosphene.objectives import Acts, Address, Objective
 from phosphene.subpixel import narrow, subpixel
@@ -50,10 +51,11 @@ def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = 
     folding = model.folding(objective.layers) if "folded" in shortcuts else None
     left_out = {module_of(model, layers[one]) for one in plain}
     first = narrow(one for one in model.modules.values() if one not in left_out) if "subpixel" in shortcuts else []
+    low = Lowered(model.modules.values())
     with model.reading(objective.layers, inputs=plain) as borrowed:
 
         def read(image: Tensor) -> dict[Address, Tensor]:
-            with folding.folded() if folding else nullcontext(), subpixel(first):
+            with folding.folded() if folding else nullcontext(), subpixel(first), low.weights():
                 return borrowed(laid_out(image))
 
         functionals = {one: Functional(module_of(model, layers[one]), one, objective.reads[one]) for one in plain}

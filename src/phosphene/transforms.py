@@ -68,8 +68,12 @@ def jitter(pixels: int = 8) -> Transform:
     """Return a transform that moves each image by whole pixels, up to ±`pixels` down and right, wrapping around."""
 
     def transform(image: Tensor, draws: Draws) -> Tensor:
-        moves = draws.uniform(-pixels, pixels + 1, (2,)).floor().long().tolist()
-        return torch.stack([one.roll((down, right), (-2, -1)) for one, (down, right) in zip(image, moves, strict=True)])
+        moves = draws.uniform(-pixels, pixels + 1, (2,)).floor().long().to(image.device)
+        for axis in (-2, -1):
+            places = torch.arange(image.shape[axis], device=image.device) - moves[:, axis, None]
+            places = places.remainder(image.shape[axis])[:, None]  # (n, 1, h) or (n, 1, w)
+            image = image.gather(axis, places.unsqueeze(-1 if axis == -2 else -2).expand_as(image))
+        return image
 
     return transform
 
@@ -78,8 +82,9 @@ def scale(low: float = 0.9, high: float = 1.1) -> Transform:
     """Return a transform that scales each image about its centre by a factor uniform in [low, high)."""
 
     def transform(image: Tensor, draws: Draws) -> Tensor:
-        still = torch.zeros(len(image), dtype=torch.float64)
-        return resample(image, torch.stack([still, still], 1), still, draws.uniform(low, high))
+        factor = draws.uniform(low, high)
+        still = torch.zeros_like(factor)
+        return resample(image, torch.stack([still, still], 1), still, factor)
 
     return transform
 

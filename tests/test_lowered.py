@@ -1,0 +1,57 @@
+"""Weights in bfloat16, converted once: the same numbers as autocast, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from phosphene.lowered import Lowered
+
+
+class Own(nn.Conv2d):
+    """A class of the user's, which may look at its weights."""
+
+
+@pytest.fixture
+def convolution() -> nn.Conv2d:
+    return nn.Conv2d(3, 8, 3).requires_grad_(False)
+
+
+def test_autocast_finds_the_same_numbers(convolution: nn.Conv2d) -> None:
+    image, low = torch.rand(2, 3, 9, 9), Lowered([convolution])
+    with torch.autocast("cpu", torch.bfloat16):
+        known = convolution(image)
+        with low.weights():
+            assert convolution.weight.dtype == torch.bfloat16
+            made = convolution(image)
+    assert made.dtype == torch.bfloat16
+    assert torch.equal(made, known)
+
+
+def test_weights_are_converted_once_and_again_when_they_change(convolution: nn.Conv2d) -> None:
+    low, kept = Lowered([convolution]), []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), low.weights():
+            kept.append(convolution.weight)
+    assert kept[0] is kept[1]
+    convolution.weight.mul_(2)
+    with torch.autocast("cpu", torch.bfloat16), low.weights():
+        assert torch.equal(convolution.weight, 2 * kept[0])
+
+
+def test_only_where_autocast_asks_for_it(convolution: nn.Conv2d) -> None:
+    double, own = nn.Conv2d(3, 8, 3).double(), Own(3, 8, 3)
+    low = Lowered([convolution, double, own, nn.ReLU()])
+    with low.weights():
+        assert convolution.weight.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), low.weights():
+        assert (double.weight.dtype, own.weight.dtype) == (torch.float64, torch.float32)
+
+
+def test_an_error_leaves_the_weights_as_they_were(convolution: nn.Conv2d) -> None:
+    weight = convolution.weight
+    with pytest.raises(ZeroDivisionError), torch.autocast("cpu", torch.bfloat16), Lowered([convolution]).weights():
+        raise ZeroDivisionError
+    assert convolution.weight is weight
+    assert convolution.weight.dtype == torch.float32
