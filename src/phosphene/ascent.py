@@ -13,10 +13,10 @@ from torch import Tensor
 
 from phosphene.errors import LayerRefused
 from phosphene.objectives import Acts, Objective
-from phosphene.parameterizations import PARAMETERIZATIONS
+from phosphene.parameterizations import PARAMETERIZATIONS, Parameterization
 from phosphene.recipes import Recipe
-from phosphene.steps import STEPS, State
-from phosphene.transforms import TRANSFORMS, Draws
+from phosphene.steps import STEPS, State, StepRule
+from phosphene.transforms import TRANSFORMS, Draws, Transform
 
 
 class Read(Protocol):
@@ -82,7 +82,8 @@ class Base:
 class Plan:
     """Everything that decides what the pictures become, beside the network.
 
-    `layers` are the paths that the objective's addresses stand for; `like` has the network's device and dtype.
+    `layers` are the paths that the objective's addresses stand for; `like` has the network's device and dtype. The
+    first `exact` steps are computed as the network is, those after them in bfloat16; None: all as it is.
     """
 
     objective: Objective
@@ -90,10 +91,30 @@ class Plan:
     base: Base
     layers: tuple[str, ...]
     like: Tensor
+    exact: int | None = None
 
     def draws(self, items: Sequence[int]) -> Draws:
         """Return the random numbers of some pictures: the same whichever others are rendered with them."""
         return Draws([self.picture_seed(self.objective.names[item]) for item in items])
+
+    def transforms(self) -> list[Transform]:
+        """Return the recipe's transforms."""
+        return [TRANSFORMS[name](**dict(options)) for name, options in self.recipe.transforms]
+
+    def parameterization(self, shape: Shape, start: Tensor | Draws) -> Parameterization:
+        """Return what is optimised for images of a shape."""
+        name, options = self.recipe.parameterization
+        count = len(start.generators) if isinstance(start, Draws) else len(start)
+        return PARAMETERIZATIONS[name]((count, *shape), start, self.like, **dict(options))
+
+    def step_rule(self) -> StepRule:
+        """Return the recipe's step rule."""
+        name, options = self.recipe.step_rule
+        return STEPS[name](**dict(options))
+
+    def is_exact(self, step: int) -> bool:
+        """Return whether a step, counted over all scales, is computed as the network is."""
+        return self.exact is None or step < self.exact
 
     def picture_seed(self, name: str) -> int:
         """Return the seed of one picture's random numbers."""
@@ -103,36 +124,45 @@ class Plan:
 
 def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
     """Yield the frames of one batch while its images climb: the render loop."""
-    objective, recipe, draws = plan.objective, plan.recipe, plan.draws(items)
-    transforms = [TRANSFORMS[name](**dict(options)) for name, options in recipe.transforms]
-    parameterization, options = recipe.parameterization
-    rule = STEPS[recipe.step_rule[0]](**dict(recipe.step_rule[1]))
+    recipe, draws, transforms, rule = plan.recipe, plan.draws(items), plan.transforms(), plan.step_rule()
     rows = torch.tensor(items, device=plan.like.device)
     total, done, image = len(recipe.sizes) * recipe.steps, 0, None
     for size in recipe.sizes:
         shape, start = plan.base.start(size, image, recipe.blur, draws)
-        current = PARAMETERIZATIONS[parameterization]((len(items), *shape), start, plan.like, **dict(options))
+        current = plan.parameterization(shape, start)
         state: State = None
         for step in range(recipe.steps):
             image = current.image()
             seen = image
             for transform in transforms:
                 seen = transform(seen, draws)
-            acts = read(seen, rows)
-            need_gradient(acts)
-            scores = objective.score(acts, image, rows)
+            scores = score(read, plan.objective, image, seen, rows, plan.is_exact(done))
             yield Frame(done, total, rows, scores.detach(), image.detach())
-            # of the sum, so that each image's gradient is exactly what it is alone
-            gradient = torch.autograd.grad(scores.sum(), current.tensor)[0]
-            if recipe.weight_decay:
-                gradient = gradient - recipe.weight_decay * current.tensor.detach()
-            update, state = rule(gradient, state)
+            update, state = rule(uphill(scores, current.tensor, recipe.weight_decay), state)
             with torch.no_grad():
                 current.tensor.add_(recipe.pace(step) * update)
             done += 1
         image = current.image().detach()
     assert image is not None
-    yield Frame(total, total, rows, clean_scores(read, objective, image, rows), image)
+    yield Frame(total, total, rows, clean_scores(read, plan.objective, image, rows), image)
+
+
+def score(read: Read, objective: Objective, image: Tensor, seen: Tensor, items: Tensor, exact: bool) -> Tensor:
+    """Return the scores (b,) of images of which the network sees `seen`, in bfloat16 unless `exact`."""
+    if exact:
+        acts = read(seen, items)
+    else:
+        with torch.autocast(seen.device.type, torch.bfloat16):
+            acts = {address: act.to(seen.dtype) for address, act in read(seen, items).items()}
+    need_gradient(acts)
+    return objective.score(acts, image, items)
+
+
+def uphill(scores: Tensor, tensor: Tensor, weight_decay: float) -> Tensor:
+    """Return the gradient of scores with respect to what is optimised, less the weight decay."""
+    # of the sum, so that each image's gradient is exactly what it is alone
+    gradient = torch.autograd.grad(scores.sum(), tensor)[0]
+    return gradient - weight_decay * tensor.detach() if weight_decay else gradient
 
 
 def need_gradient(acts: Acts) -> None:

@@ -159,9 +159,9 @@ def with_edges(spectrum: Tensor, width: int, merge: Callable[[Tensor, Tensor], T
     twice: row -k is the conjugate of row k. What breaks that is dropped by the inverse transform without a word.
     """
     own = [0, width // 2] if width % 2 == 0 else [0]
-    edge = spectrum[..., own]
-    mirrored = edge.flip(-2).roll(1, -2)
     columns = list(spectrum.unbind(-1))
+    edge = torch.stack([columns[place] for place in own], -1)
+    mirrored = edge.flip(-2).roll(1, -2)
     for place, column in zip(own, merge(edge, mirrored).unbind(-1), strict=True):
         columns[place] = column
     return torch.stack(columns, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +14,13 @@ from torch import Tensor
 from phosphene import figure
 from phosphene.ascent import Base, Frame, Plan, Read, clean_scores, climb
 from phosphene.errors import Interrupted, InvalidRequest, LayerRefused, OutOfMemory, SizeRefused, Unfinished
+from phosphene.graphed import graphed_climb
 from phosphene.model import Model, first_line, is_out_of_memory
-from phosphene.objectives import Acts, Address, Objective, layer
+from phosphene.objectives import Address, Objective, layer
+from phosphene.precision import chosen_precision, exact_steps
 from phosphene.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendered import Rendered
 from phosphene.shortcuts import fast_reading
-
-EXACT = 0.2  # of a climb's steps, which are not in bfloat16
 
 
 def render(
@@ -48,7 +47,7 @@ def render(
         steps: at each scale; `seed`: of starts and transforms; both by default the recipe's.
         batch: pictures at once, or `auto`. A batch that does not fit the memory is halved, with a warning.
         precision: of the network's forward pass while climbing: `fp32` as the network is, or `bf16` after the first
-            fifth of the steps; scores are always taken as the network is. `auto` is fp32.
+            fifth of the steps; scores are always taken as the network is. `auto`: see `precision.chosen_precision`.
         film: how many moments of the climb to keep, beside the start.
         photo: (1, c, h, w) in [0, 1] to start from in place of noise.
         watch: called with every `Frame`.
@@ -63,7 +62,7 @@ def render(
     """
     asked = find_recipe(recipe).at(size, steps, seed)
     at_once = chosen_batch(batch, model.like.device)
-    check_precision(precision)
+    precision = chosen_precision(model, precision)
     check_film(film)
     if photo is not None:
         model.check_photo(photo)
@@ -71,9 +70,9 @@ def render(
     done: list[Batch] = []
     with fast_reading(model, objective) as (read, shortcuts):
         fitting, base = fitted(model, read, asked, size is not None, photo)
-        plan = Plan(objective, fitting, base, layers, model.like)
+        plan = Plan(objective, fitting, base, layers, model.like, exact_steps(fitting, precision))
         spec = {**specification(model, plan, precision), "shortcuts": list(shortcuts())}
-        one_batch = partial(render_batch, read, plan, precision, film, watch)
+        one_batch = partial(render_batch, read, plan, film, watch)
         try:
             for batch_done in batches(one_batch, plan, at_once):
                 done.append(batch_done)
@@ -86,12 +85,6 @@ def render(
             finished = assemble(done, objective, spec)
             raise Unfinished(f"{first_line(error)}; {len(finished)} of {objective.n} are done", finished) from error
     return assemble(done, objective, spec)
-
-
-def check_precision(precision: str) -> None:
-    """Refuse an unknown number format."""
-    if precision not in ("fp32", "bf16", "auto"):
-        raise InvalidRequest(f"precision is fp32, bf16 or auto, not {precision!r}")
 
 
 def check_film(film: int) -> None:
@@ -107,25 +100,6 @@ def chosen_batch(batch: int | str, device: torch.device) -> int:
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InvalidRequest(f"batch is 'auto' or a whole number of at least 1, not {batch!r}")
     return batch
-
-
-def in_bf16(read: Read, exact: int) -> Read:
-    """Return a `read` that computes in bfloat16 where gradients are wanted, after so many passes as the network is.
-
-    What a picture becomes is decided in its first steps: with those in float32 it ends as the same picture to the eye,
-    where rounding from the start on leads to another (decision 7). Scores without gradients are as the network is.
-    """
-    passes = 0
-
-    def read_low(image: Tensor, items: Tensor) -> Acts:
-        nonlocal passes
-        passes += torch.is_grad_enabled()
-        if not torch.is_grad_enabled() or passes <= exact:
-            return read(image, items)
-        with torch.autocast(image.device.type, torch.bfloat16):
-            return {address: act.to(image.dtype) for address, act in read(image, items).items()}
-
-    return read_low
 
 
 def resolved(model: Model, objective: Objective) -> tuple[str, ...]:
@@ -162,7 +136,7 @@ def specification(model: Model, plan: Plan, precision: str) -> dict[str, Any]:
         "layers": list(plan.layers),
         "objective": plan.objective.spec,
         "recipe": {**plan.recipe.as_dict(), "digest": plan.recipe.digest},
-        "precision": "fp32" if precision == "auto" else precision,
+        "precision": precision,
         "size": list(plan.base.shape(plan.recipe.size)[1:]),
     }
 
@@ -204,16 +178,13 @@ def batches(one_batch: Callable[[list[int]], Batch], plan: Plan, at_once: int) -
         yield batch
 
 
-def render_batch(
-    read: Read, plan: Plan, precision: str, film: int, watch: Callable[[Frame], None] | None, items: list[int]
-) -> Batch:
+def render_batch(read: Read, plan: Plan, film: int, watch: Callable[[Frame], None] | None, items: list[int]) -> Batch:
     """Render some of an objective's pictures at once."""
-    if precision == "bf16":
-        read = in_bf16(read, math.ceil(EXACT * len(plan.recipe.sizes) * plan.recipe.steps))
+    loop = graphed_climb if plan.like.is_cuda else climb
     history: list[Tensor] = []
     moments: list[Tensor] = []
     start_scores = None
-    for frame in climb(read, plan, items):
+    for frame in loop(read, plan, items):
         if start_scores is None:
             start_scores = clean_scores(read, plan.objective, frame.image, frame.items)
             need_finite(start_scores, plan, items)

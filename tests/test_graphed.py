@@ -1,0 +1,227 @@
+"""The climb on a GPU: the same frames as the plain loop, from steps that can be captured.
+
+Where there is no GPU, `Recording` stands in for its graphs: it notes the operations of one step with the memory that
+they read and write, undoes what they did, and repeats them without running any Python of the step. So a number that
+would be frozen into a graph is frozen there too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import phosphene as ph
+from phosphene.ascent import Base, Frame, Plan, climb
+from phosphene.graphed import Drawn, Steps, cuda_graph, graphed_climb
+from phosphene.recipes import RECIPES, Recipe, part
+from phosphene.shortcuts import fast_reading
+from phosphene.transforms import Draws, affine, jitter
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operations of one step, which `repeat` carries out again on the same memory."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+        with self:
+            step()
+        for tensor, value in reversed(self.before):  # capturing carries nothing out
+            tensor.detach().copy_(value)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        written = [
+            one
+            for one, argument in zip(args, func._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        self.before += [(one, one.detach().clone()) for one in written]
+        output = func(*args, **kwargs)
+        self.made.append((func, args, kwargs, output))
+        return output
+
+    def repeat(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, output in self.made:
+                new = func(*args, **kwargs)
+                olds, news = (list(one) if isinstance(one, list | tuple) else [one] for one in (output, new))
+                for old, value in zip(olds, news, strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != value.data_ptr():
+                        old.detach().copy_(value)
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    return Recording(step).repeat
+
+
+def as_it_is(step: Callable[[], None]) -> Callable[[], None]:
+    return step
+
+
+def frames(
+    model: ph.Model, objective: ph.Objective, recipe: Recipe, loop: Any, exact: int | None = None
+) -> list[Frame]:
+    with fast_reading(model, objective) as (read, _):
+        plan = Plan(objective, recipe, Base(3), ("layer",), model.like, exact)
+        return list(loop(read, plan, range(objective.n)))
+
+
+def assert_same(ours: list[Frame], plain: list[Frame], tolerance: float) -> None:
+    assert [(one.step, one.steps) for one in ours] == [(one.step, one.steps) for one in plain]
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one.items, other.items)
+        torch.testing.assert_close(one.scores, other.scores, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(one.image, other.image, rtol=tolerance, atol=tolerance)
+
+
+RULES = {
+    "fourier": RECIPES["fourier"],
+    "momentum": dataclasses.replace(RECIPES["fourier"], step_rule=part("momentum", rate=0.1)),
+    "maco": RECIPES["maco"],
+    "rms": RECIPES["rms"],
+    "max-step": RECIPES["max-step"],
+    "multi-scale": dataclasses.replace(RECIPES["multi-scale"], sizes=(16, 20, 24)),
+    "dream": dataclasses.replace(RECIPES["dream"], sizes=(18, 24)),
+    "all transforms": dataclasses.replace(
+        RECIPES["fourier"],
+        transforms=(part("scale"), part("rotate"), part("jitter", pixels=3), part("pad", pixels=2), part("blur")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_frames_are_those_of_the_plain_loop(small_net: nn.Sequential, name: str) -> None:
+    model = ph.load(small_net, input_size=32)
+    recipe = RULES[name].at(size=24, steps=6)
+    objective = ph.channel("4", [0, 5, 3]) - 0.1 * ph.total_variation()
+    plain = frames(model, objective, recipe, climb)
+    assert_same(frames(model, objective, recipe, partial(graphed_climb, capture=recorded)), plain, 1e-9)
+    uncaptured = frames(model, objective, recipe, partial(graphed_climb, capture=as_it_is))
+    assert_same(uncaptured, plain, 1e-9)
+
+
+def test_other_objectives_and_a_direction(small_net: nn.Sequential) -> None:
+    model = ph.load(small_net, input_size=32)
+    for objective in (
+        ph.neuron("4", [1, 2]),
+        ph.direction("4", torch.eye(8)[:2]),
+        ph.logit([0, 4]),
+        ph.layer("4"),
+    ):
+        recipe = RECIPES["fast"].at(size=32, steps=5)
+        ours = frames(model, objective, recipe, partial(graphed_climb, capture=recorded))
+        assert_same(ours, frames(model, objective, recipe, climb), 1e-9)
+
+
+def test_each_number_format_and_scale_is_captured_on_its_own(small_net: nn.Sequential) -> None:
+    model = ph.load(small_net.float(), input_size=32)
+    captured: list[int] = []
+
+    def counted(step: Callable[[], None]) -> Callable[[], None]:
+        captured.append(1)
+        return recorded(step)
+
+    recipe = dataclasses.replace(RECIPES["multi-scale"], sizes=(16, 24), steps=5)
+    objective = ph.channel("4", [0, 1])
+    low = frames(model, objective, recipe, partial(graphed_climb, capture=counted), exact=3)
+    assert len(captured) == 3  # float32 and bfloat16 at the first scale, bfloat16 at the second
+    plain = frames(model, objective, recipe, climb, exact=3)
+    # in float32 the two agree to rounding; from there on bfloat16 may turn that into its own rounding
+    assert_same([*low[:3]], [*plain[:3]], 1e-5)
+    for one, other in zip(low, plain, strict=True):
+        torch.testing.assert_close(one.scores, other.scores, rtol=0.02, atol=0.02)
+
+
+class Forbidding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what a graph cannot hold: to look at a value, to bring a number from Python, to move to a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        assert name not in ("aten::_local_scalar_dense", "aten::lift_fresh", "aten::nonzero", "aten::equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_repeated_step_asks_the_host_for_nothing(small_net: nn.Sequential, name: str) -> None:
+    model = ph.load(small_net, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.3], input_size=32)
+    objective = ph.channel("4", [0, 5]) + ph.direction("4", torch.eye(8)[:2])
+    with fast_reading(model, objective, ("folded",)) as (read, _):
+        plan = Plan(objective, RULES[name].at(size=24, steps=6), Base(3), ("layer",), model.like)
+        draws = plan.draws([0, 1])
+        shape, start = plan.base.start(24, None, 0, draws)
+        steps = Steps(read, plan, torch.tensor([0, 1]), plan.parameterization(shape, start), draws)
+        steps.begin(True)
+        with Forbidding():  # type: ignore[no-untyped-call]
+            steps.make()
+    assert steps.number.item() == 2
+
+
+def test_numbers_drawn_in_advance_are_those_drawn_one_by_one() -> None:
+    transforms = [affine(4, 8, 0.1), jitter(5)]
+    image, number = torch.zeros(3, 1, 8, 8, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    one_by_one, seeds = Draws([7, 8, 9]), [7, 8, 9]
+    advance = Drawn(Draws(seeds), transforms, image, 20, number)
+    for step in range(20):
+        number.fill_(step)
+        advance.next = 0
+        for low, high, shape in ((-4.0, 4.0, (2,)), (-8.0, 8.0, ()), (0.9, 1.1, ()), (-5.0, 6.0, (2,))):
+            assert torch.equal(advance.uniform(low, high, shape), one_by_one.uniform(low, high, shape))
+    # and the generators stand where the plain loop leaves them
+    assert torch.equal(Draws.normal(advance, (4,)), one_by_one.normal((4,)))
+
+
+@gpu
+@pytest.mark.parametrize("name", RULES)
+def test_a_gpu_makes_the_frames_of_the_plain_loop(small_net: nn.Sequential, name: str) -> None:
+    model = ph.load(small_net.cuda(), input_size=32)
+    recipe = RULES[name].at(size=24, steps=6)
+    objective = ph.channel("4", [0, 5, 3])
+    assert_same(frames(model, objective, recipe, graphed_climb), frames(model, objective, recipe, climb), 1e-9)
+
+
+@gpu
+def test_a_gpu_repeats_a_graph_and_not_python(small_net: nn.Sequential) -> None:
+    model = ph.load(small_net.cuda(), input_size=32)
+    runs: list[int] = []
+    handle = small_net[2].register_forward_hook(lambda *_: runs.append(1))
+    pictures = ph.render(model, ph.channel("4", [0, 1]), "fast", size=32, steps=50)
+    handle.remove()
+    assert len(runs) < 10
+    on_cpu = ph.render(ph.load(small_net.cpu(), input_size=32), ph.channel("4", [0, 1]), "fast", size=32, steps=50)
+    torch.testing.assert_close(pictures.scores, on_cpu.scores, rtol=1e-6, atol=1e-6)
+
+
+@gpu
+def test_a_network_that_looks_at_values_is_rendered_without_a_graph() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 4, 3)
+
+        def forward(self, image: Tensor) -> Tensor:
+            made: Tensor = self.convolution(image)
+            return made * 2 if float(made.mean()) > 0 else made
+
+    net = Looking().cuda().double()
+    pictures = ph.render(ph.load(net, input_size=32), ph.layer(""), "fast", size=32, steps=4)
+    assert bool((pictures.scores > pictures.start_scores).all())
+    count = torch.zeros(1, device="cuda")
+
+    def add() -> None:
+        count.add_(1)
+
+    repeat = cuda_graph(add)  # and the next capture is a sound one
+    assert repeat is not add
+    repeat()
+    assert count.item() == 1
