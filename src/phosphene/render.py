@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phosphene import figure
 from phosphene.ascent import Base, Frame, Plan, Read, clean_scores, climb
+from phosphene.batching import check_batch, chosen_batch
 from phosphene.errors import Interrupted, InvalidRequest, LayerRefused, OutOfMemory, SizeRefused, Unfinished
 from phosphene.graphed import graphed_climb
 from phosphene.model import Model, first_line, is_out_of_memory
@@ -45,7 +46,8 @@ def render(
         recipe: a name or a `Recipe`.
         size: side of the pictures in pixels, by default the recipe's, but at most twice the network's input.
         steps: at each scale; `seed`: of starts and transforms; both by default the recipe's.
-        batch: pictures at once, or `auto`. A batch that does not fit the memory is halved, with a warning.
+        batch: pictures at once, or `auto`: a few on a CPU, more on a GPU, no more than the free memory holds. A batch
+            that does not fit all the same is halved, with a warning.
         precision: of the network's forward pass while climbing: `fp32` as the network is, or `bf16` after the first
             fifth of the steps; scores are always taken as the network is. `auto`: see `precision.chosen_precision`.
         film: how many moments of the climb to keep, beside the start.
@@ -61,7 +63,7 @@ def render(
         >>> render(load("builtin/vgg19"), channel("block3_conv1", range(4)), "fast").grid().save("grid.png")
     """
     asked = find_recipe(recipe).at(size, steps, seed)
-    at_once = chosen_batch(batch, model.like.device)
+    check_batch(batch)
     precision = chosen_precision(model, precision)
     check_film(film)
     if photo is not None:
@@ -71,7 +73,9 @@ def render(
     with fast_reading(model, objective) as (read, shortcuts):
         fitting, base = fitted(model, read, asked, size is not None, photo)
         plan = Plan(objective, fitting, base, layers, model.like, exact_steps(fitting, precision))
-        spec = {**specification(model, plan, precision), "shortcuts": list(shortcuts())}
+        at_once = chosen_batch(model, batch, layers, base.shape(max(fitting.sizes))[1:])
+        taken = {"batch": at_once, "precision": precision, "shortcuts": list(shortcuts())}
+        spec = {**specification(model, plan), **taken}
         one_batch = partial(render_batch, read, plan, film, watch)
         try:
             for batch_done in batches(one_batch, plan, at_once):
@@ -91,15 +95,6 @@ def check_film(film: int) -> None:
     """Refuse a number of moments that is none."""
     if isinstance(film, bool) or not isinstance(film, int) or film < 0:
         raise InvalidRequest(f"film is a whole number of moments, at least 0, not {film!r}")
-
-
-def chosen_batch(batch: int | str, device: torch.device) -> int:
-    """Return how many pictures go at once: few on a CPU, where more only cost memory, many on a GPU."""
-    if batch == "auto":
-        return 8 if device.type == "cpu" else 64
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise InvalidRequest(f"batch is 'auto' or a whole number of at least 1, not {batch!r}")
-    return batch
 
 
 def resolved(model: Model, objective: Objective) -> tuple[str, ...]:
@@ -129,14 +124,13 @@ def fitted(model: Model, read: Read, recipe: Recipe, size_given: bool, photo: Te
     return recipe, base
 
 
-def specification(model: Model, plan: Plan, precision: str) -> dict[str, Any]:
+def specification(model: Model, plan: Plan) -> dict[str, Any]:
     """Return in JSON terms everything that the pictures follow from."""
     return {
         **model.origin,
         "layers": list(plan.layers),
         "objective": plan.objective.spec,
         "recipe": {**plan.recipe.as_dict(), "digest": plan.recipe.digest},
-        "precision": precision,
         "size": list(plan.base.shape(plan.recipe.size)[1:]),
     }
 
