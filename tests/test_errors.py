@@ -22,6 +22,8 @@ BUILTINS = {
     errors.PhotoRefused: ValueError,
     errors.OutputRefused: OSError,
     errors.ExtraMissing: ImportError,
+    errors.StoreRefused: ValueError,
+    errors.EntryNotFound: LookupError,
     errors.OutOfMemory: MemoryError,
     errors.Unfinished: RuntimeError,
     errors.Interrupted: KeyboardInterrupt,

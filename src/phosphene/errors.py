@@ -61,6 +61,14 @@ class OutputRefused(PhospheneError, OSError):
     """The place for the results cannot be written."""
 
 
+class StoreRefused(PhospheneError, ValueError):
+    """The place is no store, is of a newer format, is damaged, or cannot be read."""
+
+
+class EntryNotFound(PhospheneError, LookupError):
+    """The store has no such entry yet, or the entry no such file."""
+
+
 class ExtraMissing(PhospheneError, ImportError):
     """A part that is installed separately is not there."""
 
