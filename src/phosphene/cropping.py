@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from phosphene.constants import Constant
 from phosphene.layers import Layer
 from phosphene.linear import Functional, Position, channel_of
 from phosphene.objectives import Address, Objective, Reads, pick, position_in
@@ -39,7 +40,7 @@ class Cropping:
         read: Callable[[Tensor], dict[Address, Tensor]],
     ) -> None:
         self.field, self.layer, self.reads = layer.receptive_field, address, reads
-        self.functional, self.read = functional, read
+        self.functional, self.read, self.channels = functional, read, Constant(torch.tensor(reads.channels))
         self.crops: dict[torch.Size, Crop | None] = {}
 
     def of(self, image: Tensor) -> Crop | None:
@@ -95,7 +96,7 @@ class Cropping:
         if self.functional is not None:
             return self.functional(act, items, position)
         row, column = position
-        return pick(act[..., row, column], torch.tensor(self.reads.channels), items)
+        return pick(act[..., row, column], self.channels, items)
 
 
 def cropping_of(
