@@ -176,7 +176,7 @@ def test_the_user_s_callable_is_imported_from_the_current_folder(write: Callable
     write("mynet_a.py", NET.format("mynet_a"))
     write("mynet_a_parts.py", "width = 6")  # imported when the callable runs
     model = load("mynet_a:make", mean=[0.1])
-    assert (model.name, model.ref, model.channels_in, model.notes) == ("mynet_a:make", "mynet_a:make", 1, ())
+    assert (model.name, model.ref, model.channels_in, model.notes) == ("mynet_a:make", None, 1, ())
     assert model.find(0).channels == 6
     assert not model.module.training
     assert model.fingerprint == load("mynet_a:make", mean=[0.1]).fingerprint

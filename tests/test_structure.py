@@ -13,7 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src/phosphene"
 FLOORS = (
     ("constants",),
-    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients", "allocator", "strongest", "spread"),
+    ("errors", "version", "transforms", "steps", "colour", "receptive", "cams", "gradients", "allocator"),
+    ("strongest", "spread"),
     ("capture", "tracing", "objectives", "parameterizations", "photo", "files", "figure"),
     ("folding", "places", "sources"),
     ("layers", "recipes", "rendered", "heatmap", "store"),

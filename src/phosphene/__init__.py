@@ -9,6 +9,7 @@ ph.render(model, ph.channel("block3_conv1", range(64))).grid(columns=8).save("fi
 from phosphene import errors
 from phosphene.activations import Activations, activations
 from phosphene.ascent import Frame
+from phosphene.atlas import Job, atlas
 from phosphene.cams import CAMS
 from phosphene.curves import curves, verdicts
 from phosphene.errors import PhospheneError
@@ -35,6 +36,9 @@ from phosphene.recipes import RECIPES, Recipe
 from phosphene.record import Recorder
 from phosphene.render import dream, render
 from phosphene.rendered import Rendered
+from phosphene.runners.local import LocalRunner
+from phosphene.runners.ray import RayRunner
+from phosphene.running import run
 from phosphene.strip import film, save_film, strip
 from phosphene.version import __version__
 
@@ -45,19 +49,23 @@ __all__ = [
     "Frame",
     "Heatmap",
     "History",
+    "Job",
     "Kernels",
     "Layer",
     "Layers",
+    "LocalRunner",
     "Model",
     "Objective",
     "PhospheneError",
     "Preprocessing",
+    "RayRunner",
     "ReceptiveField",
     "Recipe",
     "Recorder",
     "Rendered",
     "__version__",
     "activations",
+    "atlas",
     "channel",
     "curves",
     "direction",
@@ -76,6 +84,7 @@ __all__ = [
     "open_history",
     "read",
     "render",
+    "run",
     "save_film",
     "strip",
     "total_variation",

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from phosphene.cli.atlas import atlas, report_page
 from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
 from phosphene.cli.photos import activations, cam
 from phosphene.cli.rendering import dream, filters, watching
@@ -43,8 +44,9 @@ def layers(open_model: OpenModel, quiet: Quiet = False, as_json: AsJson = False)
     tell(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
 
 
-for command in (filters, activations, cam, kernels, strip, gradients, dream):
+for command in (filters, activations, cam, kernels, strip, gradients, dream, atlas):
     app.command()(command)
+app.command("report")(report_page)
 
 
 @app.command()

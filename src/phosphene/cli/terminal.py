@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from phosphene.errors import InvalidRequest
 from phosphene.files import check_writable
+
+PERIOD = 600  # seconds over which a rate is taken: the jobs of an atlas come in minutes apart
 
 
 def say(text: str) -> None:
@@ -26,7 +29,7 @@ def tell(text: object) -> None:
     print(text, flush=True)
 
 
-def report(paths: Sequence[Path], as_json: bool, facts: Mapping[str, Any]) -> None:
+def report(paths: Sequence[Path | str], as_json: bool, facts: Mapping[str, Any]) -> None:
     """Print what was written: a path a line, or one JSON object."""
     if as_json:
         tell(json.dumps({"files": [str(path) for path in paths], **facts}))
@@ -35,9 +38,18 @@ def report(paths: Sequence[Path], as_json: bool, facts: Mapping[str, Any]) -> No
             tell(path)
 
 
+class Rate(ProgressColumn):
+    """How many units are done a second, or where these are few, a minute."""
+
+    def render(self, task: Task) -> Text:
+        if not task.speed:
+            return Text("")
+        return Text(f"{task.speed:,.1f}/s" if task.speed >= 1 else f"{60 * task.speed:.1f}/min")
+
+
 @contextmanager
 def progress(what: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left on stderr, if that is a terminal.
+    """Show a bar with the rate and the time left on stderr, if that is a terminal.
 
     Yields `advance(done, total)`: so many units more are done, of so many in all.
     """
@@ -47,9 +59,11 @@ def progress(what: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int],
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        Rate(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        speed_estimate_period=PERIOD,
         disable=quiet or not console.is_terminal,
     )
     with bar:

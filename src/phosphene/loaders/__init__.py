@@ -46,6 +46,8 @@ def load(
         device: where to put a model that is loaded by reference.
         trust: let Lambda layers and custom objects in a saved Keras model run their author's code.
 
+    The handle's `ref` is None where the reference alone would load something else than what was asked for.
+
     Raises:
         ModelNotFound, ModelRefused, WeightsRefused, ExtraMissing, InvalidRequest, SizeRefused.
 
@@ -72,6 +74,8 @@ def load(
         changes["notes"] = tuple(note for note in handle.notes if note not in (UNNORMALISED, BYTES))
     if labels is not None:
         changes["labels"] = read_labels(labels)
+    if trust or any(one is not None for one in (weights, mean, std, input_size, channels_in)):
+        changes["ref"] = None
     handle = dataclasses.replace(handle, **changes)
     handle.check_finite()
     return handle

@@ -1,0 +1,66 @@
+"""Sprite sheets: all pictures of a layer, small, in few files, so that browsing loads one file a layer."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from phosphene.figure import Picture
+
+TILE = 96  # pixels, the longer side of a tile at most
+SIDE = 16383  # pixels, the longest side that WebP has
+QUALITY = 90
+
+
+class Sheet(NamedTuple):
+    """One file of tiles, row by row without a gap; `facts` say where each tile is, in JSON terms."""
+
+    name: str
+    content: bytes
+    facts: dict[str, Any]
+
+
+def sheets(pictures: Sequence[Picture], channels: Sequence[int], side: int = SIDE) -> Iterator[Sheet]:
+    """Yield the sheets of pictures of one size: `sheet.webp`, and where one does not hold all `sheet_2.webp` and so on.
+
+    The facts are `file`, `tile` (width, height), `columns` and `channels`, tile after tile.
+    """
+    size = tile_size(pictures[0].size)
+    most = (side // size[0]) * (side // size[1])
+    for number, start in enumerate(range(0, len(pictures), most), 1):
+        some = pictures[start : start + most]
+        columns = min(side // size[0], max(math.ceil(math.sqrt(len(some))), math.ceil(len(some) / (side // size[1]))))
+        name = "sheet.webp" if number == 1 else f"sheet_{number}.webp"
+        shown = {"file": name, "tile": list(size), "columns": columns, "channels": list(channels[start : start + most])}
+        yield Sheet(name, webp(tiled([small(one, size) for one in some], columns)), shown)
+
+
+def tile_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the width and height of the tile of a picture; one that is smaller stays as it is."""
+    scale = min(1.0, TILE / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def small(image: Picture, size: tuple[int, int]) -> Picture:
+    """Return a picture as a tile, smoothed as it shrinks."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def tiled(tiles: Sequence[Picture], columns: int) -> Picture:
+    """Return tiles of one size row by row."""
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height))
+    for index, tile in enumerate(tiles):
+        sheet.paste(tile, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def webp(image: Picture) -> bytes:
+    """Return a picture as WebP bytes; equal input, equal bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=QUALITY, method=4)
+    return buffer.getvalue()

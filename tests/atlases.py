@@ -1,0 +1,62 @@
+"""Small atlases: a network of two convolutions, and what a store of theirs holds."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from phosphene.atlas import Atlas, Job, atlas
+from phosphene.loaders import load
+from phosphene.model import Model
+from phosphene.runners import Outcome, attempt
+
+NETS = """
+import torch
+from torch import Tensor, nn
+
+def tiny():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU())
+"""
+
+
+def tiny(bias: float = 0.0) -> nn.Sequential:
+    """Return two convolutions of 6 and 8 filters, seed 0; `bias` is added to that of the last filter."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU())
+        cast(Tensor, net[2].bias)[7] += bias
+    return net.eval()
+
+
+def tiny_model(bias: float = 0.0) -> Model:
+    return load(tiny(bias), input_size=24)
+
+
+def tiny_atlas(model: Model, **options: Any) -> Atlas:
+    """Return a plan of four jobs, which take a few milliseconds each."""
+    return atlas(model, **{"size": 16, "steps": 3, "per_job": 4, "precision": "fp32", **options})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Here:
+    """A runner in this process that remembers what it was given, and fails where it is told to."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing, self.done, self.closed = failing, list[Job](), False
+
+    def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
+        try:
+            for job in jobs:
+                self.done.append(job)
+                yield Outcome(job, error="it failed") if job.digest in self.failing else attempt(model, job)
+        finally:
+            self.closed = True

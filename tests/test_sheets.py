@@ -1,0 +1,71 @@
+"""Sprite sheets."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from phosphene.sheets import SIDE, sheets, small, tile_size, tiled
+
+
+def plain(*colours: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
+    return [Image.new("RGB", size, colour) for colour in colours]
+
+
+@pytest.mark.parametrize(
+    ("size", "tile"), [((128, 128), (96, 96)), ((32, 20), (32, 20)), ((192, 96), (96, 48)), ((2000, 1), (96, 1))]
+)
+def test_a_tile_is_at_most_96_pixels(size: tuple[int, int], tile: tuple[int, int]) -> None:
+    assert tile_size(size) == tile
+
+
+def test_tiles_lie_row_by_row() -> None:
+    colours = [(40 * number, 0, 0) for number in range(5)]
+    sheet = np.asarray(tiled(plain(*colours, size=(2, 3)), 2))
+    assert sheet.shape == (9, 4, 3)
+    assert sheet[::3, ::2, 0].tolist() == [[0, 40], [80, 120], [160, 0]]
+
+
+def test_a_picture_shrinks_to_its_tile_without_aliasing() -> None:
+    stripes = np.zeros((192, 192, 3), np.uint8)
+    stripes[:, ::2] = 200
+    tile = np.asarray(small(Image.fromarray(stripes), (96, 96)))
+    assert tile.shape == (96, 96, 3)
+    assert np.abs(tile[:, 8:-8].astype(int) - 100).max() <= 2
+
+
+def test_one_sheet_holds_a_layer() -> None:
+    grey = [(20 * number,) * 3 for number in range(7)]
+    (sheet,) = sheets(plain(*grey, size=(128, 128)), [3, 4, 5, 9, 10, 11, 12])
+    assert sheet.facts == {
+        "file": "sheet.webp",
+        "tile": [96, 96],
+        "columns": 3,
+        "channels": [3, 4, 5, 9, 10, 11, 12],
+    }
+    pixels = np.asarray(Image.open(io.BytesIO(sheet.content)).convert("L")).astype(int)
+    assert pixels.shape == (288, 288)
+    for number in range(7):
+        row, column = divmod(number, 3)
+        assert abs(pixels[row * 96 + 48, column * 96 + 48] - 20 * number) <= 3
+    assert next(sheets(plain(*grey, size=(128, 128)), range(7))).content == sheet.content
+
+
+def test_a_layer_that_one_sheet_does_not_hold_gets_several() -> None:
+    several = list(sheets(plain(*[(0, 0, 0)] * 14, size=(8, 12)), range(14), side=25))  # 3 tiles wide, 2 high
+    assert [(one.name, one.facts["channels"]) for one in several] == [
+        ("sheet.webp", list(range(6))),
+        ("sheet_2.webp", list(range(6, 12))),
+        ("sheet_3.webp", [12, 13]),
+    ]
+    sizes = [Image.open(io.BytesIO(one.content)).size for one in several]
+    assert sizes == [(24, 24), (24, 24), (16, 12)]
+
+
+def test_the_largest_sheet_is_one_that_webp_can_hold() -> None:
+    dots = plain(*[(9, 9, 9)] * 400, size=(96, 1))
+    (sheet,) = sheets(dots, range(400))
+    assert max(Image.open(io.BytesIO(sheet.content)).size) <= SIDE
