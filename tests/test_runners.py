@@ -165,6 +165,9 @@ def test_a_model_travels_as_its_reference_or_itself(tmp_path: Path, monkeypatch:
     changed = load("nets_travel:tiny", std=[0.5])  # which the reference alone would load without
     assert changed.ref is None
     assert unpacked(packed(changed)).fingerprint == changed.fingerprint != by_reference.fingerprint
+    torch.nn.init.zeros_(next(by_reference.module.parameters()))  # so that the reference means another
+    with pytest.raises(errors.ModelRefused, match="nets_travel:tiny comes out with other weights there than here"):
+        unpacked(packed(by_reference))
     local = nn.Sequential(nn.Conv2d(3, 2, 3))
     local.forward = lambda image: image  # type: ignore[method-assign]
     with pytest.raises(CannotStart, match="Sequential cannot be packed"):

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from phosphene.atlas import Job
-from phosphene.errors import InvalidRequest, PhospheneError, Unfinished
+from phosphene.errors import InvalidRequest, ModelRefused, PhospheneError, Unfinished
 from phosphene.loaders import load
 from phosphene.model import Model, first_line
 from phosphene.work import work
@@ -152,8 +152,8 @@ def packed(model: Model, pickler: Any = None) -> bytes:
     """
     try:
         if model.ref is not None:
-            return pickle.dumps(partial(load, model.ref, device=str(model.like.device)))
-        return bytes((pickler or best_pickler()).dumps(model))
+            return pickle.dumps((model.fingerprint, partial(load, model.ref, device=str(model.like.device))))
+        return bytes((pickler or best_pickler()).dumps((model.fingerprint, model)))
     except Exception as error:
         raise CannotStart(f"{model.name} cannot be packed ({first_line(error)})") from error
 
@@ -167,11 +167,18 @@ def best_pickler() -> Any:
 
 
 def unpacked(content: Any, device: str | None = None) -> Model:
-    """Return the model that `packed` packed into bytes, on a device of its own where one is given."""
-    made = pickle.loads(content)
+    """Return the model that `packed` packed into bytes, on a device of its own where one is given.
+
+    Raises:
+        ModelRefused: it came out as another, as that of a callable does that draws random weights.
+        Whatever loading it raises.
+    """
+    fingerprint, made = pickle.loads(content)
     if not isinstance(made, Model):
         made = made(device=device) if device else made()
     model: Model = made
     if device:
         model.module.to(device)
+    if model.fingerprint != fingerprint:
+        raise ModelRefused(f"{model.name} comes out with other weights there than here")
     return model

@@ -64,7 +64,8 @@ class LocalRunner:
         try:
             yield from in_processes(model, source, places)
         except CannotStart as error:
-            advice = "; `pip install cloudpickle` helps with a network from a script" if model.ref is None else ""
+            of_script = type(model.module).__module__ == "__main__"
+            advice = "; with `pip install cloudpickle` a network from a script can travel" if of_script else ""
             warnings.warn(f"{error}: computing in this process, one job at a time{advice}", stacklevel=2)
             yield from in_this_process(model, chain(error.jobs, source))
 
