@@ -389,3 +389,9 @@ def test_ray_fills_a_store_with_the_same_bytes(tmp_path: Path) -> None:
     for name, runner in (("local", LocalRunner(2)), ("ray", RayRunner(workers=2))):
         assert run(plan, tmp_path / name, runner, photos).done == 8
     assert contents(tmp_path / "local") == contents(tmp_path / "ray")
+
+
+def test_photos_that_are_not_there_are_refused_before_a_store_is_made(tmp_path: Path) -> None:
+    with pytest.raises(errors.PhotoRefused, match="there is no"):
+        run(tiny_atlas(tiny_model()), tmp_path / "store", Here(), tmp_path / "nowhere")
+    assert not (tmp_path / "store").exists()

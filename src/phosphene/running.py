@@ -19,6 +19,7 @@ from phosphene.entries import atlas_digest, layer_digest, write_atlas, write_lay
 from phosphene.errors import EntryNotFound, Interrupted, OutputRefused, StoreRefused, Unfinished
 from phosphene.evidence import Evidence, evidence
 from phosphene.layers import Layer
+from phosphene.photos import open_photos
 from phosphene.runners import Outcome, Runner
 from phosphene.runners.local import LocalRunner
 from phosphene.runners.ray import RayRunner
@@ -76,6 +77,8 @@ def run(
         >>> run(atlas(load("builtin/vgg19"), "block3*"), "atlas/vgg19").verdicts
     """
     runner = runner or LocalRunner()
+    if photos is not None:  # which are refused before a store is made
+        photos = open_photos(photos, atlas.model.channels_in)
     course = Course(atlas, store if isinstance(store, Store) else open_store(store, create=True), watch)
     with stopping(course):
         if photos is not None:
