@@ -6,7 +6,6 @@ there; what of it lies outside the photo is grey. Where the field is unknown, or
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import PhotoRefused
-from phosphene.figure import EMPTY, Picture, picture
+from phosphene.figure import EMPTY, Picture, picture, webp
 from phosphene.layers import Layer
 from phosphene.strongest import NONE
 from phosphene.viewing import Refused, Viewing
@@ -75,7 +74,12 @@ def crop(image: Picture, part: Window) -> Picture:
 
 def names(number: int, channels: int) -> list[str]:
     """Return the files of a layer's sheets; the n-th holds the channels from n · ROWS on."""
-    return [f"crops_{number}_{page}.webp" for page in range(-(-channels // ROWS))]
+    return [name_of(number, page) for page in range(-(-channels // ROWS))]
+
+
+def name_of(number: int, page: int) -> str:
+    """Return the file of one of a layer's sheets."""
+    return f"crops_{number}_{page}.webp"
 
 
 def sheets(viewing: Viewing, found: Sequence[Found]) -> Iterator[tuple[str, bytes]]:
@@ -85,7 +89,7 @@ def sheets(viewing: Viewing, found: Sequence[Found]) -> Iterator[tuple[str, byte
     """
     for layers in portions([len(one.photos) * one.photos.shape[1] for one in found]):
         pages = filled(viewing, {number: found[number] for number in layers})
-        yield from ((name, webp(pages.pop(name))) for name in list(pages))
+        yield from ((name, webp(pages.pop(name), QUALITY, EFFORT)) for name in list(pages))
 
 
 def portions(tiles: Sequence[int]) -> Iterator[list[int]]:
@@ -144,17 +148,10 @@ def tiles(viewing: Viewing, image: Picture, wanted: Sequence[Entry]) -> Iterator
     for one in wanted:
         page, row = divmod(one.channel, ROWS)
         part = window(viewing.layers[one.layer], one.place, viewing.size)
-        yield f"crops_{one.layer}_{page}.webp", (one.rank * TILE, row * TILE), cut(part)
+        yield name_of(one.layer, page), (one.rank * TILE, row * TILE), cut(part)
 
 
 def as_seen(image: Tensor) -> Picture:
     """Return an image (1, c, h, w) as the network saw it: grey the mean of its channels where these are not three."""
     shown = image[0] if image.shape[1] == 3 else image[0].mean(0, keepdim=True)
     return picture(shown.to(torch.float32)).convert("RGB")
-
-
-def webp(image: Picture) -> bytes:
-    """Return a picture as WebP bytes; equal input, equal bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=QUALITY, method=EFFORT)
-    return buffer.getvalue()

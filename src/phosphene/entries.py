@@ -6,7 +6,6 @@ done.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -14,13 +13,12 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from safetensors.torch import load
 
 from phosphene.atlas import Atlas, Job
 from phosphene.errors import LayerRefused
 from phosphene.evidence import Evidence
-from phosphene.figure import Picture
+from phosphene.figure import Picture, opened
 from phosphene.layers import Layer
 from phosphene.sheets import TILE, sheets
 from phosphene.store import Store, digest_of
@@ -98,9 +96,7 @@ def write_layer(
 def saved(store: Store, job: Job) -> Iterator[Shown]:
     """Yield the pictures of a finished job as they lie in the store."""
     for entry in store.manifest("jobs", job.digest)["pictures"]:
-        with Image.open(io.BytesIO(store.get("jobs", job.digest, entry["file"]))) as image:
-            image.load()
-        yield Shown(image, job.digest, entry)
+        yield Shown(opened(store.get("jobs", job.digest, entry["file"])), job.digest, entry)
 
 
 def judged(

@@ -264,6 +264,20 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0
     return page
 
 
+def opened(content: bytes) -> Picture:
+    """Return the picture of an image file's bytes, read whole."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return image
+
+
+def webp(image: Picture, quality: int, effort: int = 4) -> bytes:
+    """Return a picture as WebP bytes; equal input, equal bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=effort)
+    return buffer.getvalue()
+
+
 def png(image: Picture, metadata: Mapping[str, Any], effort: int = 6) -> bytes:
     """Return an image as PNG bytes, packed with `effort` 1 to 9, that carry the metadata; equal input, equal bytes."""
     info = PngInfo()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from phosphene.errors import InvalidRequest
 from phosphene.evidence import Evidence, stored
-from phosphene.figure import Picture
+from phosphene.figure import Picture, opened, webp
 from phosphene.page import Photo, Section, page
 from phosphene.store import Store
 from phosphene.strongest import NONE
@@ -74,7 +74,7 @@ def section(
         facts=facts_of_layer(layer["layer"]),
         note=note_on(layer),
         verdicts=verdicts,
-        pictures=[webp(one, scale.picture) for one in tiles(store, digest, layer, count)],
+        pictures=[thumbnail(one, scale.picture) for one in tiles(store, digest, layer, count)],
         photos=list(photos(store, evidence, path, shown, scale)) if evidence and path in evidence else [],
     )
 
@@ -145,25 +145,16 @@ def photos(store: Store, evidence: Evidence, path: str, channels: Sequence[int],
         known = [one for one in numbers[channel, : scale.photos].tolist() if one != NONE]
         boxes = [(rank * tile, row * tile, (rank + 1) * tile, (row + 1) * tile) for rank in range(len(known))]
         yield [
-            Photo(webp(sheet[1].crop(box), scale.photo), about["names"][str(one)])
+            Photo(thumbnail(sheet[1].crop(box), scale.photo), about["names"][str(one)])
             for one, box in zip(known, boxes, strict=True)
         ]
 
 
-def opened(content: bytes) -> Picture:
-    """Return an image that is read whole."""
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        return image
-
-
-def webp(image: Picture, side: int) -> bytes:
+def thumbnail(image: Picture, side: int) -> bytes:
     """Return a picture as WebP bytes, its longer side at most so many pixels; equal input, equal bytes."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=QUALITY, method=4)
-    return buffer.getvalue()
+    return webp(small, QUALITY)
 
 
 def facts_of_layer(layer: Mapping[str, Any]) -> dict[str, str]:

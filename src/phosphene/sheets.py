@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from phosphene.figure import Picture
+from phosphene.figure import Picture, webp
 
 TILE = 96  # pixels, the longer side of a tile at most
 SIDE = 16383  # pixels, the longest side that WebP has
@@ -36,7 +35,7 @@ def sheets(pictures: Sequence[Picture], channels: Sequence[int], side: int = SID
         columns = min(side // size[0], max(math.ceil(math.sqrt(len(some))), math.ceil(len(some) / (side // size[1]))))
         name = "sheet.webp" if number == 1 else f"sheet_{number}.webp"
         shown = {"file": name, "tile": list(size), "columns": columns, "channels": list(channels[start : start + most])}
-        yield Sheet(name, webp(tiled([small(one, size) for one in some], columns)), shown)
+        yield Sheet(name, webp(tiled([small(one, size) for one in some], columns), QUALITY), shown)
 
 
 def tile_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -57,10 +56,3 @@ def tiled(tiles: Sequence[Picture], columns: int) -> Picture:
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (index % columns * width, index // columns * height))
     return sheet
-
-
-def webp(image: Picture) -> bytes:
-    """Return a picture as WebP bytes; equal input, equal bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=QUALITY, method=4)
-    return buffer.getvalue()

@@ -58,18 +58,14 @@ class RayRunner:
         """
         ray = import_ray()
         with cluster(ray, self.address, self.workers):
-            gpu = wants_gpu(ray, model) if self.gpu is None else self.gpu
-            processor = "GPU" if gpu else "CPU"
-            have = int(ray.cluster_resources().get(processor, 0))
-            if not have:
-                raise Unfinished(f"the Ray cluster has no {processor} to work with")
+            gpu, slots = places_of(ray, model, self.gpu, self.workers)
             content = ray.put(packed(model, ray.cloudpickle))
             kind = ray.remote(Hand).options(num_cpus=0 if gpu else 1, num_gpus=int(gpu))
 
             def hire() -> Actor:
                 return Actor(ray, kind.remote(content, "cuda" if gpu else "cpu"))
 
-            yield from work_off(hire, first_done, min(self.workers or have, have), jobs)
+            yield from work_off(hire, first_done, slots, jobs)
 
 
 def import_ray() -> Any:
@@ -133,6 +129,20 @@ def process_as_before() -> Iterator[None]:
             signal.signal(signal.SIGTERM, ending)
         if not faults:
             faulthandler.disable()
+
+
+def places_of(ray: Any, model: Model, gpu: bool | None, workers: int | None) -> tuple[bool, int]:
+    """Return whether actors take a GPU each or a CPU, and how many actors there can be.
+
+    Raises:
+        Unfinished: the cluster has no such processor.
+    """
+    takes_gpu = wants_gpu(ray, model) if gpu is None else gpu
+    processor = "GPU" if takes_gpu else "CPU"
+    have = int(ray.cluster_resources().get(processor, 0))
+    if not have:
+        raise Unfinished(f"the Ray cluster has no {processor} to work with")
+    return takes_gpu, min(workers or have, have)
 
 
 def wants_gpu(ray: Any, model: Model) -> bool:

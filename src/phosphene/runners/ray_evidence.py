@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from phosphene.errors import ModelRefused, Unfinished
+from phosphene.errors import Unfinished
 from phosphene.evidence import packed as packed_partial
 from phosphene.evidence import unpacked as unpacked_partial
-from phosphene.model import Model, first_line
+from phosphene.model import first_line
 from phosphene.runners import check_workers, packed, unpacked
-from phosphene.runners.ray import cluster, import_ray, wants_gpu
+from phosphene.runners.ray import cluster, import_ray, places_of
 from phosphene.viewing import Partial, Viewing
 
 
@@ -55,9 +55,8 @@ class RayShow:
         ray = import_ray()
         list(viewing.partials([]))  # what can be refused is refused here
         with cluster(ray, self.address, self.workers):
-            gpu = wants_gpu(ray, viewing.model) if self.gpu is None else self.gpu
-            have = int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
-            with closing(self.coming(ray, viewing, lots, gpu, min(self.workers or have, have, len(lots)))) as coming:
+            gpu, slots = places_of(ray, viewing.model, self.gpu, self.workers)
+            with closing(self.coming(ray, viewing, lots, gpu, min(slots, len(lots)))) as coming:
                 for partial in in_order(coming, lots):
                     watch(partial.seen + partial.lost)
                     yield partial
@@ -66,10 +65,8 @@ class RayShow:
         self, ray: Any, viewing: Viewing, lots: Sequence[int], gpu: bool, workers: int
     ) -> Generator[tuple[int, Partial], None, None]:
         """Yield the number of each lot and what is known of it, as they are done."""
-        if not workers:
-            raise Unfinished(f"the Ray cluster has no {'GPU' if gpu else 'CPU'} to work with")
         rest = viewing.photos, viewing.layers, viewing.size, viewing.top
-        asked = ray.put((packed(viewing.model, ray.cloudpickle), viewing.spec["fingerprint"], rest))
+        asked = ray.put((packed(viewing.model, ray.cloudpickle), rest))
         numbers = ray.data.from_items([{"lot": one} for one in lots], override_num_blocks=len(lots))
         found = numbers.map_batches(
             Eye,
@@ -104,10 +101,8 @@ class Eye:
     """What runs as an actor: it loads its network, and shows it one lot after the other."""
 
     def __init__(self, asked: Sequence[Any], device: str) -> None:
-        content, fingerprint, rest = import_ray().get(asked[0])
-        model: Model = unpacked(content, device)
-        if model.fingerprint != fingerprint:
-            raise ModelRefused(f"the workers' {model.name} has other weights than here; give the model as an object")
+        content, rest = import_ray().get(asked[0])
+        model = unpacked(content, device)
         if device == "cpu":
             torch.set_num_threads(1)  # sums are then taken in one order, whatever the machine
         self.viewing = Viewing(model, *rest)
