@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phosphene.errors import LayerRefused
+from phosphene.leaky import Leaky
 from phosphene.objectives import Acts, Objective
 from phosphene.parameterizations import PARAMETERIZATIONS, Parameterization
 from phosphene.recipes import Recipe
@@ -83,7 +85,8 @@ class Plan:
     """Everything that decides what the pictures become, beside the network.
 
     `layers` are the paths that the objective's addresses stand for; `like` has the network's device and dtype. The
-    first `exact` steps are computed as the network is, those after them in bfloat16; None: all as it is.
+    first `exact` steps are computed as the network is, those after them in bfloat16; None: all as it is. In the first
+    `leaky` steps gradients pass rectifiers that give 0; see `leaky`.
     """
 
     objective: Objective
@@ -92,6 +95,7 @@ class Plan:
     layers: tuple[str, ...]
     like: Tensor
     exact: int | None = None
+    leaky: int = 0
 
     def draws(self, items: Sequence[int]) -> Draws:
         """Return the random numbers of some pictures: the same whichever others are rendered with them."""
@@ -136,7 +140,8 @@ def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
             seen = image
             for transform in transforms:
                 seen = transform(seen, draws)
-            scores = score(read, plan.objective, image, seen, rows, plan.is_exact(done))
+            with Leaky() if done < plan.leaky else nullcontext():
+                scores = score(read, plan.objective, image, seen, rows, plan.is_exact(done))
             yield Frame(done, total, rows, scores.detach(), image.detach())
             update, state = rule(uphill(scores, current.tensor, recipe.weight_decay), state)
             with torch.no_grad():

@@ -23,6 +23,8 @@ from phosphene.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendered import Rendered
 from phosphene.shortcuts import fast_reading
 
+LEAKY = 0.25  # of the steps
+
 
 def render(
     model: Model,
@@ -144,6 +146,22 @@ class Batch(NamedTuple):
     scores: Tensor
     history: Tensor
     moments: list[Tensor]
+    woken: tuple[int, ...] = ()
+
+    @property
+    def asleep(self) -> Tensor:
+        """Which pictures never left their start."""
+        return never_left(self.start_scores, torch.cat([self.history, self.scores[None]]))
+
+    def with_woken(self, again: Batch, rows: Sequence[int]) -> Batch:
+        """Return this batch with those of its rows that were tried `again` and left their start."""
+        woken = [(row, number) for number, row in enumerate(rows) if not bool(again.asleep[number])]
+        for row, number in woken:
+            self.images[row], self.scores[row] = again.images[number], again.scores[number]
+            self.history[:, row] = again.history[:, number]
+            for mine, theirs in zip(self.moments, again.moments, strict=True):
+                mine[row] = theirs[number]
+        return self._replace(woken=tuple(self.items[row] for row, _ in woken))
 
 
 def batches(one_batch: Callable[[list[int]], Batch], plan: Plan, at_once: int) -> Iterator[Batch]:
@@ -173,8 +191,25 @@ def batches(one_batch: Callable[[list[int]], Batch], plan: Plan, at_once: int) -
 
 
 def render_batch(read: Read, plan: Plan, film: int, watch: Callable[[Frame], None] | None, items: list[int]) -> Batch:
-    """Render some of an objective's pictures at once."""
-    loop = graphed_climb if plan.like.is_cuda else climb
+    """Render some of an objective's pictures at once; those that never left their start are tried once more, leaky."""
+    batch = climbed(graphed_climb if plan.like.is_cuda else climb, read, plan, film, watch, items)
+    asleep = batch.asleep.nonzero()[:, 0].tolist()
+    if not asleep:
+        return batch
+    leaky = replace(plan, leaky=max(1, round(LEAKY * plan.recipe.steps * len(plan.recipe.sizes))))
+    again = climbed(climb, read, leaky, film, watch, [items[row] for row in asleep])
+    return batch.with_woken(again, asleep)
+
+
+def climbed(
+    loop: Callable[[Read, Plan, list[int]], Iterator[Frame]],
+    read: Read,
+    plan: Plan,
+    film: int,
+    watch: Callable[[Frame], None] | None,
+    items: list[int],
+) -> Batch:
+    """Have some of an objective's pictures climb at once."""
     history: list[Tensor] = []
     moments: list[Tensor] = []
     start_scores = None
@@ -222,6 +257,7 @@ def assemble(done: Sequence[Batch], objective: Objective, spec: Mapping[str, Any
     history = torch.cat([one.history for one in done], 1)
     shown = figure.DISPLAYS[spec["recipe"]["display"]](images)
     kept = min(len(one.moments) for one in done)
+    woken = [objective.names[item] for one in done for item in one.woken]
     return Rendered(
         images=images,
         scores=scores,
@@ -229,7 +265,7 @@ def assemble(done: Sequence[Batch], objective: Objective, spec: Mapping[str, Any
         history=history,
         dead=never_left(start, torch.cat([history, scores[None]])) | without_contrast(shown),
         names=tuple(objective.names[item] for one in done for item in one.items),
-        spec=spec,
+        spec={**spec, "woken": woken} if woken else spec,
         moments=tuple(torch.cat([one.moments[moment] for one in done]) for moment in range(kept)),
     )
 
