@@ -14,7 +14,7 @@ from command_line import Run, command_line
 from phosphene.ascent import Frame
 from phosphene.cams import CAUTIONS
 from phosphene.cli import rendering
-from phosphene.demo import LAYERS
+from phosphene.demo import PARTS
 
 NETS = '''
 from torch import nn
@@ -294,10 +294,11 @@ def test_the_output_is_checked_before_the_work(run: Run, monkeypatch: pytest.Mon
 def test_demo_writes_a_sheet_a_block(run: Run) -> None:
     ran = run("demo", "--out", "pictures")
     seen = [f"activations/activations_block{block}_relu1.png" for block in range(1, 6)]
-    sheets = [f"vgg19_{layer}.png" for layer in LAYERS]
+    sheets = [f"{part.model.removeprefix('builtin/')}_{layer}.png" for part in PARTS for layer in part.layers]
     names = [*sheets, *seen, "activations/summary.png", "activations/manifest.json", "heat_map.png"]
     assert ran.out.split() == [f"pictures/{name}" for name in names]
-    assert "24 filters of each block" in ran.err
+    assert "phosphene serve pictures" in ran.err
+    assert json.loads(Path("pictures/store/store.json").read_text()) == {"format": 1}
 
 
 def test_activations_writes_a_grid_a_layer_and_a_summary(run: Run, tmp_path: Path) -> None:

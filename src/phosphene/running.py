@@ -83,10 +83,8 @@ def run(
     with stopping(course):
         if photos is not None:
             course.gather(photos, runner)
-        course.begin()
-        with closing(runner.run(atlas.model, course.jobs())) as outcomes:
-            for outcome in outcomes:
-                course.land(outcome)
+        for _ in course.go(runner):
+            pass
         return course.end()
 
 
@@ -119,6 +117,16 @@ class Course:
 
         paths = [layer.path for layer in self.atlas.layers]
         self.evidence = evidence(model, photos, paths, size=side, store=self.store, watch=tell, show=show)
+
+    def go(self, runner: Runner) -> Iterator[Layer]:
+        """Have all jobs done that are not, and yield each layer when the last of its jobs is."""
+        self.begin()
+        yield from (layer for layer in self.atlas.layers if not self.left[layer.path])
+        with closing(runner.run(self.atlas.model, self.jobs())) as outcomes:
+            for outcome in outcomes:
+                self.land(outcome)
+                if not self.left[outcome.job.layer]:
+                    yield self.atlas.model.find(outcome.job.layer)
 
     def begin(self) -> None:
         """Find out what is in the store already."""

@@ -123,7 +123,7 @@ def chosen_runner(name: str, address: str | None, workers: int | None) -> Runner
 
 
 @contextmanager
-def watching(quiet: bool) -> Iterator[Watch]:
+def watching(quiet: bool, name: str = "atlas") -> Iterator[Watch]:
     """Show how far a run has come, one bar after the other."""
     with ExitStack() as shown:
         advance, counted, before = None, "", 0
@@ -132,7 +132,7 @@ def watching(quiet: bool) -> Iterator[Watch]:
             nonlocal advance, counted, before
             if what != counted:
                 shown.close()
-                advance, counted, before = shown.enter_context(progress("atlas", what, quiet)), what, 0
+                advance, counted, before = shown.enter_context(progress(name, what, quiet)), what, 0
             assert advance is not None
             advance(done - before, total)
             before = done
