@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 PHOTOS ?= photos
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check example bench bench-quality bench-peers bench-cam bench-engine bench-record docs clean
+.PHONY: help install demo test test-slow check example bench bench-quality bench-peers bench-cam bench-engine bench-record bench-page docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[web]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
@@ -23,6 +23,7 @@ install: $(VENV)/installed  ## set up .venv with the pinned versions
 
 demo: install  ## draw what the filters of a trained network respond to
 	$(BIN)/phosphene demo --out phosphene-demo
+	@echo "to open it in a browser: $(BIN)/phosphene demo --serve"
 	@echo "next: make example, to watch a small network learn (two minutes)"
 
 example: install  ## train a small network and show how it learns
@@ -39,7 +40,7 @@ check: $(VENV)/installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-quality bench-cam bench-engine bench-record  ## run the benchmarks
+bench: bench-quality bench-cam bench-engine bench-record bench-page  ## run the benchmarks
 
 bench-quality: $(VENV)/installed-dev  ## measure the pictures of every recipe against photos (PHOTOS=folder)
 	$(BIN)/python bench/quality.py $(PHOTOS)
@@ -68,8 +69,12 @@ bench-engine: bench-peers  ## time rendering against other packages and the mach
 bench-record: $(VENV)/installed-dev  ## time training with a recorder against training without
 	$(BIN)/python bench/record.py
 
-docs: install  ## draw the pictures of the README and docs again
+bench-page: $(VENV)/installed-dev  ## time the page over a store of 20,000 filters, and load it
+	$(BIN)/python bench/page.py
+
+docs: $(VENV)/installed-dev  ## draw the pictures of the README and docs again
 	$(BIN)/python docs/make_pictures.py
+	PHOSPHENE_SCREENSHOTS=1 $(BIN)/python -m pytest -q tests/test_page.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info src/*.egg-info
