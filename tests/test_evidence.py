@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from phosphene import crops, errors, viewing
 from phosphene.evidence import SHARES, Evidence, Statistics, by_layer, evidence, packed, stored, unpacked, viewing_of
+from phosphene.figure import png
 from phosphene.layers import ReceptiveField
 from phosphene.model import Model
 from phosphene.photo import Fit
@@ -528,6 +529,88 @@ def test_layers_that_do_not_fit_the_memory_together_take_turns(monkeypatch: pyte
     monkeypatch.setattr(crops, "AT_ONCE", 100_000)
     assert list(crops.portions([4, 4, 4, 20, 1])) == [[0, 1], [2], [3], [4]]
     assert evidence(handle(net), noise(5), "*", top=2).sheets == together
+
+
+# --- whole photos -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sheets written so that their pixels can be compared."""
+    monkeypatch.setattr(crops, "webp", lambda image, quality, effort: png(image, {}))
+
+
+def whole_photos(found: Evidence) -> dict[int, np.ndarray[Any, Any]]:
+    """Return the tiles of the photos that are shown whole, by number."""
+    about = found.about["thumbnails"]
+    (width, height), columns, rows = about["tile"], about["columns"], about["rows"]
+    tiles = {}
+    for place, number in enumerate(about["photos"]):
+        page, spot = divmod(place, columns * rows)
+        sheet = np.asarray(Image.open(io.BytesIO(found.sheets[about["sheets"][page]])).convert("RGB"))
+        assert sheet.shape == (rows * height, columns * width, 3)
+        row, column = divmod(spot, columns)
+        tiles[number] = sheet[row * height :, column * width :][:height, :width]
+    return tiles
+
+
+@pytest.mark.usefixtures("lossless")
+@pytest.mark.parametrize(("size", "tile"), [((30, 30), (30, 30)), ((150, 200), (112, 84)), ((150, 40), (30, 112))])
+def test_the_strongest_photos_are_shown_whole_as_the_network_saw_them(
+    size: tuple[int, int], tile: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    model = Model(module=nn.Sequential(nn.Conv2d(3, 7, 3)), name="net", input_size=size)
+    photos = torch.nn.functional.interpolate(noise(60, 8), (170, 210), mode="bilinear")
+    found = evidence(model, photos, [0], top=6)
+    winners = sorted({*found[".0"].photos.flatten().tolist()})
+    about = found.about["thumbnails"]
+    assert (about["photos"], tuple(about["tile"])) == (winners, tile)
+    assert about["sheets"] == [f"photos_{page}.webp" for page in range(-(-len(winners) // 25))]
+    for number, shown in whole_photos(found).items():
+        seen = model.fitted(photos[number : number + 1])[0][0]
+        expected = Image.fromarray((seen * 255).round().byte().permute(1, 2, 0).numpy())
+        assert np.array_equal(shown, np.asarray(expected.resize(tile, Image.Resampling.LANCZOS))), number
+
+
+@pytest.mark.usefixtures("lossless")
+def test_many_photos_go_on_several_sheets_each_whole_when_it_is_full() -> None:
+    asked = viewing_of(handle(nn.Sequential(nn.Conv2d(3, 2, 1))), photos := Painted(100), [0])
+    numbers = torch.arange(60).view(2, 30)
+    found = crops.Found(numbers, torch.zeros(2, 30, 2, dtype=torch.long))
+    photos.asked.clear()
+    seen = [(name, len(photos.asked)) for name, _ in crops.sheets(asked, [found])]
+    # no more than one sheet of 25 is in memory at a time
+    assert seen == [("photos_0.webp", 25), ("photos_1.webp", 50), ("photos_2.webp", 60), ("crops_0_0.webp", 60)]
+
+
+def test_of_too_many_photos_the_strongest_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        crops.Found(torch.tensor([[7, 3, 9], [8, 7, NONE]]), torch.zeros(2, 3, 2)),
+        crops.Found(torch.tensor([[5, 1, 2]]), torch.zeros(1, 3, 2)),
+    ]
+    assert crops.whole(found) == [1, 2, 3, 5, 7, 8, 9]
+    for most, expected in ((4, [3, 5, 7, 8]), (2, [7, 8]), (5, [1, 3, 5, 7, 8])):
+        monkeypatch.setattr(crops, "MOST", most)
+        assert crops.whole(found) == expected
+    assert crops.whole([crops.Found(torch.full((2, 3), NONE), torch.zeros(2, 3, 2))]) == []
+
+
+def test_evidence_of_older_stores_without_whole_photos_is_read_as_it_is(
+    small_net: nn.Sequential, tmp_path: Path
+) -> None:
+    store, model, photos = open_store(tmp_path, create=True), handle(small_net), Painted(30)
+    new = evidence(model, photos, [0])
+    about = {name: one for name, one in new.about.items() if name != "thumbnails"}
+    sheets = {name: one for name, one in new.sheets.items() if name.startswith("crops")}
+    old = replace(new, about=about, sheets=sheets)
+    assert {*new.files()} - {*old.files()} == {"photos_0.webp"}
+    store.put("evidence", old.digest, old.files(), {})
+    photos.asked.clear()
+    found = evidence(model, photos, [0], store=store)
+    assert len(photos.asked) <= 3  # for the spec
+    assert found.files() == old.files()
+    assert stored(store, old.digest, sheets=False).about == about
 
 
 def test_batches_and_lots_depend_on_what_is_asked_alone(small_net: nn.Sequential) -> None:

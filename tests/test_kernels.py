@@ -217,3 +217,78 @@ def test_the_colours_of_kernels_that_fill_several_pages_keep_their_names(monkeyp
     for page in range(sheets.pages):
         sheets.grid(page)
     assert named == [["B", "G"], ["R"]]
+
+
+# --- one pixel a weight -----------------------------------------------------------------------------------------------
+
+
+def pixel(share: float) -> list[int]:
+    """Return the colour of a weight that is such a share of its filter's largest."""
+    end = (179, 88, 6) if share > 0 else (33, 102, 172)
+    return [round(255 + abs(share) * (one - 255)) for one in end]
+
+
+def test_a_pixel_is_a_weight_and_each_filter_has_its_scale() -> None:
+    weights = torch.zeros(3, 2, 1, 2)
+    weights[0, 1] = torch.tensor([[-2.0, 1.0]])
+    weights[0, 0, 0, 1] = 0.5
+    weights[2, 0] = torch.tensor([[0.0, 0.01]])
+    image, facts = made(weights).pixels([2, 0, 1])
+    assert facts == {
+        "tile": [2, 1],
+        "columns": 2,
+        "inputs": [[0, 1], [1, 0], [0, 1]],  # strongest first; of equal ones the lower number
+        "scale": [pytest.approx(0.01), 2, 0],
+        "colours": "signed",
+        "of": 2,
+    }
+    white, orange, blue = [255] * 3, [179, 88, 6], [33, 102, 172]
+    assert np.asarray(image).tolist() == [
+        [white, orange, white, white],
+        [blue, [217, 172, 130], white, [236, 213, 193]],  # halfway to orange, and a quarter
+        [white] * 4,
+    ]
+
+
+def test_the_strongest_inputs_are_those_of_the_largest_norm() -> None:
+    weights = torch.randn(5, 30, 3, 2, generator=torch.Generator().manual_seed(3))
+    image, facts = made(weights).pixels(range(5))
+    shown = np.asarray(image)
+    assert shown.shape == (15, 24, 3)
+    for number, one in enumerate(weights.double()):
+        norms = [sum(float(w) ** 2 for w in kernel.flatten()) ** 0.5 for kernel in one]
+        order = sorted(range(30), key=lambda channel: -norms[channel])[:12]
+        largest = max(abs(float(w)) for w in one.flatten())
+        assert (facts["inputs"][number], facts["scale"][number], facts["of"]) == (order, largest, 30)
+        for column, channel in enumerate(order):
+            tile = shown[number * 3 : number * 3 + 3, column * 2 : column * 2 + 2].tolist()
+            assert tile == [[pixel(float(w) / largest) for w in row] for row in one[channel]]
+
+
+@pytest.mark.parametrize(("order", "expected"), [("rgb", [255, 128, 64]), ("bgr", [64, 128, 255])])
+def test_a_filter_of_the_first_layer_is_one_tile_in_colour(order: str, expected: list[int]) -> None:
+    weights = torch.zeros(2, 3, 1, 1)
+    weights[0, :, 0, 0] = torch.tensor([4.0, 0.0, -2.0])
+    image, facts = made(weights, order).pixels([0, 1])
+    assert np.asarray(image).tolist() == [[expected], [[128] * 3]]
+    assert facts == {
+        "tile": [1, 1],
+        "columns": 1,
+        "inputs": [[0, 1, 2]] * 2,
+        "scale": [4, 0],
+        "colours": "rgb",
+        "of": 3,
+    }
+
+
+def test_kernels_of_half_precision_and_of_one_channel_each() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4)).bfloat16()
+    found = kernels(handle(net, channels_in=4), 0)
+    image, facts = found.pixels([3, 6])
+    assert (image.size, facts["inputs"], facts["of"]) == ((3, 6), [[0], [0]], 1)
+    rows = [
+        pixel(float(w) / scale)
+        for n, scale in zip((3, 6), facts["scale"], strict=True)
+        for w in found.weights[n].flatten()
+    ]
+    assert np.asarray(image).reshape(-1, 3).tolist() == rows

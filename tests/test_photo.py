@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import tracemalloc
 import zlib
@@ -17,7 +18,7 @@ from torchvision import models
 
 import phosphene as ph
 from phosphene.errors import PhotoRefused
-from phosphene.photo import MIDDLE, MOST_PIXELS, Fit, read
+from phosphene.photo import MIDDLE, MOST_PIXELS, Fit, decode, read
 
 # two rows of three: red, green, blue / black, grey 51, white
 PIXELS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [51, 51, 51], [255, 255, 255]]], np.uint8)
@@ -220,6 +221,88 @@ def test_a_decompression_bomb_is_refused_before_it_unpacks(
 def test_a_small_file_made_the_same_way_as_the_bomb_does_unpack(tmp_path: Path) -> None:
     (tmp_path / "small.png").write_bytes(png(3, 9))  # 9 rows of 1 + 3·3 bytes are 90 of its 99
     assert_reads(tmp_path / "small.png", torch.zeros(1, 3, 9, 3))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.tiff", "a.bmp", "a.webp", "a.jpg"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_give_what_their_file_gives(tmp_path: Path, name: str, channels: int) -> None:
+    path = save(Image.fromarray(PIXELS), tmp_path / name)
+    for longer in (None, 3, 1024):  # no more than it has
+        assert torch.equal(decode(path.read_bytes(), channels, longer=longer), read(path, channels))
+
+
+def test_bytes_that_are_no_photo_are_refused_with_the_reason() -> None:
+    def refused_bytes(content: bytes, **options: Any) -> str:
+        with pytest.raises(PhotoRefused) as caught:
+            decode(content, **options)
+        return str(caught.value)
+
+    assert refused_bytes(b"") == "the photo is empty (0 bytes)"
+    assert refused_bytes(b"I am no image") == (
+        "the photo is no image that can be read; give a JPEG, PNG, WebP, GIF, TIFF or BMP"
+    )
+    assert refused_bytes(png(20, 10)).startswith("the photo cannot be read, it may be damaged or cut short: ")
+    assert refused_bytes(b"", channels=7) == "a photo has 3 channels or 1; this network sees 7"
+    for size in ((2000, 1001), (1_000_000, 1_000_000)):
+        assert refused_bytes(png(*size), most=2_000_000) == (
+            "the photo unpacks to more than 2 million pixels, which is refused; make it smaller"
+        )
+
+
+HALVES = np.repeat(np.array([[0, 255]], np.uint8), 200, 1).repeat(100, 0)  # 100 × 400, black on the left
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "RGBA", "LA", "I;16"])
+def test_a_large_photo_is_shrunk_whatever_its_mode(mode: str) -> None:
+    image = Image.fromarray(HALVES.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(HALVES).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    small = decode(buffer.getvalue(), longer=40)
+    assert tuple(small.shape) == (1, 3, 10, 40)
+    assert float(small.min()) >= 0
+    assert float(small.max()) <= 1
+    dark, bright = small[..., :17], small[..., 23:]  # apart from where the resampling reaches over the edge
+    assert float(dark.max()) <= 0.01
+    assert float(bright.min()) >= 0.99
+    # and smoothed: a column of the middle is neither
+    assert tuple(decode(buffer.getvalue(), 1, longer=40).shape) == (1, 1, 10, 40)
+
+
+def test_what_is_shrunk_is_the_mean_of_what_was_there() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (256, 512, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    small = decode(buffer.getvalue(), longer=32)
+    blocks = torch.from_numpy(noise).double().view(16, 16, 32, 16, 3).mean((1, 3)).permute(2, 0, 1) / 255
+    assert tuple(small.shape) == (1, 3, 16, 32)
+    assert torch.corrcoef(torch.stack([small.double().flatten(), blocks.flatten()]))[0, 1] > 0.8
+    assert float(small.mean()) == pytest.approx(float(blocks.mean()), abs=0.003)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_what_is_shrunk_is_turned_upright_too(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise makes it upright: what is left comes to the top
+    buffer = io.BytesIO()
+    Image.fromarray(HALVES).convert("RGB").save(buffer, kind, exif=exif)
+    small = decode(buffer.getvalue(), longer=40)
+    assert tuple(small.shape) == (1, 3, 40, 10)
+    assert float(small[..., :17, :].max()) < 0.1 < 0.9 < float(small[..., 23:, :].min())
+
+
+def test_a_large_jpeg_is_not_unpacked_at_its_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(HALVES).resize((4000, 3000)).save(buffer, "JPEG")
+    sizes: list[tuple[int, int]] = []
+    original = ImageFile.ImageFile.load
+
+    def load(image: ImageFile.ImageFile) -> Any:
+        sizes.append(image.size)
+        return original(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert tuple(decode(buffer.getvalue(), longer=250).shape) == (1, 3, 188, 250)
+    assert max(width for width, _ in sizes) <= 1000
 
 
 def ramp(height: int, width: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def test_all_jobs_are_done_once_and_none_again(tmp_path: Path) -> None:
     assert (summary.jobs, summary.done, summary.rendered, summary.failed) == (4, 4, 4, {})
     assert sum(summary.verdicts.values()) == 14
     before = contents(tmp_path)
-    assert sum(name.startswith("jobs/") for name in before) == 14 + 3 * 4
+    assert sum(name.startswith("jobs/") for name in before) == 14 + 4 * 4
     second = run(plan, tmp_path, again)
     assert again.done == []
     assert (second.done, second.rendered, second.verdicts, second.atlas) == (4, 0, summary.verdicts, summary.atlas)

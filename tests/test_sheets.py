@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phosphene.sheets import SIDE, sheets, small, tile_size, tiled
+from phosphene.sheets import SIDE, sheets, small, strip, tile_size, tiled
 
 
 def plain(*colours: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
@@ -69,3 +69,25 @@ def test_the_largest_sheet_is_one_that_webp_can_hold() -> None:
     dots = plain(*[(9, 9, 9)] * 400, size=(96, 1))
     (sheet,) = sheets(dots, range(400))
     assert max(Image.open(io.BytesIO(sheet.content)).size) <= SIDE
+
+
+def test_a_strip_shows_twelve_pictures_evenly_spread() -> None:
+    spread = [0, 4, 7, 11, 14, 18, 21, 25, 28, 32, 35, 39]  # of 40, 39/11 apart
+    made = strip(plain(*[(6 * number,) * 3 for number in range(40)], size=(128, 96)), range(100, 140))
+    assert made.name == "strip.webp"
+    assert made.facts == {
+        "file": "strip.webp",
+        "tile": [64, 48],
+        "columns": 12,
+        "channels": [100 + one for one in spread],
+    }
+    pixels = np.asarray(Image.open(io.BytesIO(made.content)).convert("L")).astype(int)
+    assert pixels.shape == (48, 768)
+    assert np.abs(pixels[24, 32::64] - 6 * np.array(spread)).max() <= 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_a_strip_of_few_pictures_shows_them_all(count: int) -> None:
+    made = strip(plain(*[(20 * number,) * 3 for number in range(count)]), range(count))
+    assert (made.facts["channels"], made.facts["columns"]) == (list(range(count)), count)
+    assert Image.open(io.BytesIO(made.content)).size == (8 * count, 8)

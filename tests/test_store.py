@@ -53,6 +53,38 @@ def test_an_entry_is_read_as_it_was_written(url: str) -> None:
     assert json.loads(contents(store)["store.json"]) == {"format": 1}
 
 
+def test_a_manifest_at_hand_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = open_store(tmp_path, create=True), list[str]()
+    store.put("jobs", "ab", {"a": b"1", "b": b"22"}, {})
+    manifest = store.manifest("jobs", "ab")
+    plain = places.Folder.read
+
+    def noted(self: places.Folder, name: str) -> bytes:
+        read.append(name)
+        return plain(self, name)
+
+    monkeypatch.setattr(places.Folder, "read", noted)
+    assert [store.get("jobs", "ab", name, manifest) for name in "ab"] == [b"1", b"22"]
+    assert read == ["jobs/ab/a", "jobs/ab/b"]
+    read.clear()
+    assert store.get("jobs", "ab", "a") == b"1"
+    assert read == ["jobs/ab/manifest.json", "jobs/ab/a"]
+
+
+def test_a_manifest_at_hand_that_is_out_of_date_is_read_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path, create=True)
+    store.put("jobs", "ab", {"a": b"1", "b": b"2"}, {})
+    old = store.manifest("jobs", "ab")
+    store.put("jobs", "ab", {"a": b"11", "c": b"3"}, {})
+    assert store.get("jobs", "ab", "a", old) == b"11"
+    assert store.get("jobs", "ab", "c", old) == b"3"
+    with pytest.raises(EntryNotFound, match=r"jobs/ab/b is not in its entry, which holds a, c$"):
+        store.get("jobs", "ab", "b", old)
+    store.write("jobs/ab/a", b"1x")
+    with pytest.raises(StoreRefused, match=r"jobs/ab/a is damaged: its bytes have changed"):
+        store.get("jobs", "ab", "a", old)
+
+
 def test_an_entry_without_its_manifest_is_not_done_and_put_takes_away_what_is_not_its(url: str) -> None:
     store = open_store(url, create=True)
     store.fail("jobs", "ab", "out of memory")

@@ -1,14 +1,15 @@
-"""Sheets of crops: what each channel's strongest photos show where the channel answers.
+"""Sheets of crops: what each channel's strongest photos show where the channel answers, and sheets of these photos.
 
 A row a channel, the strongest photo first. A tile is the receptive field of the peak, as the network saw the photo
 there; what of it lies outside the photo is grey. Where the field is unknown, or holds the photo, that is the photo.
+The photos whole, as the network saw them, are small tiles in the order of their numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,6 +18,7 @@ from torch import Tensor
 from phosphene.errors import PhotoRefused
 from phosphene.figure import EMPTY, Picture, picture, webp
 from phosphene.layers import Layer
+from phosphene.sheets import small, tile_size
 from phosphene.strongest import NONE
 from phosphene.viewing import Refused, Viewing
 
@@ -24,6 +26,8 @@ TILE = 64  # pixels of a tile's longer side
 ROWS = 128  # channels of a sheet, which keeps it below the 16,383 px that WebP ends at
 QUALITY, EFFORT = 80, 2  # of WebP: twice as quick as at effort 4, for a twentieth more bytes
 AT_ONCE = 2**29  # bytes of the sheets that are filled at the same time
+PHOTO, ACROSS = 112, 5  # pixels of a whole photo's longer side at most, and photos along a sheet's either side
+MOST = 20_000  # photos that are shown whole, about 80 MB
 OUTSIDE = (128, 128, 128)  # about what a network sees beyond the border, where it pads with zeros
 COARSE = 16  # pixels up to which a field is enlarged as squares; a larger one is smoothed
 
@@ -82,14 +86,47 @@ def name_of(number: int, page: int) -> str:
     return f"crops_{number}_{page}.webp"
 
 
+def whole(found: Sequence[Found]) -> list[int]:
+    """Return the numbers of the photos that are shown whole, ascending: all of the strongest, if not more than `MOST`.
+
+    Else these are the strongest of a channel first, then those that come second somewhere, and so on.
+    """
+    by_rank = dict.fromkeys(torch.cat([one.photos for one in found]).T.flatten().tolist())
+    by_rank.pop(NONE, None)
+    return sorted(list(by_rank)[:MOST])
+
+
+def thumbnails(viewing: Viewing, found: Sequence[Found]) -> dict[str, Any]:
+    """Return where the photos that are shown whole are, in JSON terms.
+
+    The facts are `tile` (width, height), `columns` and `rows` of every sheet, the last one too, `photos` (their
+    numbers, tile after tile) and `sheets`, the files.
+    """
+    photos = whole(found)
+    files = [album_of(page) for page in range(-(-len(photos) // ACROSS**2))]
+    return {"tile": list(album_tile(viewing)), "columns": ACROSS, "rows": ACROSS, "photos": photos, "sheets": files}
+
+
+def album_of(page: int) -> str:
+    """Return the file of one of the sheets of whole photos."""
+    return f"photos_{page}.webp"
+
+
+def album_tile(viewing: Viewing) -> tuple[int, int]:
+    """Return width and height of a whole photo's tile."""
+    height, width = viewing.size
+    return tile_size((width, height), PHOTO)
+
+
 def sheets(viewing: Viewing, found: Sequence[Found]) -> Iterator[tuple[str, bytes]]:
-    """Yield the sheets of all layers, by name. Only the strongest photos are read again.
+    """Yield the sheets of all layers and of the photos, by name. Only the strongest photos are read again.
 
     Each is read once for as many layers as fit the memory together, which mostly is all of them.
     """
+    photos = whole(found)
     for layers in portions([len(one.photos) * one.photos.shape[1] for one in found]):
-        pages = filled(viewing, {number: found[number] for number in layers})
-        yield from ((name, webp(pages.pop(name), QUALITY, EFFORT)) for name in list(pages))
+        yield from filled(viewing, {number: found[number] for number in layers}, photos)
+        photos = []  # they were all seen the first time
 
 
 def portions(tiles: Sequence[int]) -> Iterator[list[int]]:
@@ -104,20 +141,40 @@ def portions(tiles: Sequence[int]) -> Iterator[list[int]]:
         yield held
 
 
-def filled(viewing: Viewing, found: Mapping[int, Found]) -> dict[str, Picture]:
-    """Return the sheets of some layers, by name."""
+def filled(viewing: Viewing, found: Mapping[int, Found], photos: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    """Yield the sheets of some layers, by name, and those of photos (ascending); of these one at a time is filled."""
+    pages, by_photo = blank(found), entries(found)
+    places = {photo: place for place, photo in enumerate(photos)}
+    width, height = album_tile(viewing)
+    for photo, image in seen(viewing, sorted({*by_photo, *photos})):
+        for name, corner, tile in tiles(viewing, image, by_photo.get(photo, ())):
+            pages[name].paste(tile, corner)
+        if photo in places:
+            number, spot = divmod(places[photo], ACROSS**2)
+            if spot == 0:
+                album = Image.new("RGB", (ACROSS * width, ACROSS * height), EMPTY)
+            album.paste(small(image, (width, height)), (spot % ACROSS * width, spot // ACROSS * height))
+            if spot == ACROSS**2 - 1 or photo == photos[-1]:
+                yield album_of(number), webp(album, QUALITY, EFFORT)
+    yield from ((name, webp(pages.pop(name), QUALITY, EFFORT)) for name in list(pages))
+
+
+def blank(found: Mapping[int, Found]) -> dict[str, Picture]:
+    """Return the sheets of some layers, by name, without a crop yet."""
     pages: dict[str, Picture] = {}
     for number, one in found.items():
         for page, name in enumerate(names(number, len(one.photos))):
             rows = min(ROWS, len(one.photos) - page * ROWS)
             pages[name] = Image.new("RGB", (one.photos.shape[1] * TILE, rows * TILE), EMPTY)
-    by_photo = entries(found)
-    for photo, shown in viewing.photos.each(by_photo, lambda one: (one, viewing.show(one))):
+    return pages
+
+
+def seen(viewing: Viewing, photos: Sequence[int]) -> Iterator[tuple[int, Picture]]:
+    """Yield photos by number as the network saw them."""
+    for photo, shown in viewing.photos.each(photos, lambda one: (one, viewing.show(one))):
         if isinstance(shown, Refused):
             raise PhotoRefused(f"{shown.reason}; it could be read a moment ago")
-        for name, corner, tile in tiles(viewing, as_seen(shown.image), by_photo[photo]):
-            pages[name].paste(tile, corner)
-    return pages
+        yield photo, as_seen(shown.image)
 
 
 class Entry(NamedTuple):

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load
 
 from phosphene.atlas import Atlas, Job
-from phosphene.errors import LayerRefused
+from phosphene.errors import LayerRefused, WeightsRefused
 from phosphene.evidence import Evidence
-from phosphene.figure import Picture, opened
+from phosphene.figure import Picture, opened, png
+from phosphene.kernels import kernels
 from phosphene.layers import Layer
-from phosphene.sheets import TILE, sheets
+from phosphene.model import Model
+from phosphene.sheets import TILE, Sheet, sheets, strip
 from phosphene.store import Store, digest_of
 from phosphene.verdict import (
     THRESHOLDS,
@@ -33,6 +35,8 @@ from phosphene.verdict import (
     verdicts,
 )
 from phosphene.work import FIGURES, MEASURES
+
+HOLDS = 2  # part of an entry's name: goes up by one when it holds more than before, so that old stores get new ones
 
 
 class Shown(NamedTuple):
@@ -47,7 +51,8 @@ def layer_digest(plan: Atlas, layer: Layer, evidence: Evidence | None) -> str:
     """Return the name of a layer's entry."""
     jobs = [job.digest for job in plan.jobs if job.layer == layer.path]
     photos = evidence.digest if evidence else None
-    return digest_of({"jobs": jobs, "evidence": photos, "tile": TILE, "thresholds": asdict(THRESHOLDS)})
+    limits = asdict(THRESHOLDS)
+    return digest_of({"jobs": jobs, "evidence": photos, "tile": TILE, "thresholds": limits, "holds": HOLDS})
 
 
 def atlas_digest(plan: Atlas, evidence: Evidence | None) -> str:
@@ -67,7 +72,7 @@ def write_layer(
     there: AbstractSet[str],
     evidence: Evidence | None = None,
 ) -> None:
-    """Write a layer's entry, from those of its jobs that are `there`: its sheets, and a verdict a filter."""
+    """Write a layer's entry, from those of its jobs that are `there`: its sheets, kernels, and a verdict a filter."""
     jobs = plan.jobs_of(layer)
     pictures = [one for job in jobs if job.digest in there for one in saved(store, job)]
     if not pictures:
@@ -77,6 +82,8 @@ def write_layer(
     made = list(sheets([one.image for one in pictures], channels))
     statistics = evidence[layer.path] if evidence else None
     judgements, remark = judged(store, plan, layer, there, statistics)
+    sights = {"strip": strip_of(pictures, judgements), "kernels": kernels_of(plan.model, layer, channels)}
+    extra = {name: one for name, one in sights.items() if one}
     manifest = {
         "model": plan.model.name,
         "fingerprint": jobs[0].fingerprint,
@@ -85,18 +92,41 @@ def write_layer(
         "missing": missing,
         "evidence": evidence.digest if evidence else None,
         "sheets": [one.facts for one in made],
+        **{name: one.facts for name, one in extra.items()},
         "pictures": [{"job": one.job, **one.entry} for one in pictures],
         "thresholds": asdict(THRESHOLDS),
         "verdicts": [asdict(one) for one in judgements],
         "remark": remark,
     }
-    store.put("layers", layer_digest(plan, layer, evidence), {one.name: one.content for one in made}, manifest)
+    files = {one.name: one.content for one in (*made, *extra.values())}
+    store.put("layers", layer_digest(plan, layer, evidence), files, manifest)
+
+
+def strip_of(pictures: Sequence[Shown], judgements: Sequence[Verdict]) -> Sheet:
+    """Return some of a layer's pictures in a row: of the vivid ones, or of all where none is."""
+    vivid = [one for one, judgement in zip(pictures, judgements, strict=False) if judgement.verdict == "vivid"]
+    some = vivid or pictures
+    return strip([one.image for one in some], [one.entry["channel"] for one in some])
+
+
+def kernels_of(model: Model, layer: Layer, channels: Sequence[int]) -> Sheet | None:
+    """Return the kernels of a layer's filters as `kernels.png` (see `Kernels.pixels`); None where it has none."""
+    try:
+        found = kernels(model, layer.path)
+    except (LayerRefused, WeightsRefused):
+        return None
+    if len(found) != layer.channels:  # such as of a transposed convolution in groups, whose filters share kernels
+        return None
+    image, facts = found.pixels(channels)
+    told = {"model": model.name, "fingerprint": model.fingerprint, "layer": layer.path, "channels": list(channels)}
+    return Sheet("kernels.png", png(image, told), {"file": "kernels.png", **facts})
 
 
 def saved(store: Store, job: Job) -> Iterator[Shown]:
     """Yield the pictures of a finished job as they lie in the store."""
-    for entry in store.manifest("jobs", job.digest)["pictures"]:
-        yield Shown(opened(store.get("jobs", job.digest, entry["file"])), job.digest, entry)
+    manifest = store.manifest("jobs", job.digest)
+    for entry in manifest["pictures"]:
+        yield Shown(opened(store.get("jobs", job.digest, entry["file"], manifest)), job.digest, entry)
 
 
 def judged(
@@ -133,9 +163,10 @@ def write_atlas(store: Store, plan: Atlas, evidence: Evidence | None = None) -> 
         digest = layer_digest(plan, layer, evidence)
         if not store.has("layers", digest):
             continue
-        of_layer = Counter(one["verdict"] for one in store.manifest("layers", digest)["verdicts"])
+        entry = store.manifest("layers", digest)
+        of_layer = Counter(one["verdict"] for one in entry["verdicts"])
         counts += of_layer
-        rows.append({**layer_facts(layer), "digest": digest, "verdicts": dict(of_layer)})
+        rows.append({**layer_facts(layer), "digest": digest, "verdicts": dict(of_layer), "strip": entry["strip"]})
     first, of_all = plan.recipes[0], {name: counts[name] for name in VERDICTS}
     manifest = {
         **plan.model.origin,

@@ -3,6 +3,7 @@
 evidence/<digest>/statistics.safetensors     a layer's tensors as `<layer>/mean` and so on; see `Statistics`
 evidence/<digest>/evidence.json              what was asked, the names of the strongest photos, what could not be read
 evidence/<digest>/crops_<layer>_<page>.webp  the strongest photos, where each channel answers; see `crops`
+evidence/<digest>/photos_<page>.webp         the strongest photos whole; older stores have none
 evidence/<digest>/partial.safetensors        while under way: what is known of the first lots
 """
 
@@ -75,8 +76,9 @@ class Evidence(Mapping[str, Statistics]):
         statistics: by path, in the order asked for.
         about: in JSON terms: `spec`, what was asked; `seen` and `lost`, photos shown and photos that could not be read,
             the first of them in `refused`; `names` of the strongest, by number; `sheets`, the files by path; `tile`,
-            the side of a tile in pixels; `rows`, the channels of a sheet.
-        sheets: the files with the crops; none where they were left out.
+            the side of a tile in pixels; `rows`, the channels of a sheet; `thumbnails`, see `crops.thumbnails`, which
+            older stores lack.
+        sheets: the files with the crops and thumbnails; none where they were left out.
     """
 
     statistics: Mapping[str, Statistics]
@@ -260,9 +262,9 @@ def stored(store: Store, digest: str, sheets: bool = True) -> Evidence:
     Raises:
         EntryNotFound: it has no such entry. StoreRefused: it is damaged.
     """
-    names = store.manifest("evidence", digest)["files"]
-    wanted = [one for one in names if sheets or one in (ABOUT, STATISTICS)]
-    return Evidence.from_files({one: store.get("evidence", digest, one) for one in wanted})
+    manifest = store.manifest("evidence", digest)
+    wanted = [one for one in manifest["files"] if sheets or one in (ABOUT, STATISTICS)]
+    return Evidence.from_files({one: store.get("evidence", digest, one, manifest) for one in wanted})
 
 
 def finished(viewing: Viewing, known: Partial) -> Evidence:
@@ -279,6 +281,7 @@ def finished(viewing: Viewing, known: Partial) -> Evidence:
         "sheets": {one.path: crops.names(number, one.channels or 0) for number, one in enumerate(viewing.layers)},
         "tile": crops.TILE,
         "rows": crops.ROWS,
+        "thumbnails": crops.thumbnails(viewing, shown),
     }
     return Evidence(statistics, about, dict(crops.sheets(viewing, shown)))
 

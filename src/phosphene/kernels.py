@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from phosphene import figure
@@ -19,6 +20,8 @@ PAGE = 2560  # pixels of a page's longest side, about
 SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side
 GAP, BETWEEN = 1, 195  # pixels between kernels, and their grey
 REACH = 4  # root mean squares that the scale reaches at most: one outlier would leave all others without colour
+INPUTS = 12  # input channels that a filter shows of at most where a weight is a pixel
+BLUE, ORANGE = (33, 102, 172), (179, 88, 6)  # equally dark, and told apart by colour-blind eyes
 # colour map, and whether 0 is its middle. Red against blue is told apart by colour-blind eyes, red against green is not
 STYLES = {"signed": ("RdBu_r", True), "grey": ("gray", False)}
 
@@ -149,6 +152,46 @@ class Kernels:
         size = "×".join(map(str, self.weights.shape[2:]))
         note = f"{len(self):,} filters of {size} in colour · grey is 0, full colour ±{high:.3g}"
         return figure.captioned(figure.ruled(sheet, marks), self.heading("filters in colour"), note)
+
+    def pixels(self, filters: Sequence[int]) -> tuple[figure.Picture, dict[str, Any]]:
+        """Return filters with one pixel a weight, a row a filter, and what is where, in JSON terms.
+
+        A column is one of a filter's strongest input channels (by L2 norm, strongest first; of equal ones the lower
+        number), at most `INPUTS`. Colours go from blue over white, which is 0, to orange; in a first layer that sees
+        colour a filter is one tile in true colour, where mid-grey is 0. Each filter has its own scale, as far either
+        way as its largest magnitude.
+
+        The facts are `tile` (width, height), `columns`, `inputs` (a row's input channels, in order), `scale` (a row's
+        largest magnitude), `colours` ("signed" or "rgb") and `of`, the input channels that there are. In a grouped
+        convolution these are counted within the group.
+        """
+        weights = self.weights[list(filters)]
+        largest = weights.flatten(1).abs().amax(1).double()
+        norms = torch.linalg.vector_norm(weights.to(torch.promote_types(weights.dtype, torch.float32)), dim=(2, 3))
+        inputs = norms.argsort(dim=1, descending=True, stable=True)[:, :INPUTS]
+        if self.spec["colours"]:
+            inputs = torch.arange(3).expand(len(filters), 3)
+        seen = weights.gather(1, inputs[..., None, None].expand(-1, -1, *weights.shape[2:])).double()
+        tiles = self.coloured(seen / largest.where(largest > 0, 1).view(-1, 1, 1, 1))
+        count, columns, height, width = tiles.shape[:4]
+        image = tiles.transpose(1, 2).reshape(count * height, columns * width, 3)
+        facts = {
+            "tile": [width, height],
+            "columns": columns,
+            "inputs": inputs.tolist(),
+            "scale": largest.tolist(),
+            "colours": "rgb" if self.spec["colours"] else "signed",
+            "of": weights.shape[1],
+        }
+        return figure.picture(image.permute(2, 0, 1)), facts
+
+    def coloured(self, shares: Tensor) -> Tensor:
+        """Return shares (n, m, kh, kw) of each filter's scale, -1 to 1, as tiles (n, columns, kh, kw, 3), uint8."""
+        if self.spec["colours"]:
+            shares = shares.flip(1) if self.spec["colours"] == "bgr" else shares
+            return figure.to_bytes((shares + 1) / 2).permute(0, 2, 3, 1)[:, None]
+        ends = torch.where(shares[..., None] > 0, torch.tensor(ORANGE), torch.tensor(BLUE))
+        return (255 - shares.abs()[..., None] * (255 - ends)).round().to(torch.uint8)
 
     def heading(self, what: str) -> str:
         """Return what a picture shows; of a recorded training, after which epoch."""

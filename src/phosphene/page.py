@@ -111,7 +111,13 @@ def head(title: str, facts: Mapping[str, str], notes: Sequence[str], verdicts: S
 
 def explanation(limits: Mapping[str, float]) -> str:
     """Return how verdicts and figures are to be read."""
-    told = {
+    rows = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in explained(limits).items())
+    return f"<details class=how><summary>How to read this</summary><dl>{rows}</dl></details>"
+
+
+def explained(limits: Mapping[str, float]) -> dict[str, str]:
+    """Return how each figure is to be read, and what a dead filter is."""
+    return {
         "excitation": "How strongly the picture, as it is saved, excites the filter on average over its map: 0 is the "
         f"mean of the photos, 1 the strongest photo. Below {limits['excitation']:g} a picture is weak.",
         "stability": f"What is left of that when the picture is moved a little: {MOVES} times, by up to 4 pixels, 5 "
@@ -124,8 +130,6 @@ def explanation(limits: Mapping[str, float]) -> str:
         f"{limits['agreement']:g} a picture is unstable.",
         "dead": "The filter never answered while its picture was made, or the picture does no more than plain grey.",
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in told.items())
-    return f"<details class=how><summary>How to read this</summary><dl>{rows}</dl></details>"
 
 
 def share(count: int, total: int) -> str:

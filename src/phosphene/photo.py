@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from phosphene.errors import PhotoRefused
 MOST_PIXELS = 80_000_000
 # Pillow knows many more; one of them, EPS, would be handed to an interpreter of programs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+SMOOTH = ("L", "LA", "RGB", "RGBA", "CMYK")  # modes whose numbers may be averaged as they are
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp")  # of files in a folder of photos
 
 
@@ -31,57 +35,107 @@ def read(path: str | Path, channels: int = 3) -> Tensor:
         PhotoRefused: the file is missing, empty, no image, cut short, or so large that it is taken for an attack.
     """
     file = Path(path)
-    if channels not in (1, 3):
-        raise PhotoRefused(f"a photo has 3 channels or 1; this network sees {channels}")
-    try:
+    check_channels(channels)
+    with sound(file, MOST_PIXELS):
         if file.is_dir():
             raise PhotoRefused(f"{file} is a folder, not a photo")
         if file.stat().st_size == 0:
-            raise PhotoRefused(f"{file} is empty (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks of Pillow's on odd files; the size is checked here
-            with Image.open(file, formats=FORMATS) as opened:
-                check_size(file, opened)
-                return values(file, opened, channels)
+            raise empty(file)
+        return unpacked(file, file, channels)
+
+
+def decode(content: bytes, channels: int = 3, most: int = MOST_PIXELS, longer: int | None = None) -> Tensor:
+    """Return the photo of an image file's bytes, as `read` returns a file's.
+
+    Args:
+        most: pixels that it may unpack to, by what its header says.
+        longer: the longer side is at most so many pixels; a larger photo is shrunk before it becomes floating.
+
+    Raises:
+        PhotoRefused: as `read`.
+    """
+    check_channels(channels)
+    with sound("the photo", most):
+        if not content:
+            raise empty("the photo")
+        return unpacked("the photo", io.BytesIO(content), channels, most, longer)
+
+
+def check_channels(channels: int) -> None:
+    """Refuse a number of channels that no image file has."""
+    if channels not in (1, 3):
+        raise PhotoRefused(f"a photo has 3 channels or 1; this network sees {channels}")
+
+
+@contextmanager
+def sound(name: str | Path, most: int) -> Iterator[None]:
+    """Say in a sentence what kept a photo from being read."""
+    try:
+        yield
     except PhotoRefused:
         raise
     except UnidentifiedImageError as error:
-        raise PhotoRefused(f"{file} is no image that can be read; give a JPEG, PNG, WebP, GIF, TIFF or BMP") from error
+        raise PhotoRefused(f"{name} is no image that can be read; give a JPEG, PNG, WebP, GIF, TIFF or BMP") from error
     except Image.DecompressionBombError as error:
-        raise too_large(file) from error
+        raise too_large(name, most) from error
     except FileNotFoundError as error:
-        raise PhotoRefused(f"there is no photo {file}") from error
+        raise PhotoRefused(f"there is no photo {name}") from error
     except Exception as error:  # what a damaged file raises is anything at all
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise PhotoRefused(f"{file} cannot be read, it may be damaged or cut short: {reason}") from error
+        raise PhotoRefused(f"{name} cannot be read, it may be damaged or cut short: {reason}") from error
 
 
-def check_size(file: Path, image: Image.Image) -> None:
+def unpacked(
+    name: str | Path, source: Path | io.BytesIO, channels: int, most: int = MOST_PIXELS, longer: int | None = None
+) -> Tensor:
+    """Return the pixels of an image file (1, c, h, w) in [0, 1]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks of Pillow's on odd files; the size is checked here
+        with Image.open(source, formats=FORMATS) as opened:
+            check_size(name, opened, most)
+            if opened.mode in SMOOTH:
+                shrunk(opened, longer)  # before it is copied; a JPEG is not even unpacked at its full size
+            return values(name, opened, channels, longer)
+
+
+def check_size(name: str | Path, image: Image.Image, most: int = MOST_PIXELS) -> None:
     """Refuse a decompression bomb by the size in its header, before anything is unpacked."""
-    if image.width * image.height > MOST_PIXELS:
-        raise too_large(file)
+    if image.width * image.height > most:
+        raise too_large(name, most)
 
 
-def too_large(file: Path) -> PhotoRefused:
+def too_large(name: str | Path, most: int) -> PhotoRefused:
     return PhotoRefused(
-        f"{file} unpacks to more than {MOST_PIXELS // 1_000_000} million pixels, which is refused; make it smaller"
+        f"{name} unpacks to more than {most // 1_000_000} million pixels, which is refused; make it smaller"
     )
 
 
-def values(file: Path, opened: Image.Image, channels: int) -> Tensor:
-    """Return the pixels of an opened image (1, c, h, w) in [0, 1]."""
+def empty(name: str | Path) -> PhotoRefused:
+    return PhotoRefused(f"{name} is empty (0 bytes)")
+
+
+def values(name: str | Path, opened: Image.Image, channels: int, longer: int | None = None) -> Tensor:
+    """Return the pixels of an opened image (1, c, h, w) in [0, 1], its longer side at most so long."""
     if opened.mode == "F" or (opened.mode == "I" and opened.format != "PNG"):
-        raise PhotoRefused(f"{file} has 32 bits a channel, of unknown range; save it with 8 or 16")
+        raise PhotoRefused(f"{name} has 32 bits a channel, of unknown range; save it with 8 or 16")
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
-        grey = torch.from_numpy(np.asarray(upright).astype(np.float32)) / 65535
+        deep = shrunk(upright.convert("I"), longer) if longer else upright
+        grey = torch.from_numpy(np.asarray(deep).astype(np.float32)).clamp(0, 65535) / 65535
         return grey.expand(1, channels, -1, -1).contiguous()
     if upright.has_transparency_data:
         white = Image.new("RGBA", upright.size, "white")
         upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    pixels = np.array(upright.convert("RGB" if channels == 3 else "L"))
-    image = torch.from_numpy(pixels).to(torch.float32) / 255
-    return image.view(1, upright.height, upright.width, channels).permute(0, 3, 1, 2).contiguous()
+    plain = shrunk(upright.convert("RGB" if channels == 3 else "L"), longer)
+    image = torch.from_numpy(np.array(plain)).to(torch.float32) / 255
+    return image.view(1, plain.height, plain.width, channels).permute(0, 3, 1, 2).contiguous()
+
+
+def shrunk(image: Image.Image, longer: int | None) -> Image.Image:
+    """Return an image, itself shrunk and smoothed where its longer side is longer than that; None: as it is."""
+    if longer is not None:
+        image.thumbnail((longer, longer), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return image
 
 
 class Region(NamedTuple):

@@ -11,6 +11,7 @@ from PIL import Image
 from phosphene.figure import Picture, webp
 
 TILE = 96  # pixels, the longer side of a tile at most
+SMALL, ALONG = 64, 12  # the same of a strip, and its tiles at most
 SIDE = 16383  # pixels, the longest side that WebP has
 QUALITY = 90
 
@@ -38,9 +39,20 @@ def sheets(pictures: Sequence[Picture], channels: Sequence[int], side: int = SID
         yield Sheet(name, webp(tiled([small(one, size) for one in some], columns), QUALITY), shown)
 
 
-def tile_size(size: tuple[int, int]) -> tuple[int, int]:
+def strip(pictures: Sequence[Picture], channels: Sequence[int]) -> Sheet:
+    """Return one row of a layer's pictures, evenly spread where there are more than `ALONG`, as `strip.webp`."""
+    last, count = len(pictures) - 1, min(ALONG, len(pictures))
+    shown = [round(last * place / max(1, count - 1)) for place in range(count)]
+    size = tile_size(pictures[0].size, SMALL)
+    content = webp(tiled([small(pictures[index], size) for index in shown], count), QUALITY)
+    spread = [channels[index] for index in shown]
+    facts = {"file": "strip.webp", "tile": list(size), "columns": count, "channels": spread}
+    return Sheet("strip.webp", content, facts)
+
+
+def tile_size(size: tuple[int, int], side: int = TILE) -> tuple[int, int]:
     """Return the width and height of the tile of a picture; one that is smaller stays as it is."""
-    scale = min(1.0, TILE / max(size))
+    scale = min(1.0, side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 

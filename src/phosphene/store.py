@@ -116,15 +116,25 @@ class Store:
         name = f"{entry(kind, digest)}/{MANIFEST}"
         return self.whole(name, self.read(name))
 
-    def get(self, kind: str, digest: str, name: str) -> bytes:
+    def get(self, kind: str, digest: str, name: str, manifest: Mapping[str, Any] | None = None) -> bytes:
         """Return a file of a finished entry, as it was written.
+
+        Args:
+            manifest: the entry's, where it is at hand: it is then read again only if the file does not agree with it,
+                as where another driver has replaced the entry meanwhile.
 
         Raises:
             EntryNotFound: the entry is not done, or holds no such file.
             StoreRefused: the file is damaged, or gone.
         """
-        files = self.manifest(kind, digest)["files"]
         where = f"{entry(kind, digest)}/{name}"
+        if manifest is not None:
+            with suppress(EntryNotFound, StoreRefused):
+                return self.agreeing(where, name, manifest["files"])
+        return self.agreeing(where, name, self.manifest(kind, digest)["files"])
+
+    def agreeing(self, where: str, name: str, files: Mapping[str, Any]) -> bytes:
+        """Return the bytes of an entry's file, which have to be as its manifest says."""
         if name not in files:
             raise EntryNotFound(f"{self.shown(where)} is not in its entry, which holds {', '.join(sorted(files))}")
         try:

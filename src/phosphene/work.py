@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from phosphene.ascent import Frame
 from phosphene.atlas import VERSIONS, Job
 from phosphene.errors import ModelRefused
-from phosphene.figure import png
+from phosphene.figure import DISPLAYS, Picture, picture, png, to_bytes, webp
 from phosphene.model import Model
 from phosphene.objectives import channel
 from phosphene.render import fitted, render
 from phosphene.rendered import Rendered
+from phosphene.sheets import SIDE, SMALL, Sheet, small, tile_size, tiled
 from phosphene.shortcuts import fast_reading
 from phosphene.verdict import Measured, measure
 
 AT_ONCE = 8  # pictures, which is as fast as any number on a CPU; fixed, as another number rounds otherwise
+FILM = 7  # moments of a climb that are kept beside its start, at most
+FILM_QUALITY = 75  # of WebP
 FIGURES, MEASURES = "figures.safetensors", "measures.safetensors"
 
 
@@ -29,15 +34,17 @@ def work(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Render one job and return its files, by name, and its manifest.
 
-    The files are one PNG a filter; `figures.safetensors`: scores (n,), start_scores (n,), history (steps, n) and dead
-    (n,) as in `Rendered`; `measures.safetensors`: plain (n, c), moved (n,) and grey (c,) as in `verdict.Measured`, of
-    the pictures as they are saved. The bytes follow from the job alone: a CPU computes with one thread for as long.
+    The files are one PNG a filter; `film.webp`: how they came about, see `Film`; `figures.safetensors`: scores (n,),
+    start_scores (n,), history (steps, n) and dead (n,) as in `Rendered`; `measures.safetensors`: plain (n, c), moved
+    (n,) and grey (c,) as in `verdict.Measured`, of the pictures as they are saved. The bytes follow from the job alone:
+    a CPU computes with one thread for as long.
 
     Raises:
         ModelRefused: the network is not the one that the job was planned for.
         Whatever `render` raises.
     """
     check_same(model, job)
+    film = Film(DISPLAYS[job.recipe.display])
     with one_thread():
         rendered = render(
             model,
@@ -46,10 +53,79 @@ def work(
             size=job.size,
             batch=AT_ONCE if model.like.device.type == "cpu" else len(job.channels),
             precision=job.precision,
-            watch=watch,
+            watch=film.beside(watch),
         )
         measured = measure(model, job.layer, rendered.displayed(), None, torch.tensor(job.channels))
-    return files_of(job, rendered, measured), manifest_of(job, rendered)
+    return with_film(film.sheet(rendered), files_of(job, rendered, measured), manifest_of(job, rendered))
+
+
+class Film:
+    """How a job's pictures came about, in small: each moment is shrunk at once, so that a film takes little memory."""
+
+    def __init__(self, display: Callable[[Tensor], Tensor]) -> None:
+        self.display = display
+        self.moments: dict[int, dict[int, Picture]] = {}  # by step and picture
+        self.steps = 0
+
+    def beside(self, watch: Callable[[Frame], None] | None) -> Callable[[Frame], None]:
+        """Return what a climb is watched with: this, and what else watches."""
+
+        def seen(frame: Frame) -> None:
+            self.see(frame)
+            if watch:
+                watch(frame)
+
+        return seen
+
+    def see(self, frame: Frame) -> None:
+        """Keep a frame, if it is one of those that are kept; of finished pictures there is the result."""
+        self.steps = frame.steps
+        if frame.step < frame.steps and frame.step in kept(frame.steps):
+            shown = to_bytes(self.display(frame.image.cpu()))
+            self.moments.setdefault(frame.step, {}).update(
+                {item: shrunk(one) for item, one in zip(frame.items.tolist(), shown, strict=True)}
+            )
+
+    def sheet(self, rendered: Rendered) -> Sheet | None:
+        """Return a row a picture, a column a moment of which the last is the picture; None where no file holds them.
+
+        The facts are `file`, `tile` (width, height), `columns` and `steps`, after how many each moment was.
+        """
+        side = min(SMALL, SIDE // len(rendered))
+        if not side:
+            return None
+        steps = sorted(self.moments)
+        last = [shrunk(one) for one in rendered.displayed()]
+        size = tile_size(last[0].size, side)
+        tiles = [
+            small(one, size)
+            for index, picture in enumerate(last)
+            for one in (*(self.moments[step][index] for step in steps), picture)
+        ]
+        columns = len(steps) + 1
+        facts = {"file": "film.webp", "tile": list(size), "columns": columns, "steps": [*steps, self.steps]}
+        return Sheet("film.webp", webp(tiled(tiles, columns), FILM_QUALITY), facts)
+
+
+@cache
+def kept(steps: int) -> frozenset[int]:
+    """Return after how many of its steps a climb is kept: the start is where most happens, so there they lie closer."""
+    return frozenset(round(steps * (moment / FILM) ** 2) for moment in range(FILM + 1))
+
+
+def shrunk(image: Tensor) -> Picture:
+    """Return an image (c, h, w), uint8, as a tile of a film."""
+    shown = picture(image).convert("RGB")
+    return small(shown, tile_size(shown.size, SMALL))
+
+
+def with_film(
+    film: Sheet | None, files: dict[str, bytes], manifest: dict[str, Any]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return a job's files and manifest with its film among them, where there is one."""
+    if film is None:
+        return files, manifest
+    return {**files, film.name: film.content}, {**manifest, "film": film.facts}
 
 
 def check_same(model: Model, job: Job) -> None:
@@ -114,9 +190,10 @@ def manifest_of(job: Job, rendered: Rendered) -> dict[str, Any]:
 
 
 def made_by(job: Job, rendered: Rendered) -> dict[str, Any]:
-    """Return the job, and what came of its recipe where the network takes only its own size."""
+    """Return the job, what came of its recipe where the network takes only its own size, and what had to be woken."""
     recipe = {**rendered.spec["recipe"]}
-    return {**job.facts, "recipe": recipe, "size": rendered.spec["size"], "shortcuts": rendered.spec["shortcuts"]}
+    found = {name: rendered.spec[name] for name in ("size", "shortcuts", "woken") if name in rendered.spec}
+    return {**job.facts, "recipe": recipe, **found}
 
 
 def picture_size(model: Model, job: Job) -> tuple[int, int]:

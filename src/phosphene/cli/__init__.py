@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from phosphene.cli.atlas import atlas, report_page
+from phosphene.cli.atlas import atlas, report_page, watching
 from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
 from phosphene.cli.photos import activations, cam
-from phosphene.cli.rendering import dream, filters, watching
+from phosphene.cli.rendering import dream, filters
 from phosphene.cli.terminal import report, say, tell
 from phosphene.cli.training import gradients, kernels, strip
-from phosphene.demo import FILTERS, LAYERS, demonstrate
+from phosphene.cli.web import export, serve
+from phosphene.demo import PARTS, STORE, demonstrate
 from phosphene.errors import PhospheneError
 from phosphene.files import check_writable
 from phosphene.loaders import torch_device
@@ -44,7 +45,7 @@ def layers(open_model: OpenModel, quiet: Quiet = False, as_json: AsJson = False)
     tell(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
 
 
-for command in (filters, activations, cam, kernels, strip, gradients, dream, atlas):
+for command in (filters, activations, cam, kernels, strip, gradients, dream, atlas, serve, export):
     app.command()(command)
 app.command("report")(report_page)
 
@@ -52,6 +53,7 @@ app.command("report")(report_page)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the pictures go")] = Path("phosphene-demo"),
+    show: Annotated[bool, typer.Option("--serve", help="then open them in a browser")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -59,18 +61,17 @@ def demo(
     """Do the main job on the built-in trained networks: sheets of filters, and a photo through a classifier."""
     check_writable(out, folder=True)
     paths = []
-    with watching(FILTERS * len(LAYERS), quiet) as watch:
+    with watching(quiet, "demo") as watch:
         for path in demonstrate(out, torch_device(device), watch):
             paths.append(path)
             if not as_json:
                 tell(path)
     if as_json:
-        report(paths, as_json, {})
+        report(paths, as_json, {"store": str(out / STORE)})
     elif not quiet:
-        say(
-            f"what {FILTERS} filters of each block of builtin/vgg19 respond to, "
-            f"and what builtin/efficientnet-lite0 makes of a photo, is in {out.resolve()}"
-        )
+        names = " and ".join(part.model for part in PARTS)
+        say(f"what filters of {names} respond to, and a photo, is in {out.resolve()}")
+        say(f"to browse it: phosphene serve {out}")
 
 
 def version(asked: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from urllib.parse import quote
 
@@ -21,7 +21,7 @@ def page(template: str, here: str, live: bool, **context: Any) -> bytes:
         live: whether a server is behind it, for what plain files cannot do.
         context: what the template shows; text in it is escaped.
     """
-    known = {"here": here, "live": live, "to": lambda path: link(path, here), "version": __version__}
+    known = {"here": here, "live": live, "to": cache(partial(link, here=here)), "version": __version__}
     return environment().get_template(template).render(known | context).encode()
 
 
@@ -44,4 +44,5 @@ def link(path: str, here: str) -> str:
     'conv~2F1/7.html#photos'
     """
     cut = min((path.index(sign) for sign in "?#" if sign in path), default=len(path))
-    return quote(posixpath.relpath(path[:cut], posixpath.dirname(here) or "."), safe="/~") + path[cut:]
+    relative = posixpath.relpath(f"/{path[:cut]}", f"/{posixpath.dirname(here)}")  # from /, whatever folder we are in
+    return quote(relative, safe="/~") + path[cut:]

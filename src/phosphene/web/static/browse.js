@@ -1,0 +1,136 @@
+"use strict";
+// Browsing: sorts and filters the pictures of a layer, and moves by keys. Without it the pages stand as they are.
+{
+  const MOVES = { ArrowLeft: "prev", ArrowRight: "next" };
+
+  const plain = (event) => !(event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented);
+
+  // Left and right go to the filter before and after, except where these keys mean something already.
+  const around = document.getElementById("around");
+  if (around) {
+    document.addEventListener("keydown", (event) => {
+      const busy = event.target.closest("input, select, textarea, [contenteditable], .scroll, pre, #render");
+      const link = MOVES[event.key] && plain(event) && !busy && around.querySelector(`a[rel=${MOVES[event.key]}]`);
+      if (link) {
+        event.preventDefault();
+        link.click();
+      }
+    });
+  }
+
+  const grid = document.getElementById("grid");
+  const form = document.getElementById("sorting");
+  if (grid && form) {
+    const cells = [...grid.children]; // in the order of their numbers
+    const boxes = [...form.querySelectorAll("[name=verdict]")];
+    const keys = { excitation: "e", stability: "t", score: "c" };
+    let shown = cells;
+    let current = null;
+
+    const number = (cell, key) => (key in cell.dataset ? Number(cell.dataset[key]) : null);
+
+    // The highest first; what has no such figure last; of equal ones the lower number first.
+    const sorted = (by) => {
+      if (!keys[by]) return cells;
+      const figures = new Map(cells.map((cell) => [cell, number(cell, keys[by])]));
+      return [...cells].sort((one, other) => {
+        const [a, b] = [figures.get(one), figures.get(other)];
+        return a === null || b === null ? (a === null) - (b === null) : b - a;
+      });
+    };
+
+    const state = () => {
+      const asked = new URLSearchParams();
+      if (form.sort.value !== "index") asked.set("sort", form.sort.value);
+      const chosen = boxes.filter((box) => box.checked).map((box) => box.value);
+      if (chosen.length < boxes.length) asked.set("verdict", chosen.join(" "));
+      if (form.least && form.least.value !== "") asked.set("least", form.least.value);
+      return asked;
+    };
+
+    const set = (asked) => {
+      const by = asked.get("sort");
+      form.sort.value = [...form.sort.options].some((one) => one.value === by) ? by : "index";
+      const chosen = asked.has("verdict") ? asked.get("verdict").split(" ") : null;
+      for (const box of boxes) box.checked = !chosen || chosen.includes(box.value);
+      if (form.least) form.least.value = asked.get("least") ?? "";
+    };
+
+    const show = () => {
+      const chosen = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
+      const least = form.least && form.least.value !== "" ? Number(form.least.value) : null;
+      const order = sorted(form.sort.value);
+      for (const cell of cells) {
+        const excitation = number(cell, "e");
+        const judged = !boxes.length || !cell.dataset.v || chosen.has(cell.dataset.v);
+        cell.hidden = !judged || (least !== null && !(excitation !== null && excitation >= least));
+      }
+      if (order.some((cell, at) => grid.children[at] !== cell)) {
+        const active = document.activeElement; // which loses the focus when it is moved
+        grid.replaceChildren(...order);
+        if (grid.contains(active)) active.focus({ preventScroll: true });
+      }
+      shown = order.filter((cell) => !cell.hidden);
+      document.getElementById("shown").textContent = `${shown.length} of ${cells.length}`;
+      if (!shown.includes(current)) choose(shown[0] ?? null);
+    };
+
+    // One link of the grid is in the order of the tab key; the arrows move which.
+    const choose = (cell) => {
+      if (current) current.firstElementChild.tabIndex = -1;
+      current = cell;
+      if (current) current.firstElementChild.tabIndex = 0;
+    };
+
+    const keep = (how) => {
+      const asked = state().toString();
+      const url = `${location.pathname}${asked && `?${asked}`}`;
+      if (url === location.pathname + location.search) return;
+      try {
+        history[how](null, "", url);
+      } catch {
+        // a browser that keeps files from changing their address: the page works, the address stays
+      }
+    };
+
+    const columns = () => getComputedStyle(grid).gridTemplateColumns.split(" ").length;
+
+    const aim = (key) => {
+      const at = shown.indexOf(current);
+      const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() };
+      if (key === "Home") return 0;
+      if (key === "End") return shown.length - 1;
+      return key in steps ? at + steps[key] : null;
+    };
+
+    grid.addEventListener("keydown", (event) => {
+      const to = plain(event) ? aim(event.key) : null;
+      if (to === null) return;
+      event.preventDefault();
+      if (!shown[to]) return;
+      choose(shown[to]);
+      current.firstElementChild.focus();
+    });
+    grid.addEventListener("focusin", (event) => choose(event.target.closest("li")));
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("input", (event) => {
+      show();
+      keep(event.target.type === "number" ? "replaceState" : "pushState");
+    });
+    const restore = () => {
+      set(new URLSearchParams(location.search));
+      show();
+    };
+    window.addEventListener("popstate", restore);
+    window.addEventListener("pageshow", (event) => event.persisted || restore()); // after the browser put fields back
+
+    form.hidden = false;
+    for (const cell of cells) cell.firstElementChild.tabIndex = -1;
+    restore();
+    const named = location.hash && document.getElementById(location.hash.slice(1));
+    if (named && grid.contains(named) && !named.parentElement.hidden) {
+      choose(named.parentElement);
+      named.scrollIntoView({ block: "center" });
+    }
+  }
+}

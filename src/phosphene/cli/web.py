@@ -1,0 +1,166 @@
+"""The commands of the page: `serve` shows a store or a training in a browser, `export` writes it as plain files."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from phosphene.cli.options import (
+    MODEL_OPTIONS,
+    AsJson,
+    ChannelsIn,
+    Device,
+    InputSize,
+    Labels,
+    Numbers,
+    Quiet,
+    Trust,
+    Weights,
+    loaded,
+)
+from phosphene.cli.terminal import progress, report, say, tell
+from phosphene.errors import ExtraMissing, InvalidRequest
+from phosphene.files import check_writable
+from phosphene.gallery import Gallery, found_at
+from phosphene.history import History
+from phosphene.loaders import torch_device
+from phosphene.slugs import layer_slug
+from phosphene.trainings import Training
+
+PARTS = ("jinja2", "starlette", "uvicorn")  # what the extra brings, and what these need in turn is theirs to say
+Shown = Annotated[
+    str, typer.Argument(metavar="PLACE", help="a store, the folder of a recorded training, or a folder of these")
+]
+
+
+def serve(
+    place: Shown,
+    host: Annotated[
+        str, typer.Option(metavar="NAME|ADDRESS", help="where to listen; by default for this machine alone")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", help="0 has one chosen")] = 8000,
+    token: Annotated[str | None, typer.Option(metavar="TEXT", help="what a browser has to show")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="the network, where it does not load by the atlas' word alone")
+    ] = None,
+    weights: Weights = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    input_size: InputSize = None,
+    channels_in: ChannelsIn = None,
+    labels: Labels = None,
+    device: Device = "auto",
+    trust: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show an atlas or a training in a browser, and there your own photos, and filters while they are rendered."""
+    options = {"weights": weights, "mean": mean, "std": std, "input_size": input_size, "channels_in": channels_in}
+    asked = {"model": model, **options, "labels": labels, "device": device, "trust": trust}
+    check(asked, token)
+    with needing_the_extra():
+        from phosphene.web import live, server, site, studio
+    stores, histories = found_at(place)
+    with closing(server.listening(host, port)) as at:
+        gallery = Gallery(stores)
+        network = loaded(asked, quiet) if model else None
+        networks = studio.Studio(gallery, str(torch_device(device)), network)
+        shown = server.application(
+            site.Site(gallery, trainings(histories), live=True),
+            live.live_routes(networks),
+            names_of(host, at),
+            token,
+            networks.close,
+        )
+        warn(at, token)
+        server.serve(shown, at, lambda: tell(address_of(host, at, token)))
+
+
+def check(asked: dict[str, Any], token: str | None) -> None:
+    """Refuse options that do not go together, and an empty token."""
+    changed = [name for name, (_, default) in MODEL_OPTIONS.items() if asked[name] != default and name != "device"]
+    if changed and asked["model"] is None:
+        option = changed[0].replace("_", "-")
+        raise InvalidRequest(f"--{option} is for the network that --model names; add that, or leave --{option} out")
+    if token is not None and not token.strip():
+        raise InvalidRequest("the token is empty; give --token some text, or leave it out")
+    torch_device(asked["device"])
+
+
+@contextmanager
+def needing_the_extra() -> Iterator[None]:
+    """Say how to install what the page needs, where that is not there."""
+    try:
+        yield
+    except ImportError as error:
+        part = (error.name or "").partition(".")[0]
+        if part not in PARTS:
+            raise
+        raise ExtraMissing(
+            f"the page needs {part}, which is not installed; install it with: pip install 'phosphene[web]'"
+        ) from error
+
+
+def trainings(histories: Sequence[History]) -> list[Training]:
+    """Return training runs with the names that they have in addresses: of several folders of one name the second ~2."""
+    found: dict[str, Training] = {}
+    for history in histories:
+        name = plain = layer_slug(history.folder.absolute().name)
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{plain}~{number}"
+        found[name] = Training(history, name)
+    return list(found.values())
+
+
+def is_loopback(at: socket.socket) -> bool:
+    """Return whether a socket can be reached from this machine alone."""
+    return ip_address(at.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def names_of(host: str, at: socket.socket) -> list[str] | None:
+    """Return the names under which a server may be called, None for those of this machine alone; see `guard.Guard`."""
+    return None if is_loopback(at) else [host, socket.gethostname(), f"{socket.gethostname()}.local"]
+
+
+def warn(at: socket.socket, token: str | None) -> None:
+    """Say who else can see the page; `--quiet` does not silence it."""
+    if is_loopback(at):
+        return
+    who = "anyone on the network can see the store and use this machine; --token TEXT lets only those in who have it"
+    if token is not None:
+        who = "whoever on the network has the token can see the store and use this machine; the token goes unencrypted"
+    say(f"the page is not for this machine alone: {who}")
+
+
+def address_of(host: str, at: socket.socket, token: str | None) -> str:
+    """Return the address that opens the page on this machine."""
+    bound = ip_address(at.getsockname()[0].partition("%")[0])
+    name = ("[::1]" if bound.version == 6 else "127.0.0.1") if bound.is_unspecified else host
+    shown = f"[{name}]" if ":" in name and not name.startswith("[") else name
+    return f"http://{shown}:{at.getsockname()[1]}/" + (f"?token={quote(token, safe='')}" if token else "")
+
+
+def export(
+    place: Shown,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="a folder of its own, new or of an earlier export")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an atlas or a training as plain files, for any web host or to be opened without one."""
+    check_writable(out, folder=True)
+    with needing_the_extra():
+        from phosphene.web import export as exporting
+        from phosphene.web import site
+    stores, histories = found_at(place)
+    pages = site.Site(Gallery(stores), trainings(histories))
+    with progress("export", "files", quiet) as advance:
+        count = exporting.export(pages, out, lambda _, total: advance(1, total))
+    report([out / "index.html"], as_json, {"written": count})

@@ -1,0 +1,374 @@
+"""The page, end to end in a real browser: what a visitor does, and what there is to see then.
+
+What can be browsed is tried twice, from a server and from plain files.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from browser import (
+    CHELSEA,
+    FILTERS,
+    LAYERS,
+    SIDE,
+    Served,
+    check_access,
+    chromium,
+    drop,
+    exported,
+    look,
+    place,
+    served,
+    visiting,
+)
+from phosphene.gallery import Gallery, found_at
+from phosphene.verdict import Verdict
+
+__all__ = ["chromium", "exported", "place", "served"]
+NETWORK = "builtin/efficientnet-lite0"
+
+
+@pytest.fixture(scope="session")
+def gallery(place: Path) -> Gallery:
+    """Return what the store says, which the page is to show."""
+    return Gallery(found_at(place)[0])
+
+
+def atlas_at(base: str, gallery: Gallery) -> str:
+    """Return the address of the atlas."""
+    return f"{base}atlas/{gallery.atlases()[0].d}/"
+
+
+def verdicts(gallery: Gallery, path: str) -> list[Verdict]:
+    return gallery.verdicts(gallery.atlases()[0].d, path)
+
+
+def shown(page: Page) -> list[int]:
+    """Return the filters that a layer view shows, in their order."""
+    links = page.locator("#grid li:not([hidden]) a")
+    return [int(one[1:]) for one in links.evaluate_all("links => links.map((one) => one.id)")]
+
+
+def tab_to(page: Page, what: Callable[[Locator], bool]) -> None:
+    """Press the tab key until something is reached."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if what(page.locator(":focus")):
+            return
+    raise AssertionError("the tab key does not lead there")
+
+
+def until(there: Callable[[], bool], seconds: float = 15) -> None:
+    """Wait for something that the browser does not show."""
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def walk_by_mouse(page: Page, base: str, gallery: Gallery) -> None:
+    """Go from the index to a filter and back again."""
+    path, atlas = LAYERS[0], atlas_at(base, gallery)
+    page.goto(f"{base}index.html")
+    page.get_by_role("link", name=NETWORK).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(NETWORK)
+    assert page.url == f"{atlas}index.html"
+    expect(page.locator("ol.layers h3")).to_have_text(list(LAYERS))
+    page.get_by_role("link", name=path, exact=True).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(path)
+    assert shown(page) == list(range(FILTERS))
+    page.locator("#f3").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter 3 of {path}")
+    assert page.url == f"{atlas}{path}/3.html"
+    page.get_by_role("link", name="filter 4").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter 4 of {path}")
+    for heading in (f"Filter 3 of {path}", path, NETWORK):
+        page.go_back()
+        expect(page.get_by_role("heading", level=1)).to_have_text(heading)
+
+
+def see_filter(page: Page, base: str, gallery: Gallery) -> None:
+    """See all there is of a filter, by its address alone."""
+    page.goto(f"{atlas_at(base, gallery)}{LAYERS[1]}/5.html")
+    one = verdicts(gallery, LAYERS[1])[5]
+    picture = page.locator(".portrait img")
+    expect(picture).to_be_visible()
+    until(lambda: picture.evaluate("one => one.complete && one.naturalWidth") == SIDE)
+    expect(page.get_by_role("heading", name="Verdict")).to_contain_text(one.verdict)
+    assert one.excitation is not None
+    expect(page.locator(".figures")).to_contain_text(f"{one.excitation:.3g}")
+    moments = page.locator(".film .tile")
+    assert moments.count() >= 5
+    expect(moments.last).to_have_attribute("aria-label", "after 32 steps")
+    photos = page.locator(".photos > li")
+    assert photos.count() == 9
+    assert page.locator(".photos rect.frame").count() == 9
+    expect(photos.first).to_contain_text(re.compile(r"part \d+\.png"))
+    assert page.locator(".kernels .tile").count() == 12
+    expect(page.locator("pre.command").first).to_contain_text(f"phosphene filters {NETWORK} {LAYERS[1]} --channels 5")
+
+
+def most_excited(one: Verdict) -> float:
+    """Sort the strongest first, what has no such figure last."""
+    return math.inf if one.excitation is None else -one.excitation
+
+
+def sort_and_filter(page: Page, base: str, gallery: Gallery) -> None:
+    """Sort and filter a layer; what is chosen stands in the address, and goes with the back button."""
+    path = LAYERS[0]
+    layer, known = f"{atlas_at(base, gallery)}{path}/index.html", verdicts(gallery, path)
+    by_excitation = [one.channel for one in sorted(known, key=most_excited)]
+    by_score = [one.channel for one in sorted(known, key=lambda one: -one.score)]
+    vivid = {one.channel for one in known if one.verdict == "vivid"}
+    assert by_excitation != by_score != list(range(FILTERS))
+    assert 0 < len(vivid) < FILTERS
+    page.goto(layer)
+    page.get_by_label("Sort by").select_option("excitation")
+    assert shown(page) == by_excitation
+    page.get_by_role("checkbox", name="vivid").uncheck()
+    assert shown(page) == [one for one in by_excitation if one not in vivid]
+    expect(page.locator("#shown")).to_have_text(f"{FILTERS - len(vivid)} of {FILTERS}")
+    asked = page.url
+    assert "sort=excitation" in asked and "verdict=" in asked  # noqa: PT018
+    page.get_by_label("Sort by").select_option("score")
+    assert shown(page) == [one for one in by_score if one not in vivid]
+    page.go_back()
+    assert shown(page) == [one for one in by_excitation if one not in vivid]
+    page.go_back()
+    assert shown(page) == by_excitation
+    page.goto(asked)  # as if somebody had been sent it
+    assert shown(page) == [one for one in by_excitation if one not in vivid]
+    middle = known[by_excitation[5]].excitation
+    page.goto(f"{layer}?sort=excitation&least={middle}")
+    assert shown(page) == by_excitation[:6]
+
+
+def walk_by_keyboard(page: Page, base: str, gallery: Gallery) -> None:
+    """Go from the index to a filter, and on from there, by keys alone."""
+    page.goto(f"{base}index.html")
+    tab_to(page, lambda one: one.inner_text() == NETWORK)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text(NETWORK)
+    tab_to(page, lambda one: one.inner_text() == LAYERS[0])
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text(LAYERS[0])
+    tab_to(page, lambda one: one.get_attribute("id") == "f0")
+    across = page.locator("#grid").evaluate("one => getComputedStyle(one).gridTemplateColumns.split(' ').length")
+    moves = {"ArrowRight": 1, "End": FILTERS - 1, "Home": 0, "ArrowDown": min(across, FILTERS - 1)}
+    for key, reached in moves.items():
+        if key == "ArrowDown" and across >= FILTERS:
+            continue
+        page.keyboard.press(key)
+        expect(page.locator(":focus")).to_have_id(f"f{reached}")
+    at = int((page.locator(":focus").get_attribute("id") or "")[1:])
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at} of {LAYERS[0]}")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at + 1} of {LAYERS[0]}")
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at} of {LAYERS[0]}")
+
+
+def see_training(page: Page, base: str, gallery: Gallery) -> None:
+    """Go through the epochs of a training run by slider, list, address, back button, and by itself."""
+    page.goto(f"{base}index.html")
+    page.get_by_role("link", name="flowers").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Training run flowers")
+    expect(page.get_by_text("Vanishing: the gradient of conv1.weight")).to_be_visible()
+    kernels, slider = page.locator("[data-shows=kernels] img"), page.get_by_label("Epoch", exact=True)
+    expect(kernels).to_have_attribute("src", re.compile("conv2/kernels_3.png$"))
+    expect(page.locator("[data-metric]")).to_have_text(["0.7", "0.5"])
+    slider.focus()
+    slider.press("ArrowLeft")
+    slider.press("ArrowLeft")
+    expect(kernels).to_have_attribute("src", re.compile("conv2/kernels_1.png$"))
+    expect(page.locator("[data-shows=filters] img")).to_have_attribute("src", re.compile("conv2/filters_1.png$"))
+    expect(page.locator("[data-metric]")).to_have_text(["0.3", "1"])
+    assert page.url.endswith("?layer=conv2&epoch=1")
+    page.get_by_label("Layer").select_option("conv1")
+    expect(page.locator("[data-shows=filters]")).to_be_hidden()
+    expect(page.locator(".sizes tr:visible th[scope=row]")).to_have_text(["conv1.weight", "conv1.bias"])
+    expect(page.get_by_role("row", name="conv1.weight").get_by_role("cell")).to_have_text(["0.5", "0.5", "0.167", "0"])
+    page.go_back()
+    expect(page.get_by_label("Layer")).to_have_value("conv2")
+    expect(slider).to_have_value("1")
+    page.go_back()  # both steps of the slider were one
+    expect(slider).to_have_value("3")
+    page.goto(f"{base}runs/flowers/index.html?layer=conv1&epoch=0")
+    expect(kernels).to_have_attribute("src", re.compile("conv1/kernels_0.png$"))
+    page.get_by_role("button", name="Play").click()
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
+    expect(page.get_by_role("button", name="Play")).to_be_visible()  # at the end
+    expect(kernels).to_have_attribute("src", re.compile("conv1/kernels_3.png$"))
+    assert page.url.endswith("?layer=conv1&epoch=3")
+
+
+BROWSING = (walk_by_mouse, see_filter, sort_and_filter, walk_by_keyboard, see_training)
+Visit = Callable[[Page, str, Gallery], None]
+
+
+@pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
+def test_a_visit(visit: Visit, chromium: Browser, served: Served, gallery: Gallery) -> None:
+    with visiting(chromium, served.base) as page:
+        visit(page, served.base, gallery)
+
+
+@pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
+def test_a_visit_to_plain_files(visit: Visit, chromium: Browser, exported: str, gallery: Gallery) -> None:
+    with visiting(chromium, exported) as page:
+        visit(page, exported, gallery)
+
+
+def test_a_visit_without_scripts(chromium: Browser, exported: str, gallery: Gallery) -> None:
+    with visiting(chromium, exported, script=False) as page:
+        walk_by_mouse(page, exported, gallery)
+        see_filter(page, exported, gallery)
+        page.goto(f"{exported}runs/flowers/index.html")
+        expect(page.get_by_label("Epoch", exact=True)).to_be_hidden()  # it would do nothing
+        page.get_by_text("Every picture, as links").click()
+        links = page.locator("details[open] a")
+        assert links.count() == 2 + 4 + 8  # two film strips, filters of one layer and kernels of two after four epochs
+        links.last.click()
+        assert page.url.endswith("runs/flowers/conv2/kernels_3.png")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("document.body.append(Object.assign(new Image(), { src: 'nothing.png' }))", "404 .*nothing.png"),
+        ("document.body.append(Object.assign(new Image(), { src: 'http://localhost:9/' }))", "Content Security Policy"),
+        ("document.body.setAttribute('onclick', 'alert()')", "Content Security Policy"),
+        ("setTimeout(() => { throw new Error('oh') })", "oh"),
+        ("document.body.append(document.createElement('iframe'), document.createElement('img'))", "image-alt"),
+        ("location = 'http://localhost:9/'", "asked for http://localhost"),
+    ],
+)
+def test_a_visit_that_something_is_wrong_with_fails(broken: str, said: str, chromium: Browser, served: Served) -> None:
+    def visit() -> None:
+        with visiting(chromium, served.base) as page:
+            page.goto(served.base)
+            page.evaluate(broken)
+            page.wait_for_timeout(200)
+            if said == "image-alt":
+                check_access(page)
+
+    with pytest.raises(AssertionError, match=said):
+        visit()
+
+
+def views(base: str, gallery: Gallery) -> dict[str, str]:
+    """Return the address of each view."""
+    atlas = atlas_at(base, gallery)
+    return {
+        "index": f"{base}index.html",
+        "network": f"{atlas}index.html",
+        "layer": f"{atlas}{LAYERS[1]}/index.html",
+        "filter": f"{atlas}{LAYERS[1]}/5.html",
+        "training": f"{base}runs/flowers/index.html",
+    }
+
+
+def test_every_view_is_for_all(chromium: Browser, served: Served, gallery: Gallery) -> None:
+    with visiting(chromium, served.base) as page:
+        for name, address in views(served.base, gallery).items():
+            page.goto(address, wait_until="networkidle")
+            look(page, name)
+
+
+def test_every_view_in_the_dark_on_a_telephone(chromium: Browser, served: Served, gallery: Gallery) -> None:
+    with visiting(chromium, served.base, width=390, dark=True) as page:
+        atlas = atlas_at(served.base, gallery)
+        for address in (*views(served.base, gallery).values(), f"{atlas}photo.html"):
+            page.goto(address)
+            check_access(page)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, address
+
+
+def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Gallery) -> None:
+    with visiting(chromium, served.base) as page:
+        page.goto(f"{atlas_at(served.base, gallery)}index.html")
+        page.get_by_role("link", name="Show it a photo of yours").click()
+        page.wait_for_load_state()  # then the script is there that takes the photo
+        drop(page, CHELSEA, "#drop")
+        classes = page.locator("#classes label")
+        expect(classes).to_have_count(5)
+        expect(classes.first).to_contain_text("cat")
+        heat = page.locator("#heat")
+        until(lambda: heat.evaluate("one => one.complete && one.naturalWidth") > 100)
+        filters = page.locator("#filters a")
+        expect(filters.first).to_be_visible()
+        until(lambda: page.locator("#sheet").evaluate("one => one.complete && one.naturalWidth") > 100)
+        look(page, "photo")
+        for change in (
+            lambda: page.locator("#method").select_option("layercam"),
+            lambda: page.locator("#layer").select_option(LAYERS[1]),
+            lambda: classes.nth(2).click(),
+        ):
+            before = heat.get_attribute("src") or ""
+            change()
+            expect(heat).not_to_have_attribute("src", before)
+            expect(page.locator("#state")).to_have_text("")
+        expect(heat).to_have_attribute("alt", re.compile(re.escape(classes.nth(2).locator("span").inner_text())))
+        before = page.locator("#sheet").get_attribute("src") or ""
+        page.locator("#channels").select_option(LAYERS[1])
+        expect(page.locator("#sheet")).not_to_have_attribute("src", before)
+        filters.first.click()
+        expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(r"Filter \d+ of _blocks"))
+
+
+def begin_render(page: Page, base: str, gallery: Gallery, steps: int) -> None:
+    """Ask for a filter that the atlas has no picture of, and count the pictures that come."""
+    page.goto(f"{atlas_at(base, gallery)}{LAYERS[0]}/20.html")
+    expect(page.get_by_text("This filter has no picture in the atlas yet.")).to_be_visible()
+    expect(page.get_by_label("size")).to_have_value(str(SIDE))  # the recipes have come
+    page.get_by_role("spinbutton", name="steps").fill(str(steps))
+    page.locator(".easel img").evaluate(
+        "one => { window.pictures = new Set(); new MutationObserver(() => window.pictures.add(one.src))"
+        ".observe(one, { attributes: true, attributeFilter: ['src'] }) }"
+    )
+    page.get_by_role("button", name="Render it now").click()
+
+
+def updates(page: Page) -> int:
+    return int(page.evaluate("window.pictures.size"))
+
+
+def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served, gallery: Gallery) -> None:
+    with visiting(chromium, served.base) as page:
+        begin_render(page, served.base, gallery, 60)
+        expect(page.locator("#render .said")).to_contain_text("Done: score", timeout=30_000)
+        assert updates(page) >= 5
+        expect(page.locator(".count")).to_have_text(re.compile("^Step 60 of 60"))
+        until(lambda: page.locator(".easel img").evaluate("one => one.complete && one.naturalWidth") == SIDE)
+        expect(page.locator(".outcome code")).to_contain_text("--channels 20")
+        look(page, "rendering")
+
+
+def test_leaving_the_page_ends_a_render_and_the_next_one_begins(
+    chromium: Browser, served: Served, gallery: Gallery
+) -> None:
+    line = served.studio.line
+    with visiting(chromium, served.base) as first, visiting(chromium, served.base) as second:
+        begin_render(first, served.base, gallery, 2048)
+        until(lambda: updates(first) >= 5)
+        begin_render(second, served.base, gallery, 2048)
+        expect(second.locator("#render .said")).to_have_text("Waiting: 1 is before you.")
+        until(lambda: len(line) == 2)
+        one, other = line
+        assert one.begun
+        assert not other.begun
+        first.goto(f"{served.base}index.html")
+        until(lambda: line == [other])
+        assert one.gone.is_set()
+        until(lambda: updates(second) >= 5)
+        second.close()
+        until(lambda: line == [])
+        assert other.gone.is_set()
