@@ -74,7 +74,7 @@ bench-page: $(VENV)/installed-dev  ## time the page over a store of 20,000 filte
 
 docs: $(VENV)/installed-dev  ## draw the pictures of the README and docs again
 	$(BIN)/python docs/make_pictures.py
-	PHOSPHENE_SCREENSHOTS=1 $(BIN)/python -m pytest -q tests/test_page.py
+	PHOSPHENE_SCREENSHOTS=docs/page $(BIN)/python -m pytest -q tests/test_page.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info src/*.egg-info

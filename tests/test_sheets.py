@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phosphene.sheets import SIDE, sheets, small, strip, tile_size, tiled
+from phosphene.sheets import sheets, small, strip, tile_size, tiled
 
 
 def plain(*colours: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
@@ -55,20 +55,19 @@ def test_one_sheet_holds_a_layer() -> None:
 
 
 def test_a_layer_that_one_sheet_does_not_hold_gets_several() -> None:
-    several = list(sheets(plain(*[(0, 0, 0)] * 14, size=(8, 12)), range(14), side=25))  # 3 tiles wide, 2 high
+    several = list(sheets(plain(*[(0, 0, 0)] * 14, size=(8, 12)), range(14), most=6))
     assert [(one.name, one.facts["channels"]) for one in several] == [
         ("sheet.webp", list(range(6))),
         ("sheet_2.webp", list(range(6, 12))),
         ("sheet_3.webp", [12, 13]),
     ]
     sizes = [Image.open(io.BytesIO(one.content)).size for one in several]
-    assert sizes == [(24, 24), (24, 24), (16, 12)]
+    assert sizes == [(24, 24), (24, 24), (16, 12)]  # 3 wide, 2 high, and 2 wide
 
 
-def test_the_largest_sheet_is_one_that_webp_can_hold() -> None:
-    dots = plain(*[(9, 9, 9)] * 400, size=(96, 1))
-    (sheet,) = sheets(dots, range(400))
-    assert max(Image.open(io.BytesIO(sheet.content)).size) <= SIDE
+def test_256_tiles_make_a_sheet() -> None:
+    dots = plain(*[(9, 9, 9)] * 257, size=(96, 1))
+    assert [len(one.facts["channels"]) for one in sheets(dots, range(257))] == [256, 1]
 
 
 def test_a_strip_shows_twelve_pictures_evenly_spread() -> None:

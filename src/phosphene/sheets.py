@@ -1,4 +1,4 @@
-"""Sprite sheets: all pictures of a layer, small, in few files, so that browsing loads one file a layer."""
+"""Sprite sheets: all pictures of a layer, small, in few files, so that browsing loads a handful of files a layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from phosphene.figure import Picture, webp
 
 TILE = 96  # pixels, the longer side of a tile at most
 SMALL, ALONG = 64, 12  # the same of a strip, and its tiles at most
+MOST = 256  # tiles of a sheet: a browser shows the first before it has the last, and decodes several at once
 SIDE = 16383  # pixels, the longest side that WebP has
 QUALITY = 90
 
@@ -24,16 +25,15 @@ class Sheet(NamedTuple):
     facts: dict[str, Any]
 
 
-def sheets(pictures: Sequence[Picture], channels: Sequence[int], side: int = SIDE) -> Iterator[Sheet]:
+def sheets(pictures: Sequence[Picture], channels: Sequence[int], most: int = MOST) -> Iterator[Sheet]:
     """Yield the sheets of pictures of one size: `sheet.webp`, and where one does not hold all `sheet_2.webp` and so on.
 
     The facts are `file`, `tile` (width, height), `columns` and `channels`, tile after tile.
     """
     size = tile_size(pictures[0].size)
-    most = (side // size[0]) * (side // size[1])
     for number, start in enumerate(range(0, len(pictures), most), 1):
         some = pictures[start : start + most]
-        columns = min(side // size[0], max(math.ceil(math.sqrt(len(some))), math.ceil(len(some) / (side // size[1]))))
+        columns = math.ceil(math.sqrt(len(some)))
         name = "sheet.webp" if number == 1 else f"sheet_{number}.webp"
         shown = {"file": name, "tile": list(size), "columns": columns, "channels": list(channels[start : start + most])}
         yield Sheet(name, webp(tiled([small(one, size) for one in some], columns), QUALITY), shown)

@@ -17,7 +17,7 @@ from phosphene.cli.photos import activations, cam
 from phosphene.cli.rendering import dream, filters
 from phosphene.cli.terminal import report, say, tell
 from phosphene.cli.training import gradients, kernels, strip
-from phosphene.cli.web import export, serve
+from phosphene.cli.web import export, need_the_extra, serve, show, tell_and_open
 from phosphene.demo import PARTS, STORE, demonstrate
 from phosphene.errors import PhospheneError
 from phosphene.files import check_writable
@@ -53,13 +53,15 @@ app.command("report")(report_page)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the pictures go")] = Path("phosphene-demo"),
-    show: Annotated[bool, typer.Option("--serve", help="then open them in a browser")] = False,
+    and_serve: Annotated[bool, typer.Option("--serve", help="then open them in a browser")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Do the main job on the built-in trained networks: sheets of filters, and a photo through a classifier."""
     check_writable(out, folder=True)
+    if and_serve:
+        need_the_extra()
     paths = []
     with watching(quiet, "demo") as watch:
         for path in demonstrate(out, torch_device(device), watch):
@@ -71,6 +73,9 @@ def demo(
     elif not quiet:
         names = " and ".join(part.model for part in PARTS)
         say(f"what filters of {names} respond to, and a photo, is in {out.resolve()}")
+    if and_serve:
+        show(str(out), tell_and_open, device=device)
+    elif not quiet:
         say(f"to browse it: phosphene serve {out}")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,6 +21,7 @@ from phosphene.cli.options import (
     InputSize,
     Labels,
     Numbers,
+    OpenModel,
     Quiet,
     Trust,
     Weights,
@@ -64,13 +66,26 @@ def serve(
     options = {"weights": weights, "mean": mean, "std": std, "input_size": input_size, "channels_in": channels_in}
     asked = {"model": model, **options, "labels": labels, "device": device, "trust": trust}
     check(asked, token)
+    network = (lambda: loaded(asked, quiet)) if model else None
+    show(place, tell, host, port, token, device, network)
+
+
+def show(
+    place: str,
+    ready: Callable[[str], None],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    device: str = "auto",
+    network: OpenModel | None = None,
+) -> None:
+    """Show a place in a browser until the program is stopped; `ready` is called with the address."""
     with needing_the_extra():
         from phosphene.web import live, server, site, studio
     stores, histories = found_at(place)
     with closing(server.listening(host, port)) as at:
         gallery = Gallery(stores)
-        network = loaded(asked, quiet) if model else None
-        networks = studio.Studio(gallery, str(torch_device(device)), network)
+        networks = studio.Studio(gallery, str(torch_device(device)), network() if network else None)
         shown = server.application(
             site.Site(gallery, trainings(histories), live=True),
             live.live_routes(networks),
@@ -79,7 +94,14 @@ def serve(
             networks.close,
         )
         warn(at, token)
-        server.serve(shown, at, lambda: tell(address_of(host, at, token)))
+        server.serve(shown, at, lambda: ready(address_of(host, at, token)))
+
+
+def tell_and_open(address: str) -> None:
+    """Print where the page is, and open it where somebody sits at a terminal."""
+    tell(address)
+    if sys.stdout.isatty():
+        typer.launch(address)
 
 
 def check(asked: dict[str, Any], token: str | None) -> None:
@@ -105,6 +127,12 @@ def needing_the_extra() -> Iterator[None]:
         raise ExtraMissing(
             f"the page needs {part}, which is not installed; install it with: pip install 'phosphene[web]'"
         ) from error
+
+
+def need_the_extra() -> None:
+    """Find out before the work whether the page can be shown afterwards."""
+    with needing_the_extra():
+        import phosphene.web.server  # noqa: F401
 
 
 def trainings(histories: Sequence[History]) -> list[Training]:
