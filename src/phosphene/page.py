@@ -120,8 +120,8 @@ def explained(limits: Mapping[str, float]) -> dict[str, str]:
     return {
         "excitation": "How strongly the picture, as it is saved, excites the filter on average over its map: 0 is the "
         f"mean of the photos, 1 the strongest photo. Below {limits['excitation']:g} a picture is weak.",
-        "stability": f"What is left of the excitation when the picture is moved a little: {MOVES} times, by up to 4 pixels, 5 "
-        f"degrees and 5 percent of its size. Below {limits['stability']:g} a picture is unstable.",
+        "stability": f"What is left of the excitation when the picture is moved a little: {MOVES} times, by up to 4 "
+        f"pixels, 5 degrees and 5 percent of its size. Below {limits['stability']:g} a picture is unstable.",
         "retrieval": "The rank of the picture among all pictures of the layer, by how strongly they excite the filter. "
         f"Where more than {limits['outdone']:.0%} of them do so more strongly, it is weak.",
         "own": "The rank of the filter among all filters of the layer, by how far the picture excites each beyond "
