@@ -91,6 +91,7 @@ function easel(root) {
       progress.max = all;
       progress.value = step;
       count.textContent = `Step ${step} of ${all}, score ${short(score)}`;
+      if (points.length && step < points.at(-1)[0]) points.length = 0; // a filter that stayed silent is tried once more
       if (score !== null) points.push([step, score]);
       line.setAttribute("points", curve(points, all));
       const quarters = Math.floor((4 * step) / all);
