@@ -205,7 +205,7 @@ RECIPES: dict[str, Recipe] = {
             name="fourier",
             source="Olah et al. 2017; step rule and transforms chosen by bench/quality.py",
             sizes=(128,),
-            steps=128,
+            steps=144,
             parameterization=FOURIER,
             step_rule=part("normalised-adam", rate=0.15),
             transforms=(AFFINE,),
