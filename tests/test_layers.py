@@ -385,3 +385,13 @@ phosphene.layers.survey(net, net, dict(net.named_modules()), torch.rand(1, 3, 8,
 print(sorted(one for one in set(sys.modules) - before if one.startswith(("sympy", "torch._dynamo", "torch._inductor"))))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_layer_that_is_spelled_just_so_is_meant_alone() -> None:
+    net = nn.Sequential()
+    for name in ("a?", "ab", "a[b]"):
+        net.add_module(name, nn.Conv2d(3, 3, 1))
+    layers = phosphene.load(net, input_size=8).layers()
+    assert [one.path for one in layers.matching("a?")] == ["a?"]
+    assert [one.path for one in layers.matching("a[b]")] == ["a[b]"]
+    assert [one.path for one in layers.matching("a*")] == ["a?", "ab", "a[b]"]

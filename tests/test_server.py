@@ -484,7 +484,7 @@ def test_serve_warns_where_others_can_see_the_page(run: Run, served: list[TestCl
 def test_serve_with_a_token_shows_nothing_without(run: Run, served: list[TestClient]) -> None:
     ran = run("serve", "store", "--port", 0, "--token", "a b&c")
     assert ran.out.endswith("/?token=a%20b%26c\n")
-    assert served[0].get("/healthz").status_code == 403
+    assert served[0].get("/index.html").status_code == 403
     assert served[0].get(ran.out.strip()).status_code == 200
 
 

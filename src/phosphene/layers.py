@@ -138,13 +138,14 @@ class Layers(Sequence[Layer]):
         raise LayerNotFound(f"there is no layer {address!r}; the nearest are: {near} (`phosphene layers` lists all)")
 
     def matching(self, pattern: str) -> Layers:
-        """Return the layers whose path matches a glob such as `features.*`.
+        """Return the layers whose path matches a glob such as `features.*`; one that is spelled just so is meant alone.
 
         Raises:
             LayerNotFound: none does.
         """
         known = (*self._layers, *self.unlisted) if "#" in pattern else self._layers
-        found = [one for one in known if any(fnmatch.fnmatchcase(path, pattern) for path in one.spellings)]
+        exact = [one for one in known if pattern in one.spellings]
+        found = exact or [one for one in known if any(fnmatch.fnmatchcase(path, pattern) for path in one.spellings)]
         if not found:
             near = nearest(pattern.rstrip("*"), [one.path for one in self])
             raise LayerNotFound(f"no layer matches {pattern!r}; the nearest are: {near}")

@@ -117,8 +117,9 @@ def address(text: str) -> str | int:
 
 def chosen_layer(model: Model, text: str, quiet: bool) -> Layer:
     """Return the layer that was typed, saying what a number resolved to."""
-    if any(sign in text for sign in "*?["):
-        matches = ", ".join(one.path for one in model.layers().matching(text)[:8])
+    matching = model.layers().matching(text) if any(sign in text for sign in "*?[") else ()
+    if matching and text not in matching[0].spellings:
+        matches = ", ".join(one.path for one in matching[:8])
         raise LayerNotFound(f"one layer is drawn at a time, and {text!r} stands for several: {matches}")
     found = model.find(address(text))
     if text.isdigit() and not quiet:

@@ -166,6 +166,8 @@ def warn(at: socket.socket, token: str | None) -> None:
     if token is not None:
         who = "whoever on the network has the token can see the store and use this machine; the token goes unencrypted"
     say(f"the page is not for this machine alone: {who}")
+    if ip_address(at.getsockname()[0].partition("%")[0]).is_unspecified:
+        say(f"other machines reach it at http://{socket.gethostname()}:{at.getsockname()[1]}/")
 
 
 def address_of(host: str, at: socket.socket, token: str | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import html
+import re
 from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
 from ipaddress import ip_address
@@ -36,10 +37,12 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 READS = ("GET", "HEAD")
+OPEN = re.compile("/healthz|/static/[^/]+")  # what nobody needs a token for: nothing of the store is there
 SLOWEST = 30.0  # seconds that a body may take to arrive
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>Phosphene</title></head>
+<meta name="color-scheme" content="light dark"><title>Phosphene</title>
+<link rel="stylesheet" href="/static/page.css"></head>
 <body><main><h1>{title}</h1><p>{sentence}</p>{more}</main></body></html>
 """
 FORM = (
@@ -87,7 +90,8 @@ class Guard:
         refused = host_refused(request.headers, self.names) or site_refused(request.method, request.headers)
         if refused:
             return told(request, refused)
-        return self.token_asked(request, self.token) if self.token else None
+        free = OPEN.fullmatch(request.scope["path"])
+        return self.token_asked(request, self.token) if self.token and not free else None
 
     def token_asked(self, request: Request, token: str) -> Response | None:
         """Return what a request gets that has no token, or has it in its address; nothing where all is well."""
@@ -101,7 +105,8 @@ class Guard:
             response = cleaned(request)
             response.set_cookie(cookie, secret, httponly=True, samesite="strict", path="/")
             return response
-        sentence = "This page needs its token: type it here, or open the address that `phosphene serve` has printed."
+        given = "That is not the token" if "token" in request.query_params else "This page needs its token"
+        sentence = f"{given}: type it here, or open the address that `phosphene serve` has printed."
         return told(request, Refused(403, sentence), FORM)
 
 
