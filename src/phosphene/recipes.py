@@ -213,7 +213,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             name="fast",
-            source="fourier with a quarter of the steps, at nearly twice the rate and under smaller moves",
+            source="fourier with two ninths of the steps, at nearly twice the rate and under smaller moves",
             sizes=(128,),
             steps=32,
             parameterization=FOURIER,
