@@ -13,7 +13,7 @@ from phosphene.gallery import Gallery
 from phosphene.store import open_store
 from phosphene.web import export as module
 from phosphene.web.export import MARK, export
-from phosphene.web.site import Site
+from phosphene.web.site import Content, Site
 from shown import FIRST, filled
 
 
@@ -49,6 +49,48 @@ def test_it_may_be_written_over_and_beside_hidden_files(site: Site, tmp_path: Pa
     (tmp_path / "index.html").unlink()  # as if it had been cut off
     export(site, tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_what_the_earlier_export_had_and_this_one_has_not_is_taken_away(site: Site, tmp_path: Path) -> None:
+    out, more = tmp_path / "out", filled(tmp_path)
+    export(Site(Gallery([more]), []), out)
+    mine, far = out / "atlas/notes.txt", tmp_path / "far"
+    mine.write_text("mine")
+    far.mkdir()
+    (far / "7.html").write_text("mine")
+    (out / MARK).write_text((out / MARK).read_text() + "../far/7.html\natlas/../../far/7.html\nruns/far/7.html\n")
+    (out / "runs").mkdir()
+    (out / "runs/far").symlink_to(far)
+    export(site, out)
+    (out / "runs/far").unlink()
+    (out / "runs").rmdir()
+    assert mine.read_text() == (far / "7.html").read_text() == "mine"
+    mine.unlink()
+    found = contents(out)
+    export(site, tmp_path / "new")
+    assert found == contents(tmp_path / "new")
+    folders = {one.relative_to(out) for one in out.rglob("*") if one.is_dir()}
+    assert folders == {one.relative_to(tmp_path / "new") for one in (tmp_path / "new").rglob("*") if one.is_dir()}
+
+
+def test_an_export_that_was_cut_off_is_tidied_by_the_next(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    whole = Site(Gallery([filled(tmp_path)]), [])
+    damaged = Site(whole.gallery, [])
+    last = [one for one in whole.paths() if one.endswith(".html")][-2]
+
+    def get(path: str) -> Content:
+        if path == last:
+            raise StoreRefused("damaged")
+        return whole.get(path)
+
+    monkeypatch.setattr(damaged, "get", get)
+    with pytest.raises(StoreRefused):
+        export(damaged, out)
+    export(site, out)
+    assert set(contents(out)) == {MARK, *site.paths()}
 
 
 def test_a_folder_with_other_things_is_refused_before_anything_is_written(site: Site, tmp_path: Path) -> None:

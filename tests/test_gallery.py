@@ -95,6 +95,23 @@ def test_a_store_that_grows_shows_it_after_a_while(store: Store, tmp_path: Path)
     assert slow.atlases() == []
 
 
+def test_jobs_that_belong_to_no_atlas_are_counted(store: Store, copy: Path) -> None:
+    assert Gallery([store]).unfinished() == 0
+    jobs = sorted((copy / "jobs").iterdir())
+    shutil.copytree(jobs[0], copy / "jobs" / ("0" * 32))
+    grown = Gallery([open_store(copy)], seconds=0)
+    assert grown.unfinished() == 1
+    shutil.rmtree(copy / "atlases")
+    assert grown.unfinished() == Gallery([store, open_store(copy)]).unfinished() == len(jobs) + 1
+    assert Gallery([]).unfinished() == 0
+
+
+def test_channels_are_known_from_any_atlas_of_the_same_weights(store: Store) -> None:
+    gallery = Gallery([store])
+    d = atlas_of(gallery)
+    assert [gallery.channels(d, path) for path in (FIRST, SECOND, "elsewhere")] == [6, 8, None]
+
+
 def test_a_manifest_that_is_replaced_is_read_again_and_another_is_not_parsed_again(copy: Path) -> None:
     gallery = Gallery([open_store(copy)], seconds=0)
     d = atlas_of(gallery)

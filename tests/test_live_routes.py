@@ -31,6 +31,7 @@ from phosphene import figure
 from phosphene.activations import activations
 from phosphene.explain import explain
 from phosphene.gallery import Gallery
+from phosphene.model import Model
 from phosphene.running import run
 from phosphene.store import open_store
 from phosphene.web import live
@@ -205,7 +206,10 @@ def test_the_layers_and_classes_are_listed(client: TestClient, at: str) -> None:
     found = client.get(f"{at}/layers.json").json()
     assert {"path": "conv2", "kind": "Conv2d", "channels": 10, "size": [12, 12]} in found["layers"]
     assert found["classes"] == ["ant", "bee", "cat", "dog", "elk", "fox"]
-    assert client.get(f"{at}/recipes.json").json()["own"] == "fast"
+    assert set(found["flat"]) == {one.path for one in classifying().layers()} - {one["path"] for one in found["layers"]}
+    assert "conv2" not in found["flat"]
+    told = client.get(f"{at}/recipes.json").json()
+    assert (told["own"], told["model"], told["refused"]) == ("fast", "Sequential", None)
     assert client.get("/example.jpg").content == CHELSEA.read_bytes()
 
 
@@ -279,6 +283,34 @@ def test_a_crowd_is_told_to_come_again(gallery: Gallery, at: str) -> None:
     assert answer.json()["error"].startswith("40 people show a photo just now")
 
 
+def test_a_photo_whose_sender_has_gone_is_not_looked_at(
+    gallery: Gallery, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+
+    def photo_of(content: bytes, model: Model) -> torch.Tensor:
+        seen.append(content)
+        return photo(1)
+
+    monkeypatch.setattr(live, "photo_of", photo_of)
+    first, last, free = png(picture(seed=1)), png(picture(seed=2)), threading.Event()
+    with serving(gallery) as (studio, port):
+        studio.photos.thread.submit(free.wait, 10)  # so that all others wait
+        headers = {"Origin": f"http://127.0.0.1:{port}"}
+        connections = []
+        for content in (first, last):
+            connection = HTTPConnection("127.0.0.1", port, timeout=20)
+            connection.request("POST", f"{at}/photo", content, headers)
+            connections.append(connection)
+            assert until(lambda: studio.photos.thread._work_queue.qsize() == len(connections))
+        connections[0].close()
+        assert until(lambda: studio.visitors == 1)
+        free.set()
+        assert connections[1].getresponse().status == 200
+        connections[1].close()
+    assert seen == [last]
+
+
 ADDRESSES = st.text(max_size=30) | st.sampled_from(["conv1", "conv2", "mean", "gradcam", "bee", "0", "-1", "../x", "*"])
 VALUES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.lists(st.integers(), max_size=3)
@@ -322,7 +354,9 @@ def test_a_network_that_cannot_be_loaded_is_a_conflict(gallery: Gallery, at: str
     with TestClient(shown, HERE) as client:
         answer = client.post(f"{at}/photo", content=png(picture()), headers={"Origin": HERE})
         told = client.post(f"{at}/render", json={"layer": "conv1", "channel": 0}, headers={"Origin": HERE})
+        before = client.get(f"{at}/recipes.json").json()["refused"]
     studio.close()
+    assert before.startswith("To look at photos and to render, start the server with: phosphene serve PLACE --model M")
     assert answer.status_code == 409
     assert "Sequential is not loaded by itself; start the server with --model" in answer.json()["error"]
     assert "event: failed" in told.text

@@ -171,8 +171,10 @@ def walk_by_keyboard(page: Page, base: str, gallery: Gallery) -> None:
     at = int((page.locator(":focus").get_attribute("id") or "")[1:])
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at} of {LAYERS[0]}")
+    page.wait_for_load_state("domcontentloaded")  # the script that knows the keys has run then
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at + 1} of {LAYERS[0]}")
+    page.wait_for_load_state("domcontentloaded")
     page.keyboard.press("ArrowLeft")
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at} of {LAYERS[0]}")
 
@@ -296,7 +298,7 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Gal
     with visiting(chromium, served.base) as page:
         page.goto(f"{atlas_at(served.base, gallery)}index.html")
         page.get_by_role("link", name="Show it a photo of yours").click()
-        page.wait_for_load_state()  # then the script is there that takes the photo
+        expect(page.locator("#drop")).to_be_visible()  # the script is there that takes the photo
         drop(page, CHELSEA, "#drop")
         classes = page.locator("#classes label")
         expect(classes).to_have_count(5)
@@ -307,6 +309,12 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Gal
         expect(filters.first).to_be_visible()
         until(lambda: page.locator("#sheet").evaluate("one => one.complete && one.naturalWidth") > 100)
         look(page, "photo")
+        expect(page.locator("#layer option").first).to_have_text("the last one with a map (_bn1)")
+        for select in ("#layer", "#channels"):  # without being asked for
+            expect(page.locator(f"{select} optgroup option").get_by_text("_conv_stem", exact=True)).to_have_count(1)
+        assert all(float(one) > 0 for one in page.locator("#filters b").all_inner_texts())
+        assert filters.first.locator("span").count() == 2
+        expect(filters.first.locator("span").last).to_have_text(re.compile(r"^filter \d+$"))
         for change in (
             lambda: page.locator("#method").select_option("layercam"),
             lambda: page.locator("#layer").select_option(LAYERS[1]),
@@ -322,6 +330,110 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Gal
         expect(page.locator("#sheet")).not_to_have_attribute("src", before)
         filters.first.click()
         expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(r"Filter \d+ of _blocks"))
+
+
+def test_a_photo_that_cannot_be_read_leaves_the_one_before(
+    chromium: Browser, served: Served, gallery: Gallery, tmp_path: Path
+) -> None:
+    broken, empty = tmp_path / "bro<b>ken.png", tmp_path / "empty.png"
+    broken.write_bytes(b"\x89PNG and nothing more")
+    empty.write_bytes(b"")
+
+    def visit() -> None:
+        with visiting(chromium, served.base) as page:
+            page.goto(f"{atlas_at(served.base, gallery)}photo.html")
+            state, heat, classes = (page.locator(one) for one in ("#state", "#heat", "#classes label"))
+            page.locator("#file").set_input_files(empty)
+            expect(state).to_have_text("The file is empty.")
+            page.locator("#file").set_input_files(broken)
+            expect(state).to_have_text(re.compile(r"^bro<b>ken.png was not read: the photo is no image .*BMP\.$"))
+            expect(page.locator("#seen")).to_be_hidden()
+            page.locator("#file").set_input_files(CHELSEA)
+            expect(classes.first).to_contain_text("cat")
+            expect(state).to_have_text("")
+            classes.nth(1).click()
+            expect(heat).to_have_attribute("alt", re.compile(re.escape(classes.nth(1).locator("span").inner_text())))
+            page.locator("#file").set_input_files(broken)
+            expect(state).to_have_text(re.compile("^bro<b>ken.png was not read: .*; this is still the one before.$"))
+            expect(classes.nth(1).locator("input")).to_be_checked()
+            before = heat.get_attribute("src") or ""
+            page.locator("#method").select_option("layercam")
+            expect(heat).not_to_have_attribute("src", before)
+            expect(state).to_have_text("")
+            page.locator("#file").set_input_files(empty)
+            expect(state).to_have_text("empty.png was not read: the file is empty; this is still the one before.")
+
+    with pytest.raises(AssertionError, match=r"400 http.*/photo"):  # which is all that is wrong
+        visit()
+
+
+def test_any_filter_of_any_layer(chromium: Browser, served: Served, gallery: Gallery) -> None:
+    with visiting(chromium, served.base) as page:
+        page.goto(f"{atlas_at(served.base, gallery)}index.html")
+        form = page.locator("#any")
+        layer, state = form.get_by_label("layer"), form.get_by_role("status")
+        layer.fill("_fc")
+        form.get_by_role("button").click()
+        expect(state).to_have_text(
+            f"_fc is no layer with a map; phosphene layers {NETWORK} lists all, and phosphene filters {NETWORK} _fc "
+            "--objective logit draws classes."
+        )
+        layer.fill("conv99")
+        form.get_by_role("button").click()
+        expect(state).to_have_text(
+            f"There is no layer conv99; choose one of the list, or phosphene layers {NETWORK} lists all."
+        )
+        layer.fill("_conv_stem")
+        expect(state).to_have_text("Conv2dStaticSamePadding, 32 filters: 0 to 31.")
+        form.get_by_label("filter").fill("7")
+        form.get_by_role("button").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Filter 7 of _conv_stem")
+
+
+def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served, gallery: Gallery) -> None:
+    def visit() -> None:
+        with visiting(chromium, served.base) as page:
+            page.route("**/layers.json", lambda one: one.fulfill(status=409, json={"error": "tinynet is not loaded"}))
+            address = f"{atlas_at(served.base, gallery)}index.html"
+            page.goto(address)
+            page.locator("#any").get_by_label("layer").fill("_conv_stem")
+            page.locator("#any").get_by_role("button").click()
+            expect(page.locator("#any").get_by_role("status")).to_have_text("tinynet is not loaded.")
+            assert page.url == address
+
+    with pytest.raises(AssertionError, match=r"409 http.*/layers.json"):
+        visit()
+
+
+def places_of_live_use(served: Served, gallery: Gallery) -> dict[str, str]:
+    """Return the address of each live control, by where on the page it is."""
+    atlas = atlas_at(served.base, gallery)
+    return {
+        "#visitor": f"{atlas}photo.html",
+        "#any": f"{atlas}index.html",
+        "#render form": f"{atlas}{LAYERS[0]}/2.html",
+    }
+
+
+def test_what_cannot_be_opened_is_said_before_anything_is_clicked(
+    chromium: Browser, served: Served, gallery: Gallery
+) -> None:
+    told = "start the server with: phosphene serve PLACE --model tinynet:make, where that network can be imported."
+    with visiting(chromium, served.base) as page:
+        page.route("**/recipes.json", lambda one: one.fulfill(json={**one.fetch().json(), "refused": told}))
+        for control, address in places_of_live_use(served, gallery).items():
+            page.goto(address)
+            expect(page.get_by_text(told)).to_be_visible()
+            expect(page.locator(control)).to_be_hidden()
+            check_access(page)
+
+
+def test_live_use_without_scripts(chromium: Browser, served: Served, gallery: Gallery) -> None:
+    with visiting(chromium, served.base, script=False) as page:
+        for control, address in places_of_live_use(served, gallery).items():
+            page.goto(address)
+            expect(page.locator(control)).to_be_hidden()
+            assert re.search("<noscript>.*needs JavaScript", page.content())  # which this browser hides all the same
 
 
 def begin_render(page: Page, base: str, gallery: Gallery, steps: int) -> None:
@@ -348,7 +460,7 @@ def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served,
         assert updates(page) >= 5
         expect(page.locator(".count")).to_have_text(re.compile("^Step 60 of 60"))
         until(lambda: page.locator(".easel img").evaluate("one => one.complete && one.naturalWidth") == SIDE)
-        expect(page.locator(".outcome code")).to_contain_text("--channels 20")
+        expect(page.locator(".outcome code")).to_contain_text(re.compile("--channels 20 .*--precision [a-z0-9]+ "))
         look(page, "rendering")
 
 

@@ -291,7 +291,23 @@ def test_the_index_shows_a_card_an_atlas_and_a_training(site: Site) -> None:
     links = [one["href"] for one in page.all("a")]
     assert "runs/run/index.html" in links
     assert "After epoch 1: loss 1.5" in page.words
-    assert "2 layers, 14 filters, recipe fourier, held against photos" in page.words
+    assert "2 layers, 14 filters, fourier, 16 px, 4 photos" in page.words
+
+
+def test_an_atlas_that_is_being_made_is_told_of_by_a_server(site: Site, tmp_path: Path) -> None:
+    copy = shutil.copytree(site.gallery.stores[0].url, tmp_path / "copy")
+    said = "An atlas is being made here, or was cut off: 4 jobs are done."
+    assert "being made here" not in Page(alive(site).get("index.html").body).words
+    shutil.rmtree(copy / "atlases")
+    for live in (True, False):
+        words = Page(Site(Gallery([open_store(copy)]), [], live=live).get("index.html").body).words
+        assert (said in words) is live
+
+
+def test_names_break_after_their_signs_alone(site: Site, d: str) -> None:
+    body = site.get(f"atlas/{d}/~2E2/index.html").body
+    assert b"<h1>.<wbr>2</h1>" in body
+    assert b"<title>.2 of " in body
 
 
 @pytest.mark.parametrize("path", ["atlas/x/../..", "atlas//index.html", "runs//", "evidence///", "static/"])

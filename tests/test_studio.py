@@ -42,7 +42,7 @@ from phosphene.render import render
 from phosphene.running import run
 from phosphene.store import open_store
 from phosphene.web import studio as studio_file
-from phosphene.web.networks import KEPT, Bench, opened, second
+from phosphene.web.networks import KEPT, Bench, opened, refusal, second
 from phosphene.web.studio import LEAST, OFTEN, WAITING, Event, Full, Left, Rendering, Studio
 from phosphene.web.wish import Wish, channels_of, framed, recipes_for
 
@@ -324,6 +324,26 @@ def test_the_given_network_is_taken_where_it_is_the_right_one() -> None:
     assert opened({"model": "anything", "fingerprint": model.fingerprint}, "cpu", model) is model
 
 
+def test_what_cannot_be_opened_is_said_before_anything_is_loaded(gallery: Gallery, d: str) -> None:
+    here = {"fingerprint": "0" * 16}
+    lead = "To look at photos and to render, start the server with: phosphene serve PLACE --model "
+    for name, more in {
+        "tinynet:make": "tinynet:make, where that network can be imported.",
+        "my nets/own.keras": "'my nets/own.keras', where that file is.",
+        "Sequential": "MODEL, where MODEL is the network of this atlas.",
+        "timm/hf-hub:somebody/else": "MODEL, where MODEL is the network of this atlas.",
+    }.items():
+        assert refusal({**here, "model": name}, None) == lead + more
+        assert refusal({**here, "model": name}, "0" * 16) is None
+        other = f"The network that this server was started with is not {name} as this atlas was made with it. "
+        assert refusal({**here, "model": name}, "1" * 16) == other + lead + more
+    assert refusal({**here, "model": "builtin/vgg99"}, None) is None  # which is found out when it is loaded
+    for model, refused in ((tiny_model(), False), (None, True)):
+        studio = Studio(gallery, model=model)
+        assert (studio.refusal(gallery.atlas(d)) is not None) == refused
+        studio.close()
+
+
 def test_the_two_threads_share_no_module(gallery: Gallery, d: str) -> None:
     async def both() -> None:
         studio = Studio(gallery, model=tiny_model())
@@ -447,6 +467,8 @@ def test_the_command_makes_the_very_picture(
     done = live(look_on())
     words = shlex.split(done.facts["command"])
     assert words[:4] == ["phosphene", "filters", "builtin/efficientnet-lite0", "_conv_stem"]
+    took = json.loads(figure.opened(bytes_of(done.facts["image"])).info["phosphene"])["precision"]
+    assert words[words.index("--precision") + 1] == took
     assert command_line(monkeypatch, capsys, tmp_path, "")(*words[1:], "--device", "cpu", "--quiet").code == 0
     made = figure.opened((tmp_path / words[-1]).read_bytes())
     shown = figure.opened(bytes_of(done.facts["image"]))

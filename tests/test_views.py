@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +20,16 @@ from phosphene.figure import opened
 from phosphene.gallery import Filter, Gallery
 from phosphene.kernels import BLUE, ORANGE, kernels
 from phosphene.layers import Layer
-from phosphene.portrait import box_of, command, figures, filter_view, layer_of, nowhere
+from phosphene.portrait import box_of, command, figures, filter_view, layer_of, nowhere, seen
 from phosphene.recipes import find_recipe
 from phosphene.shelf import Shelf
 from phosphene.store import open_store
 from phosphene.tiles import Tile, tile_of
 from phosphene.verdict import THRESHOLDS, Verdict
-from phosphene.views import card, layer_view, neighbours, network_view, parts_of
+from phosphene.views import card, cards, labelled, layer_view, neighbours, network_view, parts_of, told_drawn
 from shown import FIRST, SECOND, filled
 
-FACTS = {
+FACTS: dict[str, Any] = {
     "path": "conv",
     "kind": "Conv2d",
     "convolution": True,
@@ -117,7 +118,7 @@ def test_strips_show_their_filters(gallery: Gallery, d: str, cut: Callable[[Tile
         for face in row.faces:
             assert nearest_of(cut(face.tile), pictures) == face.n
             assert face.href.endswith(f"/{face.n}.html")
-    faces = card(gallery.atlases()[0]).faces
+    faces = card(gallery.atlases()[0], "").faces
     assert [one.path for one in faces] == sorted(one.path for one in faces)
     assert {one.path for one in faces} == {FIRST, SECOND}
 
@@ -131,7 +132,29 @@ def test_the_network_view_tells_what_the_atlas_is(gallery: Gallery, d: str) -> N
         (SECOND, 8, "5×5 px"),
     ]
     assert sum(one.filters for one in view["parts"]) == 14
-    assert card(gallery.atlases()[0]).told == "2 layers, 14 filters, recipe fourier, held against photos"
+    assert [one.told for one in cards(gallery)] == ["2 layers, 14 filters, fourier, 16 px, 4 photos"]
+    assert view["drawn"] == ""
+
+
+def test_atlases_of_one_network_are_told_apart(gallery: Gallery, d: str, tmp_path: Path) -> None:
+    """By their layers, size and photos; those that differ in what the card does not tell by their addresses."""
+    store = open_store(shutil.copytree(gallery.stores[0].url, tmp_path / "store"))
+    manifest = store.manifest("atlases", store.done("atlases").pop())
+    store.put("atlases", "1" * 32, {}, {**manifest, "precision": "bf16"})
+    store.put("atlases", "2" * 32, {}, {**manifest, "evidence": None, "layers": manifest["layers"][:1], "size": 64})
+    store.put("atlases", "3" * 32, {}, {**manifest, "evidence": "0" * 32})
+    told = {one.href.split("/")[1]: one.told for one in cards(Gallery([store]))}
+    assert told == {
+        d: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {d}",
+        "1" * 12: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {'1' * 12}",
+        "2" * 12: "1 layer, 6 filters, fourier, 64 px, without photos",
+        "3" * 12: "2 layers, 14 filters, fourier, 16 px, with photos",
+    }
+
+
+def test_how_many_filters_are_drawn_is_said_where_not_all_are() -> None:
+    assert told_drawn(24, 1080) == "24 of 1,080 filters drawn"
+    assert told_drawn(80, 80) == told_drawn(0, 80) == ""
 
 
 def test_a_film_ends_in_the_filter_s_own_picture(gallery: Gallery, d: str, cut: Callable[[Tile], np.ndarray]) -> None:
@@ -172,6 +195,21 @@ def test_a_frame_is_scaled_with_its_photo_and_held_inside_it() -> None:
     layer, tile = layer_of(FACTS), Tile("f", 12, 0, 12, 12, (24, 12))
     assert box_of(layer, (0, 3), (24, 24), tile) == (12.5, 0, 2.5, 1.5)  # rows -2 to 2, columns 1 to 5
     assert box_of(layer_of({**FACTS, "receptive_field": None}), (0, 3), (24, 24), tile) == (12, 0, 12, 12)
+
+
+def test_it_is_said_at_which_size_the_network_saw_the_photos(gallery: Gallery, d: str) -> None:
+    """The frame is told where it is a part of the photo."""
+    assert filter_view(gallery, d, SECOND, 0)["seen"] == (
+        "The network saw these photos at 16×16 px, the size of the picture; the frame is the 5×5 px that the filter "
+        "sees there."
+    )
+    evidence = gallery.evidence(d)
+    assert evidence
+    said = "The network saw these photos at 16×16 px"
+    wide = {**FACTS, "receptive_field": {**FACTS["receptive_field"], "size": [16, 16]}}
+    assert seen(evidence, wide, (24, 24)) == f"{said}; the frame is what of that the filter sees."
+    older = Older(gallery.stores).evidence(d)
+    assert seen(older, FACTS, (24, 24)) == f"{said}."
 
 
 def test_a_layer_is_read_as_it_was_written() -> None:
@@ -217,6 +255,11 @@ def test_what_was_not_drawn_is_known_by_its_layer_alone(gallery: Gallery, d: str
     assert view["after"] == (8, f"atlas/{d}/elsewhere/8.html")
     with pytest.raises(EntryNotFound, match=r"there is no filter 6 in \.0: it has 0 to 5"):
         nowhere(gallery, d, FIRST, 6)
+    smaller = Fewer(gallery.stores)  # of the same weights, and it has the first layer alone
+    assert nowhere(smaller, "1" * 12, SECOND, 7)["after"] is False
+    assert nowhere(smaller, "1" * 12, SECOND, 7)["layer"] is None
+    with pytest.raises(EntryNotFound, match=r"there is no filter 8 in \.2: it has 0 to 7"):
+        nowhere(smaller, "1" * 12, SECOND, 8)
     with pytest.raises(EntryNotFound, match=r"no picture of filter 6 of \.0; it has 6"):
         filter_view(gallery, d, FIRST, 6)
 
@@ -227,8 +270,9 @@ def test_figures_that_there_are_not_are_left_out() -> None:
     assert [(name, value) for name, value, _ in figures(one, limits)] == [
         ("score", "12.5"),
         ("stability", "0.25"),
-        ("retrieval", "2"),
+        ("rank among pictures", "2"),
     ]
+    assert labelled(limits)["rank among filters"].endswith("it is weak. (In tables: own.)")
     assert THRESHOLDS.excitation == 0.75
 
 
@@ -238,7 +282,17 @@ def test_a_store_of_before_has_no_film_strip_or_kernels(gallery: Gallery, d: str
     assert (view["film"], view["kernels"]) == ([], None)
     assert [one.whole for one in view["photos"]] == [None] * 4
     assert [one.faces for one in network_view(older, d)["rows"]] == [[], []]
-    assert card(older.atlases()[0]).faces == []
+    assert card(older.atlases()[0], "").faces == []
+
+
+class Fewer(Gallery):
+    """A gallery with one more atlas, 111111111111, which has only the first layer of the other."""
+
+    def atlas(self, d: str) -> Any:
+        if d != "1" * 12:
+            return super().atlas(d)
+        whole = super().atlas(next(iter(self.listed())))
+        return {**whole, "layers": whole["layers"][:1]}
 
 
 class Older(Gallery):
@@ -269,7 +323,11 @@ def test_a_layer_whose_job_failed_shows_the_rest_and_says_so(tmp_path: Path) -> 
     view = layer_view(gallery, atlas.d, FIRST)
     assert [one.n for one in view["cells"]] == [0, 1, 2, 3]
     assert view["note"] == "1 job of this layer failed; run the atlas again to try once more."
-    assert network_view(gallery, atlas.d)["facts"]["filters"] == "12 of 14, of 2 layers"
+    assert view["drawn"] == filter_view(gallery, atlas.d, FIRST, 3)["drawn"] == "4 of 6 filters drawn"
+    network = network_view(gallery, atlas.d)
+    assert network["facts"]["filters"] == "12 of 14, of 2 layers"
+    assert network["drawn"] == "12 of 14 filters drawn"
+    assert [one.told for one in network["rows"]] == ["4 of 6 filters drawn", ""]
 
 
 def test_the_command_draws_the_same_picture_again(

@@ -201,11 +201,13 @@ def test_excitations_are_those_of_a_plain_loop(gallery: Gallery, untouched: Unto
         alive = [one.channel for one in gallery.verdicts(d, path) if one.verdict != "dead"]
         alive = [n for n in alive if top[n] > base[n]]  # a picture below grey is no measure
         ratios = {n: (means[path][n] - base[n]) / (top[n] - base[n]) for n in alive}
+        alive = [n for n in alive if ratios[n] > 0] or alive
         expected = sorted(alive, key=lambda n: -ratios[n])[:8]
         shown = next(one["filters"] for one in found["layers"] if one["path"] == path)
         assert [one["channel"] for one in shown] == expected
         assert [one["excitation"] for one in shown] == pytest.approx([ratios[n] for n in expected], rel=2e-3, abs=2e-4)
         every += [(ratios[n], path, n) for n in expected]
+    every = [one for one in every if one[0] > 0] or every
     highest = [(path, n) for _, path, n in sorted(every, reverse=True)]
     assert [(one["layer"], one["channel"]) for one in found["strongest"]] == highest
     first = found["strongest"][0]
@@ -234,10 +236,21 @@ def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(gallery: Gall
 def test_dead_filters_and_unknown_ratios_are_left_out(gallery: Gallery) -> None:
     verdicts = gallery.verdicts(gallery.atlases()[0].d, "conv1")
     dead = {one.channel for one in verdicts if one.verdict == "dead"}
-    ratios = torch.tensor([0.1, torch.nan, 0.3, 0.3, -0.5, 0.2])
+    ratios = torch.tensor([0.1, torch.nan, 0.3, 0.3, 0.05, 0.2])
     shown = [one["channel"] for one in strongest("base/conv", ratios, verdicts)]
     assert shown == [one for one in (2, 3, 5, 0, 4) if one not in dead]
     assert strongest("base/conv", ratios, verdicts)[0]["page"] == f"base~2Fconv/{shown[0]}.html"
+
+
+def test_filters_that_are_not_excited_are_left_out_unless_none_is(gallery: Gallery) -> None:
+    verdicts = [one for one in gallery.verdicts(gallery.atlases()[0].d, "conv1") if one.verdict != "dead"]
+    numbers = [one.channel for one in verdicts][:4]
+    ratios = torch.full((6,), -1.0)
+    ratios[numbers[1]], ratios[numbers[2]] = -0.5, 0.0
+    assert len(strongest("conv1", ratios, verdicts)) == len(verdicts)
+    assert [one["channel"] for one in strongest("conv1", ratios, verdicts)][:2] == [numbers[2], numbers[1]]
+    ratios[numbers[3]] = 0.25
+    assert [one["channel"] for one in strongest("conv1", ratios, verdicts)] == [numbers[3]]
 
 
 def test_what_is_sent_is_small_whatever_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = ["AtlasFacts", "Filter", "Gallery", "found_at", "layer_path", "layer_s
 SECONDS = 3.0  # that something is kept
 MANIFESTS = 24_000_000  # bytes of manifests, as they lie in the store
 EVIDENCE = 2  # whose statistics are kept
+JOBS = 200_000  # whose digests are kept
 
 
 class Manifest(NamedTuple):
@@ -60,6 +62,8 @@ class Gallery:
         self.places: Shelf[dict[str, tuple[Store, str]]] = Shelf(1, seconds)
         self.manifests: Shelf[Manifest] = Shelf(MANIFESTS, seconds)
         self.known: Shelf[Evidence] = Shelf(EVIDENCE)
+        self.worked: Shelf[int] = Shelf(1, seconds)
+        self.jobs: Shelf[frozenset[str]] = Shelf(JOBS)
 
     def atlases(self) -> list[AtlasFacts]:
         """Return all atlases, by the names of their networks."""
@@ -88,6 +92,13 @@ class Gallery:
         if path not in rows:
             raise EntryNotFound(f"this atlas has no layer {path!r}; the nearest are: {nearest(path, rows)}")
         return rows[path]
+
+    def channels(self, d: str, path: str) -> int | None:
+        """Return how many filters a layer has, None where no atlas of the same weights has the layer."""
+        fingerprint = self.atlas(d)["fingerprint"]
+        others = [one.manifest for one in self.atlases() if one.manifest["fingerprint"] == fingerprint]
+        rows = (row for manifest in (self.atlas(d), *others) for row in manifest["layers"])
+        return next((int(row["channels"]) for row in rows if row["path"] == path), None)
 
     def layer(self, d: str, path: str) -> Mapping[str, Any]:
         """Return the manifest of a layer."""
@@ -120,6 +131,32 @@ class Gallery:
         """Return how many photos were shown to the network of an atlas; None where none were."""
         digest = self.atlas(d)["evidence"]
         return int(self.manifest(self.store_of(d), "evidence", digest).facts["seen"]) if digest else None
+
+    def unfinished(self) -> int:
+        """Return how many jobs are done that belong to no atlas yet.
+
+        Of a store behind a URL that is told only while it has no atlas: the rest would be a request for each layer.
+        """
+
+        def count(_: object) -> tuple[int, int]:
+            return sum(len(store.done("jobs") - self.named(store)) for store in self.stores if self.is_told(store)), 1
+
+        return self.worked.get("", count)
+
+    def is_told(self, store: Store) -> bool:
+        """Return whether it is soon known which jobs of a store belong to no atlas."""
+        return "://" not in store.url or not any(store is one for one, _ in self.listed().values())
+
+    def named(self, store: Store) -> set[str]:
+        """Return the digests of the jobs that the atlases of a store are made of."""
+
+        def read(digest: str, _: object) -> tuple[frozenset[str], int]:
+            jobs = frozenset(self.manifest(store, "layers", digest).facts["jobs"])
+            return jobs, len(jobs)
+
+        atlases = (self.atlas(d) for d, (holder, _) in self.listed().items() if holder is store)
+        layers = {row["digest"] for one in atlases for row in one["layers"]}
+        return {job for one in layers for job in self.jobs.get((store, one), partial(read, one))}
 
     def file(self, d: str, path: str, name: str) -> bytes:
         """Return a file of a layer's entry, such as "sheet.webp".

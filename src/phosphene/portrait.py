@@ -18,7 +18,7 @@ from phosphene.report import facts_of_layer, sides
 from phosphene.strongest import NONE
 from phosphene.tiles import Tile, evidence_href, file_href, filter_href, layer_href, tile_of
 from phosphene.verdict import Verdict
-from phosphene.views import neighbours
+from phosphene.views import LABELS, labelled, neighbours, told_drawn
 
 REFERENCES = ("builtin/", "torchvision/", "timm/", "keras/")
 SAVED = (".keras", ".h5", ".hdf5")
@@ -87,6 +87,8 @@ def filter_view(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
         "meaning_of_dead": explained(layer["thresholds"])["dead"],
         "film": film(d, path, n, found.job),
         "kernels": kernels(d, layer, n),
+        "drawn": told_drawn(len(layer["pictures"]), layer["layer"]["channels"]),
+        "seen": seen(evidence, layer["layer"], found.job["size"]) if evidence and path in evidence else "",
         "photos": strongest(evidence, layer["layer"], n) if evidence and path in evidence else [],
         "settings": settings(atlas, found),
         "command": command(atlas, path, n, found),
@@ -102,9 +104,9 @@ def nowhere(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
         EntryNotFound: the layer has no such filter. Of a layer that the atlas has not, that is not known.
     """
     atlas = gallery.atlas(d)
-    known = next((row for row in atlas["layers"] if row["path"] == path), None)
-    if known and n >= known["channels"]:
-        raise EntryNotFound(f"there is no filter {n} in {path}: it has 0 to {known['channels'] - 1}")
+    known, channels = any(row["path"] == path for row in atlas["layers"]), gallery.channels(d, path)
+    if channels is not None and n >= channels:
+        raise EntryNotFound(f"there is no filter {n} in {path}: it has 0 to {channels - 1}")
     return {
         "d": d,
         "title": atlas["model"],
@@ -114,14 +116,14 @@ def nowhere(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
         "recipe": atlas["recipe"],
         "made": False,
         "before": n > 0 and (n - 1, filter_href(d, path, n - 1)),
-        "after": (known is None or n + 1 < known["channels"]) and (n + 1, filter_href(d, path, n + 1)),
+        "after": (channels is None or n + 1 < channels) and (n + 1, filter_href(d, path, n + 1)),
     }
 
 
 def figures(one: Verdict, limits: Mapping[str, float]) -> list[Figure]:
     """Return the figures of a verdict that there are."""
-    meanings = {"score": "What the filter answers to the picture, as a mean over its map.", **explained(limits)}
-    known = [(name, getattr(one, name)) for name in ("score", *FIGURES)]
+    meanings = {"score": "What the filter answers to the picture, as a mean over its map.", **labelled(limits)}
+    known = [(LABELS.get(name, name), getattr(one, name)) for name in ("score", *FIGURES)]
     return [Figure(name, shown(value), meanings[name]) for name, value in known if value is not None]
 
 
@@ -179,6 +181,22 @@ def strongest(evidence: Evidence, facts: Mapping[str, Any], n: int) -> list[Stro
             )
         )
     return strong
+
+
+def seen(evidence: Evidence, facts: Mapping[str, Any], size: Sequence[int]) -> str:
+    """Return at which size the network saw the photos, and what the frames in them are, as a sentence.
+
+    Args:
+        size: of the filter's picture, height and width.
+    """
+    shown_at, field = evidence.about["spec"]["size"], layer_of(facts).receptive_field
+    same = ", the size of the picture" if list(shown_at) == list(size) else ""
+    said = f"The network saw these photos at {sides(shown_at)} px{same}"
+    if not evidence.about.get("thumbnails"):
+        return f"{said}."
+    if field and all(part < whole for part, whole in zip(field.size, shown_at, strict=True)):
+        return f"{said}; the frame is the {sides(field.size)} px that the filter sees there."
+    return f"{said}; the frame is what of that the filter sees."
 
 
 def thumbnail(evidence: Evidence, photo: int) -> Tile | None:

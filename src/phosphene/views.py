@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from phosphene.errors import PhospheneError
 from phosphene.gallery import AtlasFacts, Gallery
 from phosphene.page import ORDER, SIGNS, explained, share
 from phosphene.report import facts_of, facts_of_layer, note_on, notes_of, verdicts_of
@@ -13,6 +14,7 @@ from phosphene.tiles import Tile, file_href, filter_href, layer_href, network_hr
 from phosphene.verdict import Verdict
 
 FACES = 10  # pictures on an atlas' card
+LABELS = {"retrieval": "rank among pictures", "own": "rank among filters"}
 
 
 class Part(NamedTuple):
@@ -46,12 +48,13 @@ class Card(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What the network view shows of a layer; `filters` of its filters have pictures."""
+    """What the network view shows of a layer; `filters` of its filters have pictures, which is `told` if not all."""
 
     path: str
     href: str
     facts: Mapping[str, str]
     filters: int
+    told: str
     parts: Sequence[Part]
     faces: Sequence[Face]
 
@@ -92,18 +95,42 @@ def faces_of(d: str, row: Mapping[str, Any]) -> list[Face]:
     ]
 
 
-def card(atlas: AtlasFacts) -> Card:
+def cards(gallery: Gallery) -> list[Card]:
+    """Return what the index shows of all atlases; two that are told alike are told with their addresses."""
+    atlases = gallery.atlases()
+    made = [card(one, photos_of(gallery, one)) for one in atlases]
+    alike = Counter((one.model, one.told) for one in made)
+    return [
+        one if alike[one.model, one.told] == 1 else one._replace(told=f"{one.told}, {atlas.d}")
+        for one, atlas in zip(made, atlases, strict=True)
+    ]
+
+
+def photos_of(gallery: Gallery, atlas: AtlasFacts) -> str:
+    """Return with how many photos an atlas was made; the index stands though what tells that is damaged."""
+    try:
+        photos = gallery.photos(atlas.d)
+    except PhospheneError:
+        return "with photos"
+    return "without photos" if photos is None else counted(photos, "photo")
+
+
+def counted(many: int, name: str) -> str:
+    """Return how many there are of something, in words."""
+    return f"{many:,} {name}" if many == 1 else f"{many:,} {name}s"
+
+
+def card(atlas: AtlasFacts, photos: str) -> Card:
     """Return what the index shows of an atlas: pictures from all its layers, evenly spread."""
     manifest = atlas.manifest
     faces = [face for row in manifest["layers"] for face in faces_of(atlas.d, row)]
     chosen = sorted({round(index * (len(faces) - 1) / (FACES - 1)) for index in range(FACES)}) if faces else []
-    layers = len(manifest["layers"])
-    photos = "held against photos" if manifest["evidence"] else "made without photos"
-    told = f"{layers:,} {'layer' if layers == 1 else 'layers'}, {sum(map(drawn, manifest['layers'])):,} filters"
+    filters, recipe = sum(map(drawn, manifest["layers"])), manifest["recipe"]
+    told = f"{counted(len(manifest['layers']), 'layer')}, {counted(filters, 'filter')}"
     return Card(
         network_href(atlas.d),
         manifest["model"],
-        f"{told}, recipe {manifest['recipe']['name']}, {photos}",
+        f"{told}, {recipe['name']}, {manifest['size'] or recipe['sizes'][-1]} px, {photos}",
         parts_of(manifest["verdicts"]),
         [faces[index] for index in chosen],
     )
@@ -114,6 +141,11 @@ def drawn(row: Mapping[str, Any]) -> int:
     return sum(row["verdicts"].values())
 
 
+def told_drawn(some: int, channels: int) -> str:
+    """Return how many filters of all have pictures, nothing where all have; of what is not judged that is not known."""
+    return f"{some:,} of {channels:,} filters drawn" if 0 < some < channels else ""
+
+
 def rows(d: str, manifest: Mapping[str, Any]) -> list[Row]:
     """Return what the network view shows of the layers, in the order of the forward pass."""
     return [
@@ -122,6 +154,7 @@ def rows(d: str, manifest: Mapping[str, Any]) -> list[Row]:
             layer_href(d, row["path"]),
             facts_of_layer(row),
             drawn(row),
+            told_drawn(drawn(row), row["channels"]),
             parts_of(row["verdicts"]),
             faces_of(d, row),
         )
@@ -139,7 +172,8 @@ def network_view(gallery: Gallery, d: str) -> dict[str, Any]:
         "facts": facts_of(manifest, sum(one.filters for one in lines), gallery.photos(d)),
         "notes": notes_of(manifest),
         "parts": parts_of(manifest["verdicts"]),
-        "meanings": explained(limits) if limits else {},
+        "drawn": told_drawn(sum(one.filters for one in lines), sum(one["channels"] for one in manifest["layers"])),
+        "meanings": labelled(limits) if limits else {},
         "rows": lines,
     }
 
@@ -156,12 +190,21 @@ def layer_view(gallery: Gallery, d: str, path: str) -> dict[str, Any]:
         "facts": facts_of_layer(manifest["layer"]),
         "note": note_on(manifest),
         "parts": parts_of(Counter(one.verdict for one in verdicts)),
-        "meanings": explained(manifest["thresholds"]),
+        "drawn": told_drawn(len(manifest["pictures"]), manifest["layer"]["channels"]),
+        "meanings": labelled(manifest["thresholds"]),
         "cells": [cell(*pair) for pair in zip(verdicts, tiles_of(d, manifest), strict=True)],
         "judged": bool(manifest["verdicts"]),
         "excitation": any(one.excitation is not None for one in verdicts),
         "before": before and (before, layer_href(d, before)),
         "after": after and (after, layer_href(d, after)),
+    }
+
+
+def labelled(limits: Mapping[str, float]) -> dict[str, str]:
+    """Return how each figure is to be read, by the name that people read; tables have short ones."""
+    return {
+        LABELS.get(name, name): f"{text} (In tables: {name}.)" if name in LABELS else text
+        for name, text in explained(limits).items()
     }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
@@ -29,6 +29,7 @@ from phosphene.web.wish import Wish, recipes_for
 
 HEARTBEAT = 3.0  # seconds; the longest that a visitor who has gone unseen keeps a place in the line
 WISH = 10_000  # bytes of what a render is asked for with
+GONE = 499  # the status of an answer that nobody waits for; it is not sent
 FRESH = {"Cache-Control": "no-store"}
 STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # with no-store, Chromium reports it as broken off
 
@@ -53,12 +54,21 @@ async def example(request: Request) -> Response:
 async def layers(studio: Studio, request: Request) -> Response:
     """Answer with all layers that have maps, and the names of the classes; loads the network."""
     d = request.path_params["d"]
-    return await answered(studio, d, lambda model: {"layers": maps_of(model), "classes": list(model.labels)})
+    return await answered(studio, d, listed)
+
+
+def listed(model: Model) -> dict[str, Any]:
+    """Return what there is to choose from in a network, in JSON terms."""
+    maps = maps_of(model)
+    flat = {one.path for one in model.layers()} - {one["path"] for one in maps}
+    return {"layers": maps, "flat": sorted(flat), "classes": list(model.labels)}
 
 
 async def recipes(studio: Studio, request: Request) -> Response:
-    """Answer with the recipes to render by."""
-    return JSONResponse(recipes_for(await studio.atlas(request.path_params["d"])), headers=FRESH)
+    """Answer with the recipes to render by, and why there is nothing to render, if so; loads no network."""
+    atlas = await studio.atlas(request.path_params["d"])
+    facts = {"model": atlas["model"], "refused": studio.refusal(atlas)}
+    return JSONResponse({**recipes_for(atlas), **facts}, headers=FRESH)
 
 
 async def photo(studio: Studio, request: Request) -> Response:
@@ -135,8 +145,23 @@ async def shown(studio: Studio, request: Request, work: Callable[[Model, Tensor]
     await studio.atlas(d)  # before the photo is taken in
     with free():
         async with studio.seat():
-            content = await bounded_body(request, BYTES)
-            return await answered(studio, d, lambda model: work(model, photo_of(content, model)))
+            held = [await bounded_body(request, BYTES)]
+            answering = answered(studio, d, lambda model: work(model, photo_of(held.pop(), model)))
+            try:
+                return await unless_gone(request, answering)
+            finally:
+                held.clear()  # the thread's queue keeps what was called off until its turn
+
+
+async def unless_gone(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+    """Answer unless whoever asked goes away: what waits for its turn then is never begun."""
+    answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(request.receive())  # all else has come
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else Response(status_code=GONE)
+    finally:
+        answer.cancel()
+        gone.cancel()
 
 
 class EventStream(StreamingResponse):

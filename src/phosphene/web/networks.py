@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,10 @@ from typing import Any
 from phosphene.errors import ModelRefused
 from phosphene.loaders import load
 from phosphene.model import Model
+from phosphene.portrait import SAVED
 
 REFERENCE = re.compile(r"(builtin|torchvision|timm|keras)/[\w.-]+", re.ASCII)
+IMPORTED = re.compile(r"[\w.]+:[\w.]+")  # package.module:callable
 KEPT = 3  # networks of a thread
 LOADING = threading.Lock()
 
@@ -61,6 +64,23 @@ def opened(atlas: Mapping[str, Any], device: str, given: Model | None) -> Model:
             "server with --model and those"
         )
     return model
+
+
+def refusal(atlas: Mapping[str, Any], given: str | None) -> str | None:
+    """Return why the network of an atlas cannot be opened here, as far as that is known before it is loaded.
+
+    Args:
+        given: the fingerprint of the network that the server was started with.
+    """
+    name = atlas["model"]
+    if given == atlas["fingerprint"] or REFERENCE.fullmatch(name):
+        return None
+    imported, saved = IMPORTED.fullmatch(name), name.lower().endswith(SAVED)
+    other = f"The network that this server was started with is not {name} as this atlas was made with it. "
+    model = shlex.quote(name) if imported or saved else "MODEL"
+    where = "where that network can be imported" if imported else "where MODEL is the network of this atlas"
+    start = f"phosphene serve PLACE --model {model}, {'where that file is' if saved else where}"
+    return f"{other if given else ''}To look at photos and to render, start the server with: {start}."
 
 
 def second(model: Model) -> Model | None:

@@ -17,7 +17,7 @@ from phosphene.shelf import Shelf
 from phosphene.slugs import layer_path, layer_slug
 from phosphene.tiles import evidence_href, file_href, filter_href, layer_href, network_href
 from phosphene.trainings import Training
-from phosphene.views import card, layer_view, network_view
+from phosphene.views import cards, layer_view, network_view
 from phosphene.web.pages import page
 
 HTML = "text/html; charset=utf-8"
@@ -123,10 +123,9 @@ class Site:
 
     def index(self) -> Content:
         """Return the page of all atlases and training runs."""
-        atlases, runs = map(card, self.gallery.atlases()), self.runs.values()
-        return content(
-            page("index.html", "index.html", self.live, atlases=list(atlases), runs=[one.card() for one in runs]), HTML
-        )
+        shown = {"atlases": cards(self.gallery), "runs": [one.card() for one in self.runs.values()]}
+        jobs = self.gallery.unfinished() if self.live else 0  # of what is being made plain files know nothing
+        return content(page("index.html", "index.html", self.live, unfinished=jobs, **shown), HTML)
 
     def photo(self, d: str) -> dict[str, Any]:
         """Return what `photo.html` shows."""

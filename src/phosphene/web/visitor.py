@@ -103,7 +103,7 @@ def excited(model: Model, photo: Tensor, gallery: Gallery, d: str) -> dict[str, 
 
     With photos in the store, by the excitation ratio: 1 is the strongest of those photos, 0 their mean. Else 1 is the
     filter's own picture, and 0 a grey one. The network sees the photo at the size that it saw those at. Dead filters
-    are left out.
+    are left out, and those that it does not excite unless it excites none.
     """
     evidence = gallery.evidence(d)
     paths = [one["path"] for one in gallery.atlas(d)["layers"] if evidence is None or one["path"] in evidence]
@@ -118,7 +118,7 @@ def excited(model: Model, photo: Tensor, gallery: Gallery, d: str) -> dict[str, 
         verdicts = gallery.verdicts(d, path)
         ratios = by_photos(mean, evidence, path) if evidence else by_pictures(mean, none, verdicts)
         found.append({"path": path, "filters": strongest(path, ratios, verdicts)})
-    every = sorted((one for layer in found for one in layer["filters"]), key=lambda one: -one["excitation"])
+    every = excited_ones(sorted((one for of in found for one in of["filters"]), key=lambda one: -one["excitation"]))
     photos = evidence.about["seen"] if evidence else None
     return {"size": list(size), "photos": photos, "layers": found, "strongest": every[:OF_ALL]}
 
@@ -165,7 +165,7 @@ def strongest(path: str, ratios: Tensor, verdicts: Sequence[Verdict]) -> list[di
     """Return the filters of a layer that are excited most, strongest first, in JSON terms."""
     slug, numbers = layer_slug(path), ratios.tolist()
     alive = [one for one in verdicts if one.verdict != DEAD and math.isfinite(numbers[one.channel])]
-    return [
+    shown = [
         {
             "layer": path,
             "channel": one.channel,
@@ -176,3 +176,9 @@ def strongest(path: str, ratios: Tensor, verdicts: Sequence[Verdict]) -> list[di
         }
         for one in sorted(alive, key=lambda one: (-numbers[one.channel], one.channel))[:OF_LAYER]
     ]
+    return excited_ones(shown)
+
+
+def excited_ones(filters: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those of some filters that are excited at all, or, where none is, all of them."""
+    return [one for one in filters if one["excitation"] > 0] or filters

@@ -112,7 +112,7 @@ def drawn(model: Model, atlas: Mapping[str, Any], wish: Wish, watch: Callable[[F
         "start_score": finite(float(rendered.start_scores[0])),
         "dead": bool(rendered.dead[0]),
         "image": data_uri("image/png", figure.png(rendered.pictures[0], rendered.metadata(0))),
-        "command": command(model, wish, recipe, size),
+        "command": command(model, wish, recipe, size, rendered.spec["precision"]),
     }
 
 
@@ -124,13 +124,14 @@ def framed(frame: Frame, display: str) -> dict[str, Any]:
     return {"step": frame.step, "steps": frame.steps, "score": finite(float(frame.scores[0])), "image": image}
 
 
-def command(model: Model, wish: Wish, recipe: Recipe, size: int | None) -> str:
+def command(model: Model, wish: Wish, recipe: Recipe, size: int | None, precision: str) -> str:
     """Return the command that makes a picture again, empty where its recipe goes by no name."""
     named = RECIPES.get(recipe.name)
     if named is None or named.at(steps=recipe.steps, seed=recipe.seed).digest != recipe.digest:
         return ""
     options = {"channels": wish.channel, "recipe": recipe.name, "size": size, "steps": recipe.steps}
-    options |= {"seed": recipe.seed, "out": f"{file_prefix([wish.layer])}_filter_{wish.channel}.png"}
+    options |= {"seed": recipe.seed, "precision": precision}
+    options |= {"out": f"{file_prefix([wish.layer])}_filter_{wish.channel}.png"}
     chosen = [part for name, one in options.items() if one is not None for part in (f"--{name}", str(one))]
     return shlex.join(["phosphene", "filters", model.ref or model.name, wish.layer, *chosen])
 

@@ -5,6 +5,47 @@
 
   const plain = (event) => !(event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented);
 
+  // A picture that does not come leaves no broken image but a sentence on top, the server's own where there is one.
+  const lost = new Set();
+  const telling = document.createElement("p");
+  telling.className = "note";
+  telling.setAttribute("role", "status");
+  document.getElementById("main").prepend(telling);
+
+  const reason = async (url) => {
+    const answer = await fetch(url);
+    if (answer.ok) throw new Error("it is there");
+    const said = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main p");
+    return said.textContent;
+  };
+
+  const missing = async (address) => {
+    const url = new URL(address, location.href);
+    for (const one of document.querySelectorAll("main image, main img")) {
+      if (new URL(one.getAttribute("href") ?? one.src, location.href).href === url.href) one.classList.add("broken");
+    }
+    if (lost.has(url.href)) return;
+    lost.add(url.href);
+    if (lost.size > 1) return;
+    const name = decodeURIComponent(url.pathname.split("/").slice(-2).join("/"));
+    const general = `A file of this page is missing or damaged: ${name}. Run the atlas again to mend the store.`;
+    telling.textContent = location.protocol.startsWith("http") ? await reason(url).catch(() => general) : general;
+  };
+
+  const addressed = (one) => one.getAttribute("href") ?? one.getAttribute("src") ?? "";
+  const own = (one) => /\.(webp|png)$/.test(addressed(one)) && !one.closest(".live");
+  const failed = (event) => {
+    if (event.target.matches?.("main image, main img") && own(event.target)) missing(addressed(event.target));
+  };
+  document.addEventListener("error", failed, true);
+  // those that failed before this ran; what is there already is not loaded again
+  const before = [...document.querySelectorAll("main image, main img")].filter(own).map(addressed);
+  for (const address of new Set(before)) {
+    const probe = new Image();
+    probe.onerror = () => missing(address);
+    probe.src = address;
+  }
+
   // Left and right go to the filter before and after, except where these keys mean something already.
   const around = document.getElementById("around");
   if (around) {
@@ -23,6 +64,7 @@
   if (grid && form) {
     const cells = [...grid.children]; // in the order of their numbers
     const boxes = [...form.querySelectorAll("[name=verdict]")];
+    const reset = document.getElementById("reset");
     const keys = { excitation: "e", stability: "t", score: "c" };
     let shown = cells;
     let current = null;
@@ -51,9 +93,12 @@
     const set = (asked) => {
       const by = asked.get("sort");
       form.sort.value = [...form.sort.options].some((one) => one.value === by) ? by : "index";
-      const chosen = asked.has("verdict") ? asked.get("verdict").split(" ") : null;
-      for (const box of boxes) box.checked = !chosen || chosen.includes(box.value);
-      if (form.least) form.least.value = asked.get("least") ?? "";
+      const named = asked.get("verdict");
+      const chosen = boxes.map((box) => box.value).filter((one) => named?.split(" ").includes(one));
+      const all = named === null || (named !== "" && !chosen.length); // unknown ones do not count
+      for (const box of boxes) box.checked = all || chosen.includes(box.value);
+      const least = Number(asked.get("least") || NaN);
+      if (form.least) form.least.value = Number.isFinite(least) ? least : "";
     };
 
     const show = () => {
@@ -71,7 +116,9 @@
         if (grid.contains(active)) active.focus({ preventScroll: true });
       }
       shown = order.filter((cell) => !cell.hidden);
-      document.getElementById("shown").textContent = `${shown.length} of ${cells.length}`;
+      const some = `${shown.length} of ${cells.length}`;
+      document.getElementById("shown").textContent = shown.length ? some : "No filter matches.";
+      reset.hidden = shown.length > 0;
       if (!shown.includes(current)) choose(shown[0] ?? null);
     };
 
@@ -117,20 +164,42 @@
       show();
       keep(event.target.type === "number" ? "replaceState" : "pushState");
     });
+    reset.addEventListener("click", () => {
+      set(new URLSearchParams());
+      show();
+      keep("pushState");
+      current.firstElementChild.focus({ preventScroll: true }); // as the button is gone
+    });
+
+    // Who comes back from a filter goes on from its picture.
+    const arrive = () => {
+      const id = history.state?.from ?? location.hash.slice(1);
+      const named = id && document.getElementById(id);
+      if (!named || !grid.contains(named) || named.parentElement.hidden) return;
+      choose(named.parentElement);
+      named.scrollIntoView({ block: history.state?.from ? "nearest" : "center" });
+      named.focus({ preventScroll: true });
+    };
+    grid.addEventListener("click", (event) => {
+      const link = event.target.closest("a");
+      try {
+        if (link) history.replaceState({ from: link.id }, "");
+      } catch {
+        // as above
+      }
+    });
     const restore = () => {
       set(new URLSearchParams(location.search));
       show();
     };
     window.addEventListener("popstate", restore);
-    window.addEventListener("pageshow", (event) => event.persisted || restore()); // after the browser put fields back
+    window.addEventListener("pageshow", (event) => {
+      if (!event.persisted) restore(); // after the browser put fields back
+      arrive();
+    });
 
     form.hidden = false;
     for (const cell of cells) cell.firstElementChild.tabIndex = -1;
     restore();
-    const named = location.hash && document.getElementById(location.hash.slice(1));
-    if (named && grid.contains(named) && !named.parentElement.hidden) {
-      choose(named.parentElement);
-      named.scrollIntoView({ block: "center" });
-    }
   }
 }

@@ -18,7 +18,8 @@ const drawn = (name, facts) => {
   return one;
 };
 
-const sentence = (text) => text && text[0].toUpperCase() + text.slice(1).replace(/\.?$/, ".");
+const sentence = (text) => text && text.replace(/\.?$/, "."); // names at its beginning stay as they are spelled
+const percent = (share) => (share < 0.0005 ? "below 0.1 %" : `${(100 * share).toFixed(1)} %`);
 const short = (number) => (number === null ? "not a number" : String(Number(number.toPrecision(4))));
 
 async function answered(asking, again = () => asking()) {
@@ -34,7 +35,28 @@ async function answered(asking, again = () => asking()) {
   }
 }
 
-const told = (error) => sentence(error instanceof TypeError ? "the server cannot be reached" : error.message);
+const told = (error) => sentence(error instanceof TypeError ? "The server cannot be reached" : error.message);
+
+// Return what recipes.json says once it is known whether the network can be opened here; only then `controls` are shown.
+async function known(root, controls) {
+  let found = {};
+  try {
+    found = await (await answered(() => fetch(root.dataset.recipes))).json();
+  } catch {
+    // what is asked for then says what is wrong
+  }
+  const note = root.closest(".live").querySelector(".refused");
+  note.textContent = found.refused ?? "";
+  note.hidden = !found.refused;
+  controls.hidden = Boolean(found.refused);
+  return found;
+}
+
+// what stands between backticks is a command or its like
+const spelled = (text) => text.split("`").map((part, number) => (number % 2 ? made("code", { textContent: part }) : part));
+
+// a long name may break where its parts meet
+const breaking = (name) => name.split(/(?<=[._/])/).flatMap((part) => [part, document.createElement("wbr")]);
 
 // ---- a filter, rendered while one looks on
 
@@ -142,14 +164,12 @@ function easel(root) {
   });
   addEventListener("pagehide", () => under?.abort());
 
-  fetch(root.dataset.recipes)
-    .then((answer) => (answer.ok ? answer.json() : Promise.reject(new Error())))
-    .then(({ own, recipes }) => {
-      recipe.replaceChildren(...Object.keys(recipes).map((one) => made("option", { textContent: one, selected: one === own })));
-      fill(recipes[own]);
-      recipe.addEventListener("change", () => fill(recipes[recipe.value]));
-    })
-    .catch(() => {}); // then there is the atlas' own alone
+  known(root, form).then(({ own, recipes }) => {
+    if (!recipes) return; // then there is the atlas' own alone
+    recipe.replaceChildren(...Object.keys(recipes).map((one) => made("option", { textContent: one, selected: one === own })));
+    fill(recipes[own]);
+    recipe.addEventListener("change", () => fill(recipes[recipe.value]));
+  });
 }
 
 // ---- any filter of any layer
@@ -165,31 +185,53 @@ function anything(form) {
   const { layer, channel } = form.elements;
   const state = form.querySelector("[role=status]");
   const list = form.querySelector("datalist");
+  const facts = known(form, form);
   let layers = new Map();
+  let flat = [];
+  let loading = null;
 
-  const load = async () => {
-    state.textContent = "The network is being loaded.";
-    try {
-      const answer = await answered(() => fetch(form.dataset.layers));
-      layers = new Map((await answer.json()).layers.map((one) => [one.path, one]));
-      list.replaceChildren(...[...layers.values()].map((one) => made("option", { value: one.path, label: `${one.channels} filters` })));
-      state.textContent = `${layers.size} layers have maps.`;
-    } catch (error) {
+  const load = () => {
+    loading ??= loaded().catch((error) => {
+      loading = null; // so that it can be tried again
       state.textContent = told(error);
-      layer.addEventListener("focus", load, { once: true });
-    }
+    });
+    return loading;
   };
 
-  layer.addEventListener("focus", load, { once: true });
+  async function loaded() {
+    state.textContent = "The network is being loaded.";
+    const found = await (await answered(() => fetch(form.dataset.layers))).json();
+    layers = new Map(found.layers.map((one) => [one.path, one]));
+    flat = found.flat;
+    list.replaceChildren(...found.layers.map((one) => made("option", { value: one.path, label: `${one.channels} filters` })));
+    state.textContent = `${layers.size} layers have maps.`;
+  }
+
+  async function lead() {
+    await load();
+    if (!layers.size) return;
+    if (layers.has(layer.value)) {
+      location.href = `${slug(layer.value)}/${Number(channel.value)}.html`;
+      return;
+    }
+    const model = (await facts).model ?? "MODEL";
+    const every = `\`phosphene layers ${model}\` lists all`;
+    const classes = `\`phosphene filters ${model} ${layer.value} --objective logit\` draws classes`;
+    const text = flat.includes(layer.value)
+      ? `${layer.value} is no layer with a map; ${every}, and ${classes}.`
+      : `There is no layer ${layer.value.replaceAll("`", "")}; choose one of the list, or ${every}.`;
+    state.replaceChildren(...spelled(text));
+  }
+
+  layer.addEventListener("focus", load);
   layer.addEventListener("input", () => {
-    const known = layers.get(layer.value);
-    channel.max = known ? known.channels - 1 : "";
-    if (known) state.textContent = `${known.kind}, ${known.channels} filters: 0 to ${known.channels - 1}.`;
+    const chosen = layers.get(layer.value);
+    channel.max = chosen ? chosen.channels - 1 : "";
+    if (chosen) state.textContent = `${chosen.kind}, ${chosen.channels} filters: 0 to ${chosen.channels - 1}.`;
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (layers.size && !layers.has(layer.value)) state.textContent = "There is no such layer; choose one of the list.";
-    else location.href = `${slug(layer.value)}/${Number(channel.value)}.html`;
+    lead();
   });
 }
 
@@ -201,31 +243,34 @@ function visitor(root) {
   const [how, classes, other, method, layer] = ["how", "classes", "other", "method", "layer"].map(part);
   const [group, channels] = ["group", "channels"].map(part);
   const under = new Map();
-  let photo = null;
+  let photo = null; // the last one that the server has read
+  let coming = null; // one that it has not answered for yet
   let excited = null;
   let top = "";
+  let turn = 0;
 
   // what was asked for before of the same kind is of no interest any more
-  const ask = async (kind, asked = {}) => {
+  const ask = async (kind, asked = {}, body = photo) => {
     under.get(kind)?.abort();
     const mine = new AbortController();
     under.set(kind, mine);
     const query = new URLSearchParams(Object.entries(asked).filter(([, value]) => value));
-    const send = () => fetch(`${kind}?${query}`, { method: "POST", body: photo, signal: mine.signal });
+    const send = () => fetch(`${kind}?${query}`, { method: "POST", body, signal: mine.signal });
     return answered(send);
   };
 
   const trying = async (work, doing = "Looking …") => {
+    const mine = ++turn;
     state.textContent = doing;
     root.setAttribute("aria-busy", "true");
     try {
       await work();
-      state.textContent = "";
+      if (turn === mine) state.textContent = ""; // what another has said in the meantime stays
     } catch (error) {
       if (error.name === "AbortError") return;
       state.textContent = told(error);
     }
-    root.removeAttribute("aria-busy");
+    if (turn === mine) root.removeAttribute("aria-busy");
   };
 
   const bar = (share) => {
@@ -236,7 +281,7 @@ function visitor(root) {
 
   const choice = (one) =>
     made("label", {}, made("input", { type: "radio", name: "target", value: one.index }), made("span", { textContent: one.name }),
-      made("b", { textContent: `${(100 * one.probability).toFixed(1)} %` }), bar(one.probability));
+      made("b", { textContent: percent(one.probability) }), bar(one.probability));
 
   const listed = (found, chosen) => {
     const now = JSON.stringify(found);
@@ -249,9 +294,38 @@ function visitor(root) {
 
   const target = () => other.value.trim() || (classes.querySelector("input:checked")?.value ?? "");
 
-  async function heat() {
-    const asked = { method: method.value, layer: layer.disabled ? "" : layer.value, target: target() };
-    const found = await (await ask("photo", asked)).json();
+  const unread = (name, why) => {
+    const reason = why.replace(/^The /, "the ").replace(/\.$/, "");
+    return `${name} was not read: ${reason}${photo ? "; this is still the one before" : ""}.`;
+  };
+
+  // a new photo takes the place of the one before when the server has read it, and is asked for its own first class
+  async function look() {
+    const mine = coming;
+    const content = mine ? mine.content : photo;
+    if (!content) return;
+    const asked = { method: method.value, layer: layer.disabled ? "" : layer.value, target: mine ? "" : target() };
+    let found;
+    try {
+      found = await (await ask("photo", asked, content)).json();
+    } catch (error) {
+      if (!mine || error.name === "AbortError") throw error;
+      if (coming === mine) coming = null;
+      throw new Error(unread(mine.name, told(error)));
+    }
+    if (mine) {
+      photo = content;
+      coming = null;
+      other.value = "";
+      for (const one of classes.querySelectorAll("input")) one.checked = false;
+    }
+    heat(found, asked.layer === "");
+    if (!mine) return;
+    seen.hidden = false;
+    await Promise.all([filters(), sheet(), fill()]);
+  }
+
+  function heat(found, usual) {
     const named = found.classes.length > 0;
     how.hidden = part("bar").hidden = !named;
     part("heat").src = found.picture;
@@ -266,22 +340,35 @@ function visitor(root) {
     part("caution").hidden = !found.caution;
     part("caution").textContent = found.caution && `${found.method}: ${found.caution}.`;
     layer.disabled = found.layer === "input";
+    if (usual && !layer.disabled) layer.options[0].textContent = `the last one with a map (${found.layer})`;
   }
 
   const portrait = (one) =>
     made("li", {}, made("a", { href: one.page },
       made("img", { src: one.picture, alt: `filter ${one.channel} of ${one.layer}`, loading: "lazy" }),
       made("b", { textContent: `${one.excitation.toFixed(2)}` }),
-      made("span", { textContent: `${one.layer} ${one.channel}` }),
-      made("i", { textContent: one.verdict, className: one.verdict })));
+      made("i", { textContent: one.verdict, className: one.verdict }),
+      made("span", {}, ...breaking(one.layer)),
+      made("span", { textContent: `filter ${one.channel}` })));
 
   const gallery = () => {
+    if (!excited) return;
     const found = group.value ? excited.layers.find((one) => one.path === group.value).filters : excited.strongest;
     part("filters").replaceChildren(...found.map(portrait));
   };
 
+  // what was shown of the photo before does not stay under another
+  const without = (wipe) => (error) => {
+    if (error.name !== "AbortError") wipe();
+    throw error;
+  };
+
   async function filters() {
-    excited = await (await ask("excited")).json();
+    const answer = await ask("excited").catch(without(() => {
+      excited = null;
+      part("filters").replaceChildren();
+    }));
+    excited = await answer.json();
     const before = group.value;
     group.replaceChildren(made("option", { value: "", textContent: "all layers" }),
       ...excited.layers.map((one) => made("option", { textContent: one.path, selected: one.path === before })));
@@ -293,35 +380,34 @@ function visitor(root) {
   }
 
   async function sheet() {
-    const content = await (await ask("activations", { layer: channels.value })).blob();
     const image = part("sheet");
+    const answer = await ask("activations", { layer: channels.value }).catch(without(() => image.removeAttribute("src")));
+    const content = await answer.blob();
     URL.revokeObjectURL(image.src);
     image.src = URL.createObjectURL(content);
     image.alt = `what each channel of ${channels.value} answers to your photo`;
   }
 
-  function show(content) {
-    if (!content) return;
-    if (content.size > MOST) {
-      state.textContent = "This file is larger than 20 MB; give a smaller one.";
+  function show(content, name = content?.name || "the photo") {
+    if (!content || root.hidden) return;
+    const why = { 0: "The file is empty" }[content.size] ?? (content.size > MOST ? "The file is larger than 20 MB" : "");
+    if (why) {
+      state.textContent = photo ? unread(name, why) : sentence(why);
       return;
     }
-    photo = content;
-    other.value = "";
-    for (const one of classes.querySelectorAll("input")) one.checked = false;
-    trying(async () => {
-      await heat();
-      seen.hidden = false;
-      await Promise.all([filters(), sheet()]);
-    });
+    coming = { content, name };
+    trying(look);
   }
 
-  let asked = false;
+  let filled = false;
   const fill = async () => {
-    if (asked) return;
-    asked = true;
-    const answer = await fetch("layers.json");
-    if (!answer.ok) return;
+    if (filled) return;
+    filled = true;
+    const answer = await fetch("layers.json").catch(() => ({ ok: false }));
+    if (!answer.ok) {
+      filled = false; // the layers of the atlas are there
+      return;
+    }
     const found = await answer.json();
     part("names").replaceChildren(...found.classes.map((one) => made("option", { value: one })));
     for (const select of root.querySelectorAll("select[data-fill]")) {
@@ -330,12 +416,13 @@ function visitor(root) {
     }
   };
 
+  known(root, root);
   file.addEventListener("change", () => {
     show(file.files[0]);
     file.value = ""; // so that the same file can be chosen again
   });
   part("cat").addEventListener("click", () => {
-    trying(async () => show(await (await answered(() => fetch(root.dataset.example))).blob()));
+    trying(async () => show(await (await answered(() => fetch(root.dataset.example))).blob(), "the cat"));
   });
   for (const [kind, over] of [["dragenter", true], ["dragover", true], ["dragleave", false], ["drop", false]]) {
     addEventListener(kind, (event) => {
@@ -352,7 +439,7 @@ function visitor(root) {
   how.addEventListener("submit", (event) => event.preventDefault());
   how.addEventListener("change", (event) => {
     if (event.target.type === "radio") other.value = "";
-    trying(heat);
+    trying(look);
   });
   group.addEventListener("change", gallery);
   channels.addEventListener("change", () => trying(sheet));
