@@ -53,7 +53,7 @@ class Served(NamedTuple):
     studio: Studio
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of an atlas and a training run."""
     folder = tmp_path_factory.mktemp("page")
@@ -106,7 +106,7 @@ def forming(count: int, channels: int, side: int, epoch: int) -> Tensor:
     return waves * epoch / 3 + noise * (1 - epoch / 3) / 2
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(place: Path) -> Iterator[Served]:
     """Return a server with all that the page can do."""
     stores, histories = found_at(place)
@@ -125,7 +125,7 @@ def served(place: Path) -> Iterator[Served]:
     assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return where the same is as plain files."""
     stores, histories = found_at(place)
@@ -134,9 +134,9 @@ def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{folder.as_uri()}/"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """Return the browser of the machine."""
+    """Return the browser of the machine; its loop is closed before other modules begin theirs."""
     program = next((found for one in PROGRAMS if (found := shutil.which(one))), None)
     if program is None:
         pytest.skip(f"there is no browser here: install one of {', '.join(PROGRAMS)}")

@@ -36,7 +36,7 @@ __all__ = ["chromium", "exported", "place", "served"]
 NETWORK = "builtin/efficientnet-lite0"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gallery(place: Path) -> Gallery:
     """Return what the store says, which the page is to show."""
     return Gallery(found_at(place)[0])
