@@ -325,3 +325,19 @@ def test_links_are_relative_wherever_the_process_is(monkeypatch: pytest.MonkeyPa
     assert link("static/page.css", "atlas/1/a~2Fb/7.html") == "../../../static/page.css"
     assert link("atlas/1/a~2Fb/8.html?x=1#y", "atlas/1/a~2Fb/7.html") == "8.html?x=1#y"
     assert link("runs/a b/index.html", "index.html") == "runs/a%20b/index.html"
+
+
+def test_a_damaged_atlas_leaves_the_others_their_first_page(site: Site, d: str, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(site.gallery.store_of(d).url, copy)
+    (digest,) = [one.name for one in (copy / "atlases").iterdir() if one.name.startswith(d)]
+    (copy / "atlases" / digest / "manifest.json").write_text("")
+    both = Site(Gallery([site.gallery.store_of(d), open_store(copy)], seconds=0), [])
+    assert both.gallery.damaged() == []  # of two that are called alike the first counts
+    alone = Site(Gallery([open_store(copy)], seconds=0), [], live=True)
+    text = alone.get("index.html").body.decode()
+    assert "Not shown: " in text
+    assert "manifest.json is damaged: it is no longer JSON; delete" in text
+    assert [one.d for one in alone.gallery.atlases()] == [one.d for one in site.gallery.atlases() if one.d != d]
+    with pytest.raises(StoreRefused, match="is damaged"):
+        list(alone.paths())

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phosphene.errors import EntryNotFound, InvalidRequest, nearest
+from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, nearest
 from phosphene.evidence import Evidence, stored
 from phosphene.history import History, is_history, open_history
 from phosphene.report import verdicts_of
@@ -66,9 +67,22 @@ class Gallery:
         self.jobs: Shelf[frozenset[str]] = Shelf(JOBS)
 
     def atlases(self) -> list[AtlasFacts]:
-        """Return all atlases, by the names of their networks."""
-        found = [AtlasFacts(d, self.atlas(d)) for d in self.listed()]
+        """Return all atlases that can be read, by the names of their networks; see `damaged`."""
+        found = []
+        for d in self.listed():
+            with suppress(EntryNotFound, StoreRefused):
+                found.append(AtlasFacts(d, self.atlas(d)))
         return sorted(found, key=lambda one: (one.manifest["model"], one.d))
+
+    def damaged(self) -> list[str]:
+        """Return what is wrong with the atlases that cannot be read, a sentence each."""
+        found = []
+        for d in sorted(self.listed()):
+            try:
+                self.atlas(d)
+            except (EntryNotFound, StoreRefused) as error:
+                found.append(str(error))
+        return found
 
     def atlas(self, d: str) -> Mapping[str, Any]:
         """Return the manifest of an atlas.
@@ -139,7 +153,11 @@ class Gallery:
         """
 
         def count(_: object) -> tuple[int, int]:
-            return sum(len(store.done("jobs") - self.named(store)) for store in self.stores if self.is_told(store)), 1
+            total = 0
+            for store in filter(self.is_told, self.stores):
+                with suppress(EntryNotFound, StoreRefused):  # of a damaged store that cannot be told
+                    total += len(store.done("jobs") - self.named(store))
+            return total, 1
 
         return self.worked.get("", count)
 

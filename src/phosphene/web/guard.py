@@ -237,7 +237,7 @@ async def gathered(request: Request, most: int) -> bytes:
     """Return the body of a request as long as it is not too large; see `bounded_body`."""
     length = request.headers.get("content-length", "0")
     content = bytearray()
-    large = HTTPException(413, f"What was sent is larger than {most / 1e6:,.0f} MB; send less", {"Connection": "close"})
+    large = HTTPException(413, f"What was sent is larger than {most / 1e6:,g} MB; send less", {"Connection": "close"})
     if not length.isdecimal() or int(length) > most:
         raise large
     async for chunk in request.stream():

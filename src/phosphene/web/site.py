@@ -88,7 +88,7 @@ class Site:
         """Yield the paths of all that plain files can show, the index last."""
         yield from (f"static/{name}" for name in sorted(self.static) if self.live or name != LIVE)
         shown: dict[str, None] = {}
-        for d, _ in self.gallery.atlases():
+        for d in sorted(self.gallery.listed()):
             yield from self.paths_of(d)
             shown |= dict.fromkeys(self.paths_of_evidence(d))
         yield from shown
@@ -125,7 +125,9 @@ class Site:
         """Return the page of all atlases and training runs."""
         shown = {"atlases": cards(self.gallery), "runs": [one.card() for one in self.runs.values()]}
         jobs = self.gallery.unfinished() if self.live else 0  # of what is being made plain files know nothing
-        return content(page("index.html", "index.html", self.live, unfinished=jobs, **shown), HTML)
+        return content(
+            page("index.html", "index.html", self.live, unfinished=jobs, damaged=self.gallery.damaged(), **shown), HTML
+        )
 
     def photo(self, d: str) -> dict[str, Any]:
         """Return what `photo.html` shows."""
