@@ -54,8 +54,12 @@ def opened(atlas: Mapping[str, Any], device: str, given: Model | None) -> Model:
     if given is not None and given.fingerprint == wanted:
         return given
     if not REFERENCE.fullmatch(name):
-        other = f", and {given.name} has other weights" if given else ""
-        raise ModelRefused(f"{name} is not loaded by itself{other}; start the server with --model and that network")
+        if given is not None:
+            raise ModelRefused(
+                f"this atlas was not made with {given.name} as it was loaded: its weights, --mean or --std are others; "
+                "start the server with those that the atlas was made with"
+            )
+        raise ModelRefused(f"{name} is not loaded by itself; start the server with --model and that network")
     with LOADING:
         model = load(name, device=device)
     if model.fingerprint != wanted:
