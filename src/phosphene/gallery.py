@@ -68,21 +68,21 @@ class Gallery:
 
     def atlases(self) -> list[AtlasFacts]:
         """Return all atlases that can be read, by the names of their networks; see `damaged`."""
-        found = []
-        for d in self.listed():
-            with suppress(EntryNotFound, StoreRefused):
-                found.append(AtlasFacts(d, self.atlas(d)))
-        return sorted(found, key=lambda one: (one.manifest["model"], one.d))
+        return sorted(self.sound()[0], key=lambda one: (one.manifest["model"], one.d))
 
     def damaged(self) -> list[str]:
         """Return what is wrong with the atlases that cannot be read, a sentence each."""
-        found = []
+        return self.sound()[1]
+
+    def sound(self) -> tuple[list[AtlasFacts], list[str]]:
+        """Return the atlases that can be read, and what is wrong with the others."""
+        found, wrong = [], []
         for d in sorted(self.listed()):
             try:
-                self.atlas(d)
+                found.append(AtlasFacts(d, self.atlas(d)))
             except (EntryNotFound, StoreRefused) as error:
-                found.append(str(error))
-        return found
+                wrong.append(str(error))
+        return found, wrong
 
     def atlas(self, d: str) -> Mapping[str, Any]:
         """Return the manifest of an atlas.

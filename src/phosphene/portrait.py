@@ -260,11 +260,7 @@ def command(atlas: Mapping[str, Any], path: str, n: int, found: Filter) -> str |
     recipe, model = found.job["recipe"], atlas["model"]
     if not (model.startswith(REFERENCES) or model.lower().endswith(SAVED) or ":" in model):
         return None
-    try:
-        known = find_recipe(recipe["name"]).at(steps=recipe["steps"], seed=atlas["recipe"]["seed"]).digest
-    except PhospheneError:
-        return None
-    if known != atlas["recipe"]["digest"]:
+    if not goes_by_name(recipe["name"], recipe["steps"], atlas["recipe"]["seed"], atlas["recipe"]["digest"]):
         return None
     options = {
         "channels": n,
@@ -274,5 +270,18 @@ def command(atlas: Mapping[str, Any], path: str, n: int, found: Filter) -> str |
         "seed": recipe["seed"],
         "precision": found.job["precision"],
     }
-    typed = [f"--{name} {value}" for name, value in options.items() if value is not None]
-    return " ".join(["phosphene", "filters", shlex.quote(model), shlex.quote(path), *typed])
+    return typed(model, path, options)
+
+
+def goes_by_name(name: str, steps: int, seed: int, digest: str) -> bool:
+    """Return whether a recipe is the one of its name, but for steps and seed."""
+    try:
+        return find_recipe(name).at(steps=steps, seed=seed).digest == digest
+    except PhospheneError:
+        return False
+
+
+def typed(model: str, path: str, options: Mapping[str, Any]) -> str:
+    """Return the command that draws a filter, as one types it; options that are None are left out."""
+    chosen = [part for name, one in options.items() if one is not None for part in (f"--{name}", str(one))]
+    return shlex.join(["phosphene", "filters", model, path, *chosen])

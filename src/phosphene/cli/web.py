@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -148,9 +148,14 @@ def trainings(histories: Sequence[History]) -> list[Training]:
     return list(found.values())
 
 
+def bound_to(at: socket.socket) -> IPv4Address | IPv6Address:
+    """Return the address that a socket listens at."""
+    return ip_address(at.getsockname()[0].partition("%")[0])
+
+
 def is_loopback(at: socket.socket) -> bool:
     """Return whether a socket can be reached from this machine alone."""
-    return ip_address(at.getsockname()[0].partition("%")[0]).is_loopback
+    return bound_to(at).is_loopback
 
 
 def names_of(host: str, at: socket.socket) -> list[str] | None:
@@ -166,13 +171,13 @@ def warn(at: socket.socket, token: str | None) -> None:
     if token is not None:
         who = "whoever on the network has the token can see the store and use this machine; the token goes unencrypted"
     say(f"the page is not for this machine alone: {who}")
-    if ip_address(at.getsockname()[0].partition("%")[0]).is_unspecified:
+    if bound_to(at).is_unspecified:
         say(f"other machines reach it at http://{socket.gethostname()}:{at.getsockname()[1]}/")
 
 
 def address_of(host: str, at: socket.socket, token: str | None) -> str:
     """Return the address that opens the page on this machine."""
-    bound = ip_address(at.getsockname()[0].partition("%")[0])
+    bound = bound_to(at)
     name = ("[::1]" if bound.version == 6 else "127.0.0.1") if bound.is_unspecified else host
     shown = f"[{name}]" if ":" in name and not name.startswith("[") else name
     return f"http://{shown}:{at.getsockname()[1]}/" + (f"?token={quote(token, safe='')}" if token else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ from phosphene.model import Model
 from phosphene.photo import Fit, decode
 from phosphene.verdict import DEAD, Verdict, same, span
 from phosphene.viewing import visiting
+from phosphene.web.wish import data_uri
 
 BYTES, PIXELS, LONGER = 20_000_000, 40_000_000, 1024  # of an upload, unpacked, and of the longer side that is kept
 OF_LAYER, OF_ALL = 8, 24  # filters that are shown
@@ -95,7 +95,7 @@ def webp_bytes(picture: figure.Picture) -> bytes:
 
 def webp_uri(picture: figure.Picture) -> str:
     """Return a picture as an address that a page may show."""
-    return f"data:image/webp;base64,{base64.b64encode(webp_bytes(picture)).decode()}"
+    return data_uri("image/webp", webp_bytes(picture))
 
 
 def excited(model: Model, photo: Tensor, gallery: Gallery, d: str) -> dict[str, Any]:

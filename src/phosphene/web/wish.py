@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from phosphene.ascent import Frame
 from phosphene.errors import InvalidRequest, LayerRefused
 from phosphene.model import Model
 from phosphene.objectives import channel
+from phosphene.portrait import goes_by_name, typed
 from phosphene.recipes import RECIPES, Recipe, find_recipe
 from phosphene.render import render
 from phosphene.rendered import file_prefix
@@ -126,14 +126,12 @@ def framed(frame: Frame, display: str) -> dict[str, Any]:
 
 def command(model: Model, wish: Wish, recipe: Recipe, size: int | None, precision: str) -> str:
     """Return the command that makes a picture again, empty where its recipe goes by no name."""
-    named = RECIPES.get(recipe.name)
-    if named is None or named.at(steps=recipe.steps, seed=recipe.seed).digest != recipe.digest:
+    if not goes_by_name(recipe.name, recipe.steps, recipe.seed, recipe.digest):
         return ""
     options = {"channels": wish.channel, "recipe": recipe.name, "size": size, "steps": recipe.steps}
     options |= {"seed": recipe.seed, "precision": precision}
     options |= {"out": f"{file_prefix([wish.layer])}_filter_{wish.channel}.png"}
-    chosen = [part for name, one in options.items() if one is not None for part in (f"--{name}", str(one))]
-    return shlex.join(["phosphene", "filters", model.ref or model.name, wish.layer, *chosen])
+    return typed(model.ref or model.name, wish.layer, options)
 
 
 def data_uri(media_type: str, content: bytes) -> str:
