@@ -135,16 +135,21 @@ def measure(
         "recipe": recipe.name,
         "channels": channels,
         "E": clean.tolist(),
-        "median E": float(clean.median()),
+        "median E": median(clean),
         "lowest E": float(clean.min()),
-        "robust": float((torch.stack(moved).mean(0) / clean).median()),
-        "E at .15": float(own((picture - centre) * 0.15 / deviation + centre).median()),
+        "robust": median(torch.stack(moved).mean(0) / clean),
+        "E at .15": median(own((picture - centre) * 0.15 / deviation + centre)),
         "own": float((excitation(blurred).argmax(1) == torch.tensor(channels)).double().mean()),
-        "deviation": float(deviation.median()),
+        "deviation": median(deviation),
         "full": float(((saved == 0) | (saved == 255)).double().mean()),
         "dead": int(rendered.dead.sum()),
         "seconds": seconds,
     }
+
+
+def median(values: Tensor) -> float:
+    """Return the median: of an even number of values midway between the two in the middle (torch takes the lower)."""
+    return float(values.double().quantile(0.5))
 
 
 HEADINGS = ("median E", "lowest E", "robust", "E at .15", "own", "deviation", "full", "dead", "seconds")

@@ -175,7 +175,7 @@ def test_numbers_drawn_in_advance_are_those_drawn_one_by_one() -> None:
     for step in range(20):
         number.fill_(step)
         advance.next = 0
-        for low, high, shape in ((-4.0, 4.0, (2,)), (-8.0, 8.0, ()), (0.9, 1.1, ()), (-5.0, 6.0, (2,))):
+        for low, high, shape in ((-4.0, 4.0, (2,)), (-1.0, 1.0, ()), (-1.0, 1.0, ()), (-5.0, 6.0, (2,))):
             assert torch.equal(advance.uniform(low, high, shape), one_by_one.uniform(low, high, shape))
     # and the generators stand where the plain loop leaves them
     assert torch.equal(Draws.normal(advance, (4,)), one_by_one.normal((4,)))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from phosphene.errors import InvalidRequest
 from phosphene.steps import (
     STEPS,
     State,
@@ -94,22 +96,50 @@ def test_normalised_adam_is_adam_of_each_images_gradient_at_unit_size() -> None:
     assert all(torch.allclose(one, other, rtol=1e-10, atol=0) for one, other in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("shape", [(2, 3, 6, 4, 2), (2, 3, 6, 4), (1, 2, 1, 2)])
+def test_adam_with_a_window_divides_by_what_is_typical_around(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+    mean, square = np.zeros(shape), np.zeros(shape)
+    for count, (gradient, update) in enumerate(
+        zip(gradients, updates(adam(0.3, (0.5, 0.8), window=3), gradients), strict=True), start=1
+    ):
+        mean = 0.5 * mean + 0.5 * gradient.numpy()
+        square = 0.8 * square + 0.2 * gradient.numpy() ** 2
+        own = square / (1 - 0.8**count)
+        for place in np.ndindex(*shape):
+            image, channel, row, column = place[:4]
+            around = own[image, channel, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].mean()
+            typical = (own[place] * around) ** 0.25
+            expected = 0.3 * mean[place] / (1 - 0.5**count) / (typical + 1e-8)
+            assert update[place].item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 2, -3])
+def test_a_window_is_an_odd_number(window: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"an odd number of places, not {window}"):
+        normalised_adam(0.1, window=window)
+
+
+@pytest.mark.parametrize("name", [*STEPS, "windowed"])
 @pytest.mark.parametrize("shape", [(5, 3, 16, 16), (5, 3, 17, 9, 2), (5, 3, 150, 150)])
 def test_an_image_steps_alone_exactly_as_in_a_batch(name: str, shape: tuple[int, ...]) -> None:
+    rule = normalised_adam(0.3, window=5) if name == "windowed" else STEPS[name](rate=0.3)
     generator = torch.Generator().manual_seed(9)
     gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
-    together = updates(STEPS[name](rate=0.3), gradients)
+    together = updates(rule, gradients)
     for rows in (slice(0, 1), slice(3, 4), slice(1, 3)):
-        alone = updates(STEPS[name](rate=0.3), [gradient[rows] for gradient in gradients])
+        alone = updates(rule, [gradient[rows] for gradient in gradients])
         assert all(torch.equal(one, other[rows]) for one, other in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_gradient_means_no_step(name: str, dtype: torch.dtype) -> None:
-    for update in updates(STEPS[name](rate=2.0), [torch.zeros(2, 3, 4, 4, dtype=dtype)] * 2):
-        assert not update.any()
+    windowed = [normalised_adam(2.0, window=3)] if name == "normalised-adam" else []
+    for rule in (STEPS[name](rate=2.0), *windowed):
+        for update in updates(rule, [torch.zeros(2, 3, 4, 4, dtype=dtype)] * 2):
+            assert not update.any()
 
 
 def test_the_mean_of_each_image() -> None:

@@ -118,6 +118,20 @@ def test_affine_draws_within_its_limits_and_all_of_them() -> None:
     assert abs(np.corrcoef(found.T) - np.eye(4)).max() < 0.25  # drawn independently of each other
 
 
+def test_affine_moves_at_least_by_the_share_it_is_told() -> None:
+    transform = affine(pixels=3.0, degrees=8.0, scale=0.1, least=0.5)
+    shift, turn, factor = np.split(
+        np.array(measured(transform(coordinates(400, 30, 36), Draws(range(400))))), [2, 3], 1
+    )
+    assert abs(shift).min() < 0.1  # shifts are of any size
+    for found, most in ((turn, 8.0), (factor - 1, 0.1)):
+        size, positive = abs(found), float((found > 0).mean())
+        assert 0.5 * most <= size.min() < 0.52 * most
+        assert 0.98 * most < size.max() <= most
+        assert size.mean() == pytest.approx(0.75 * most, rel=0.02)
+        assert positive == pytest.approx(0.5, abs=0.1)
+
+
 def test_scale_and_rotate_do_what_they_say_alone() -> None:
     scaled = np.array(measured(scale(0.8, 1.3)(coordinates(50, 30, 24), Draws(range(50)))))
     assert abs(scaled[:, :3]).max() < 1e-9
@@ -204,3 +218,11 @@ def test_draws_are_what_their_seed_says_and_of_the_wanted_spread() -> None:
     assert abs(normal.mean().item()) < 0.1
     assert normal.std().item() == pytest.approx(1.0, abs=0.1)
     assert not torch.equal(normal, draws.normal((1000,)))
+
+
+def test_a_number_of_either_sign_by_hand() -> None:
+    drawn, generator = Draws([11]), torch.Generator().manual_seed(11)
+    for least in (0.0, 0.25, 1.0):
+        share = 2 * torch.rand((), generator=generator, dtype=torch.float64).item() - 1
+        expected = math.copysign(6 * (least + (1 - least) * abs(share)), share)
+        assert drawn.either_way(6.0, least).tolist() == pytest.approx([expected])

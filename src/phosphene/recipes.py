@@ -158,9 +158,10 @@ def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-AFFINE = part("affine", pixels=4.0, degrees=8.0, scale=0.1)
-SMALL_AFFINE = part("affine", pixels=2.0, degrees=5.0, scale=0.05)  # fewer steps average over fewer moves
-FOURIER = part("fourier", decay=1.3, cutoff=0.6)
+AFFINE = part("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
+SMALL_AFFINE = part("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)  # fewer steps average over fewer moves
+FOURIER = part("fourier", decay=1.3, cutoff=0.55)
+ADAM = {"betas": (0.25, 0.9), "window": 3}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -207,17 +208,17 @@ RECIPES: dict[str, Recipe] = {
             sizes=(128,),
             steps=144,
             parameterization=FOURIER,
-            step_rule=part("normalised-adam", rate=0.15),
+            step_rule=part("normalised-adam", rate=0.14, **ADAM),
             transforms=(AFFINE,),
             cooldown=1.0,
         ),
         Recipe(
             name="fast",
-            source="fourier with two ninths of the steps, at nearly twice the rate and under smaller moves",
+            source="fourier with two ninths of the steps, at nearly twice the rate and under about half the moves",
             sizes=(128,),
             steps=32,
             parameterization=FOURIER,
-            step_rule=part("normalised-adam", rate=0.27),
+            step_rule=part("normalised-adam", rate=0.27, **ADAM),
             transforms=(SMALL_AFFINE,),
             cooldown=1.0,
         ),
@@ -228,7 +229,7 @@ RECIPES: dict[str, Recipe] = {
             steps=128,
             parameterization=part("maco"),
             step_rule=part("normalised-adam", rate=0.1),
-            transforms=(AFFINE,),
+            transforms=(part("affine", pixels=4.0, degrees=8.0, scale=0.1),),
         ),
         Recipe(
             name="dream",

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, zeros_like
+
+from phosphene.errors import InvalidRequest
 
 State = dict[str, Any] | None
 StepRule = Callable[[Tensor, State], tuple[Tensor, State]]
@@ -45,23 +48,45 @@ def rms_step(rate: float, epsilon: float = 1e-5) -> StepRule:
     return lambda g, state: (rate * g / (root_mean_square(g) + epsilon), state)
 
 
-def adam(rate: float, betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8) -> StepRule:
-    """Adam (Kingma & Ba, ICLR 2015, algorithm 1), climbing."""
+def neighbours(square: Tensor, window: int) -> Tensor:
+    """Return the mean over the `window` × `window` places around each, (n, c, h, w) or (n, c, h, w, 2).
+
+    Of the latter, coefficients of a spectrum, real and imaginary parts count together. What lies outside is left out.
+    """
+    planes = (square[..., 0] + square[..., 1]) / 2 if square.dim() == 5 else square
+    mean = F.avg_pool2d(planes, window, stride=1, padding=window // 2, count_include_pad=False)
+    return mean[..., None] if square.dim() == 5 else mean
+
+
+def adam(rate: float, betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8, window: int = 1) -> StepRule:
+    """Adam (Kingma & Ba, ICLR 2015, algorithm 1), climbing.
+
+    A `window` above 1, an odd number, divides by the geometric mean of the root mean square that each place has and of
+    the one that the window around it has: a second moment over a few steps is a rough estimate, and the places next
+    to it are others of about the same.
+    """
+    if window < 1 or window % 2 == 0:
+        raise InvalidRequest(f"the window of a step rule is an odd number of places, not {window}")
 
     def rule(gradient: Tensor, state: State) -> tuple[Tensor, State]:
         past = state or {"count": 0, "mean": zeros_like(gradient), "square": zeros_like(gradient)}
         count = past["count"] + 1
         mean = betas[0] * past["mean"] + (1 - betas[0]) * gradient
         square = betas[1] * past["square"] + (1 - betas[1]) * gradient.square()
-        update = rate * (mean / (1 - betas[0] ** count)) / ((square / (1 - betas[1] ** count)).sqrt() + epsilon)
+        typical = (square / (1 - betas[1] ** count)).sqrt()
+        if window > 1:
+            typical = (typical * neighbours(typical.square(), window).sqrt()).sqrt()
+        update = rate * (mean / (1 - betas[0] ** count)) / (typical + epsilon)
         return update, {"count": count, "mean": mean, "square": square}
 
     return rule
 
 
-def normalised_adam(rate: float, betas: tuple[float, float] = (0.5, 0.9), epsilon: float = 1e-8) -> StepRule:
+def normalised_adam(
+    rate: float, betas: tuple[float, float] = (0.5, 0.9), epsilon: float = 1e-8, window: int = 1
+) -> StepRule:
     """Adam on the gradient divided by its root mean square, so that every step of an image weighs the same."""
-    inner = adam(rate, betas, epsilon)
+    inner = adam(rate, betas, epsilon, window)
     return lambda g, state: inner(g / (root_mean_square(g) + 1e-30), state)
 
 

@@ -28,6 +28,11 @@ class Draws:
         rows = [torch.rand(shape, generator=one, dtype=torch.float64) for one in self.generators]
         return torch.stack(rows) * (high - low) + low
 
+    def either_way(self, most: float, least: float = 0.0) -> Tensor:
+        """Return (n,) numbers of either sign whose size is uniform from `least` to 1 times `most`."""
+        number = self.uniform(-1, 1)
+        return most * number.sign() * (least + (1 - least) * number.abs())
+
     def normal(self, shape: tuple[int, ...] = ()) -> Tensor:
         """Return (n, *shape) standard normal numbers, float64 on the CPU."""
         return torch.stack([torch.randn(shape, generator=one, dtype=torch.float64) for one in self.generators])
@@ -53,13 +58,17 @@ def resample(image: Tensor, shift: Tensor, degrees: Tensor, scale: Tensor, paddi
     return F.grid_sample(image, grid, mode="bilinear", padding_mode=padding, align_corners=False)
 
 
-def affine(pixels: float = 0.0, degrees: float = 0.0, scale: float = 0.0) -> Transform:
-    """Return a transform that shifts by up to ±`pixels`, turns by up to ±`degrees`, scales by 1 ± `scale`, at once."""
+def affine(pixels: float = 0.0, degrees: float = 0.0, scale: float = 0.0, least: float = 0.0) -> Transform:
+    """Return a transform that shifts by up to ±`pixels`, turns by up to ±`degrees`, scales by 1 ± `scale`, at once.
+
+    Turns and scalings have at least the share `least` of their full size, either way, so that no step sees an image
+    unmoved: what a network makes of pixels that no resampling has smoothed is worth climbing, and gone when they move.
+    """
 
     def transform(image: Tensor, draws: Draws) -> Tensor:
         shift = draws.uniform(-pixels, pixels, (2,))
-        turn = draws.uniform(-degrees, degrees)
-        return resample(image, shift, turn, draws.uniform(1 - scale, 1 + scale))
+        turn = draws.either_way(degrees, least)
+        return resample(image, shift, turn, 1 + draws.either_way(scale, least))
 
     return transform
 
