@@ -61,6 +61,10 @@ def test_layers_as_json(run: Run) -> None:
     ran = run("layers", "nets:colour", "--input-size", 32, "--json")
     told = json.loads(ran.out)
     assert told["model"] == "nets:colour"
+    assert json.loads(run("layers", "nets:colour", "--input-size", "32x48", "--json").out)["layers"][0]["size"] == [
+        32,
+        48,
+    ]
     assert told["layers"][3]["receptive_field"] == {"size": [8, 8], "stride": [2.0, 2.0], "padding": [3.0, 3.0]}
 
 
@@ -231,6 +235,8 @@ BAD = {
     "not a weights file": (("layers", "nets:colour", "--weights", "file"), ".safetensors, .pt or .pth"),
     "NaN in the weights": (("filters", "nets:broken", 0), "3.weight"),
     "mean of two numbers": (("layers", "nets:colour", "--mean", "1,2"), "1 or 3 numbers"),
+    "half an input size": (("layers", "nets:colour", "--input-size", "32x"), "such as 96x128, not '32x'"),
+    "an input size of nothing": (("layers", "nets:colour", "--input-size", "0"), "of at least 1 px, not (0, 0)"),
     "std of zero": (("layers", "nets:colour", "--std", "0"), "above 0"),
     "mean that is no number": (("layers", "nets:colour", "--mean", "a"), "not 'a'"),
     "unknown device": (("layers", "nets:colour", "--device", "tpu9"), "cannot be used"),

@@ -559,7 +559,7 @@ def test_preprocessing_of_every_application_equals_its_own() -> None:
 def test_an_application_with_random_weights() -> None:
     model = load("keras/MobileNet", weights="none")
     assert (model.input_size, model.logits, len(model.labels)) == ((224, 224), "predictions#input", 1000)
-    assert (model.ref, model.labels[281]) == (None, "tabby")
+    assert (model.ref, model.options, model.labels[281]) == (None, {"weights": "none"}, "tabby")
     assert model.notes == ("random weights: the pictures show the architecture, not anything learned",)
     assert model.preprocessing == Preprocessing((0.5,) * 3, (0.5,) * 3)
     layer = model.find("conv1")

@@ -343,6 +343,7 @@ def test_a_photo_that_cannot_be_read_leaves_the_one_before(
         with visiting(chromium, served.base) as page:
             page.goto(f"{atlas_at(served.base, gallery)}photo.html")
             state, heat, classes = (page.locator(one) for one in ("#state", "#heat", "#classes label"))
+            expect(page.locator("#drop")).to_be_visible()  # till then the page does not know whether it takes photos
             page.locator("#file").set_input_files(empty)
             expect(state).to_have_text("The file is empty.")
             page.locator("#file").set_input_files(broken)

@@ -163,7 +163,7 @@ def test_a_model_travels_as_its_reference_or_itself(tmp_path: Path, monkeypatch:
     assert len(packed(by_reference)) < 500
     assert unpacked(packed(by_reference)).fingerprint == by_reference.fingerprint
     changed = load("nets_travel:tiny", std=[0.5])  # which the reference alone would load without
-    assert changed.ref is None
+    assert (changed.ref, changed.options) == (None, {"std": [0.5]})
     assert unpacked(packed(changed)).fingerprint == changed.fingerprint != by_reference.fingerprint
     torch.nn.init.zeros_(next(by_reference.module.parameters()))  # so that the reference means another
     with pytest.raises(errors.ModelRefused, match="nets_travel:tiny comes out with other weights there than here"):

@@ -26,7 +26,7 @@ FLOORS = (
         "slugs",
         "shelf",
     ),
-    ("strongest", "spread", "tiles", "steps"),
+    ("strongest", "spread", "tiles", "steps", "commands"),
     ("capture", "tracing", "objectives", "parameterizations", "photo", "files", "figure"),
     ("folding", "places", "sources"),
     ("layers", "recipes", "rendered", "heatmap", "store"),

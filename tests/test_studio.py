@@ -42,7 +42,7 @@ from phosphene.render import render
 from phosphene.running import run
 from phosphene.store import open_store
 from phosphene.web import studio as studio_file
-from phosphene.web.networks import KEPT, Bench, opened, refusal, second
+from phosphene.web.networks import KEPT, Bench, Identity, opened, refusal, second
 from phosphene.web.studio import LEAST, OFTEN, WAITING, Event, Full, Left, Rendering, Studio
 from phosphene.web.wish import Wish, channels_of, framed, recipes_for
 
@@ -304,24 +304,39 @@ def test_a_store_does_not_choose_what_code_is_run() -> None:
         "torchvision/",
         "keras/a/b",
     ):
-        with pytest.raises(ModelRefused, match="is not loaded by itself; start the server with --model"):
+        with pytest.raises(ModelRefused, match="to render, start the server with: phosphene serve PLACE --model"):
             opened({**here, "model": name}, "cpu", None)
-    with pytest.raises(ModelRefused, match="not made with Sequential as it was loaded: its weights, --mean or"):
+    with pytest.raises(ModelRefused, match="was started with is not os:getcwd as this atlas was made with it"):
         opened(here, "cpu", tiny_model())
+    with pytest.raises(ModelRefused, match="--model builtin/vgg19 --weights /etc/passwd, where that file is"):
+        opened({**here, "model": "builtin/vgg19", "options": {"weights": "/etc/passwd"}}, "cpu", None)
     with pytest.raises(ModelNotFound):
         opened({**here, "model": "builtin/vgg99"}, "cpu", None)
 
 
 def test_other_weights_under_the_same_name_are_refused() -> None:
-    with pytest.raises(
-        ModelRefused, match=r"has other weights here \([0-9a-f]{16}\) than this atlas was made with \(00"
-    ):
-        opened({"model": "builtin/efficientnet-lite0", "fingerprint": "0" * 16}, "cpu", None)
+    here = {"model": "builtin/efficientnet-lite0", "fingerprint": load("builtin/efficientnet-lite0").fingerprint}
+    assert opened({**here, "input_size": [224, 224]}, "cpu", None).input_size == (224, 224)
+    for other in ({"fingerprint": "0" * 16}, {"input_size": [224, 96]}):
+        with pytest.raises(ModelRefused, match="has other weights or another input size here than this atlas"):
+            opened({**here, **other}, "cpu", None)
 
 
 def test_the_given_network_is_taken_where_it_is_the_right_one() -> None:
     model = tiny_model()
-    assert opened({"model": "anything", "fingerprint": model.fingerprint}, "cpu", model) is model
+    here = {"model": "anything", "fingerprint": model.fingerprint}
+    for size in ({}, {"input_size": list(model.input_size)}):  # a store of before tells no size
+        assert opened({**here, **size}, "cpu", model) is model
+    with pytest.raises(ModelRefused, match="is not anything as this atlas was made with it"):
+        opened({**here, "input_size": [9, 9]}, "cpu", model)
+
+
+def test_a_bench_keeps_networks_of_different_input_sizes_apart() -> None:
+    bench = Bench("test", lambda atlas: load(nn.Conv2d(3, 2, 3), input_size=tuple(atlas["input_size"])))
+    here = {"model": "m", "fingerprint": "f"}
+    sizes = [bench.network({**here, "input_size": [side, 9]}).input_size for side in (8, 9, 8)]
+    assert (sizes, len(bench.models)) == ([(8, 9), (9, 9), (8, 9)], 2)
+    bench.close()
 
 
 def test_what_cannot_be_opened_is_said_before_anything_is_loaded(gallery: Gallery, d: str) -> None:
@@ -334,10 +349,17 @@ def test_what_cannot_be_opened_is_said_before_anything_is_loaded(gallery: Galler
         "timm/hf-hub:somebody/else": "MODEL, where MODEL is the network of this atlas.",
     }.items():
         assert refusal({**here, "model": name}, None) == lead + more
-        assert refusal({**here, "model": name}, "0" * 16) is None
+        assert refusal({**here, "model": name}, Identity("0" * 16, (9, 9))) is None
         other = f"The network that this server was started with is not {name} as this atlas was made with it. "
-        assert refusal({**here, "model": name}, "1" * 16) == other + lead + more
+        assert refusal({**here, "model": name}, Identity("1" * 16, (9, 9))) == other + lead + more
+        assert refusal({**here, "model": name, "input_size": [9, 8]}, Identity("0" * 16, (9, 9))) == other + lead + more
     assert refusal({**here, "model": "builtin/vgg99"}, None) is None  # which is found out when it is loaded
+    for options, words in (
+        ({"weights": "none", "input_size": [64, 64]}, "--weights none --input-size 64x64."),
+        ({"weights": "my.pt", "std": [0.5]}, "--weights my.pt --std 0.5, where that file is."),
+    ):
+        told = refusal({**here, "model": "torchvision/vgg11", "options": options}, None)
+        assert told == f"{lead}torchvision/vgg11 {words}"
     for model, refused in ((tiny_model(), False), (None, True)):
         studio = Studio(gallery, model=model)
         assert (studio.refusal(gallery.atlas(d)) is not None) == refused

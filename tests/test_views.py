@@ -330,17 +330,23 @@ def test_a_layer_whose_job_failed_shows_the_rest_and_says_so(tmp_path: Path) -> 
     assert [one.told for one in network["rows"]] == ["4 of 6 filters drawn", ""]
 
 
+@pytest.mark.parametrize(
+    "loading",
+    ["", " --weights none --mean 0.5,0.4,0.3 --std 0.25 --input-size 24x32 --channels-in 3"],
+)
 def test_the_command_draws_the_same_picture_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, loading: str
 ) -> None:
     run = command_line(monkeypatch, capsys, tmp_path, NETS, "nets_again")
     options = ("--size", "16", "--steps", "4", "--seed", "3", "--precision", "fp32", "--workers", "0", "--quiet")
-    run("atlas", "nets_again:tiny", "--store", "s", "--layers", ".2", "--recipe", "fast", *options)
+    how = (*loading.split(), *options)
+    run("atlas", "nets_again:tiny", "--store", "s", "--layers", ".2", "--recipe", "fast", *how)
     gallery = Gallery([open_store("s")])
     (atlas,) = gallery.atlases()
     typed = filter_view(gallery, atlas.d, SECOND, 5)["command"]
     assert typed == (
-        "phosphene filters nets_again:tiny .2 --channels 5 --recipe fast --size 16 --steps 4 --seed 3 --precision fp32"
+        f"phosphene filters nets_again:tiny .2{loading} --channels 5 --recipe fast --size 16 --steps 4 --seed 3 "
+        "--precision fp32"
     )
     assert run(*shlex.split(typed)[1:], "--out", "again", "--quiet").code == 0
     again = np.asarray(Image.open("again/layer_.2_filter_5.png"), dtype=float)

@@ -173,6 +173,7 @@ def write_atlas(store: Store, plan: Atlas, evidence: Evidence | None = None) -> 
         "layers": rows,
         "missing": [layer.path for layer in plan.layers if layer.path not in {row["path"] for row in rows}],
         "recipe": {**first.as_dict(), "digest": first.digest},
+        "input_size": list(plan.model.input_size),
         "size": plan.size,
         "precision": plan.jobs[0].precision,
         "seeds": [recipe.seed for recipe in plan.recipes],

@@ -64,7 +64,8 @@ class Model:
 
     Attributes:
         module: the network.
-        name: how to speak of it; `ref` is how to load it again, None for an object that only lives here.
+        name: how to speak of it; `ref` is how to load it again, None where that takes more than a reference.
+        options: what `load` was told beside the reference, in JSON terms; both make this network again.
         input_size: (h, w) that its full forward pass takes.
         channels_in: channels of its images.
         preprocessing: image (b, c, h, w) in [0, 1] -> what the module takes.
@@ -86,6 +87,7 @@ class Model:
     logits: str = ""
     layout: Layout = PLAIN
     ref: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
 
@@ -187,9 +189,10 @@ class Model:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What every result follows from, in JSON terms: model, fingerprint, notes, and the versions at work."""
+        """What every result follows from, in JSON terms: model, how it was loaded, notes, and the versions at work."""
         return {
             "model": self.name,
+            "options": dict(self.options),
             "fingerprint": self.fingerprint,
             "notes": list(self.notes),
             "versions": {"phosphene": __version__, "torch": torch.__version__},

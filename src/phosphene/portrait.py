@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from phosphene.capture import Place
+from phosphene.commands import filters_command
 from phosphene.crops import window
 from phosphene.errors import EntryNotFound, PhospheneError
 from phosphene.evidence import Evidence
@@ -92,6 +92,7 @@ def filter_view(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
         "photos": strongest(evidence, layer["layer"], n) if evidence and path in evidence else [],
         "settings": settings(atlas, found),
         "command": command(atlas, path, n, found),
+        "loading_known": "options" in atlas,
         "before": before is not None and (before, filter_href(d, path, before)),
         "after": after is not None and (after, filter_href(d, path, after)),
     }
@@ -270,7 +271,7 @@ def command(atlas: Mapping[str, Any], path: str, n: int, found: Filter) -> str |
         "seed": recipe["seed"],
         "precision": found.job["precision"],
     }
-    return typed(model, path, options)
+    return filters_command(model, atlas.get("options", {}), path, options)
 
 
 def goes_by_name(name: str, steps: int, seed: int, digest: str) -> bool:
@@ -279,9 +280,3 @@ def goes_by_name(name: str, steps: int, seed: int, digest: str) -> bool:
         return find_recipe(name).at(steps=steps, seed=seed).digest == digest
     except PhospheneError:
         return False
-
-
-def typed(model: str, path: str, options: Mapping[str, Any]) -> str:
-    """Return the command that draws a filter, as one types it; options that are None are left out."""
-    chosen = [part for name, one in options.items() if one is not None for part in (f"--{name}", str(one))]
-    return shlex.join(["phosphene", "filters", model, path, *chosen])

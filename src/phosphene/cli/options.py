@@ -29,7 +29,7 @@ LayerArgument = Annotated[
 ]
 Weights = Annotated[str | None, typer.Option(metavar="none|PATH", help="weights file, or none for random ones")]
 Numbers = Annotated[str | None, typer.Option(metavar="A[,B,C]", help="a number a channel, for images in 0..1")]
-InputSize = Annotated[int | None, typer.Option(metavar="PX", help="side of the network's own input")]
+InputSize = Annotated[str | None, typer.Option(metavar="PX|HxW", help="side of the network's own input")]
 ChannelsIn = Annotated[int | None, typer.Option(metavar="N", help="channels of the network's images")]
 Labels = Annotated[Path | None, typer.Option(metavar="FILE", help="class names, one a line")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="where to compute")]
@@ -88,6 +88,7 @@ def loaded(asked: dict[str, Any], quiet: bool) -> Model:
             **asked,
             "mean": numbers(asked["mean"], "mean"),
             "std": numbers(asked["std"], "std"),
+            "input_size": sides(asked["input_size"]),
             "device": torch_device(asked["device"]),
         }
     )
@@ -103,6 +104,16 @@ def numbers(text: str | None, name: str) -> list[float] | None:
         return None if text is None else [float(one) for one in text.split(",")]
     except ValueError as error:
         raise InvalidRequest(f"--{name} is one number or one a channel, such as 0.5,0.4,0.3, not {text!r}") from error
+
+
+def sides(text: str | None) -> tuple[int, int] | None:
+    """Return "96" or "96x128" as height and width."""
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(one.isascii() and one.isdigit() for one in numbers):
+        raise InvalidRequest(f"--input-size is a side in pixels or height and width, such as 96x128, not {text!r}")
+    return int(numbers[0]), int(numbers[-1])
 
 
 def batch_size(text: str) -> int | str:

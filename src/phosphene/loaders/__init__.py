@@ -74,8 +74,9 @@ def load(
         changes["notes"] = tuple(note for note in handle.notes if note not in (UNNORMALISED, BYTES))
     if labels is not None:
         changes["labels"] = read_labels(labels)
-    if trust or any(one is not None for one in (weights, mean, std, input_size, channels_in)):
-        changes["ref"] = None
+    told = told_beside(sources, mean, std, trust)
+    if told and handle.ref is not None:
+        changes |= {"ref": None, "options": told}
     handle = dataclasses.replace(handle, **changes)
     handle.check_finite()
     return handle
@@ -86,6 +87,21 @@ def adapter(reference: str, trust: bool) -> Callable[[str, Sources], Model]:
     if is_saved_model(reference):
         return partial(from_keras, trust=trust)
     return from_application if reference.startswith("keras/") else from_reference
+
+
+def told_beside(
+    sources: Sources, mean: Sequence[float] | None, std: Sequence[float] | None, trust: bool
+) -> dict[str, Any]:
+    """Return what a network follows from beside its reference, in JSON terms, without what was left open."""
+    told = {
+        "weights": sources.weights,
+        "mean": None if mean is None else list(map(float, mean)),
+        "std": None if std is None else list(map(float, std)),
+        "input_size": None if sources.input_size is None else list(sources.input_size),
+        "channels_in": sources.channels_in,
+        "trust": trust or None,
+    }
+    return {name: one for name, one in told.items() if one is not None}
 
 
 def size_pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

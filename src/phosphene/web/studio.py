@@ -21,7 +21,7 @@ from phosphene.errors import ChannelNotFound, PhospheneError
 from phosphene.gallery import Gallery
 from phosphene.model import Model
 from phosphene.render import falls_due
-from phosphene.web.networks import Bench, opened, refusal, second
+from phosphene.web.networks import Bench, Identity, opened, refusal, second
 from phosphene.web.wish import Wish, channels_of, drawn, framed
 
 WAITING = 20  # renders that wait for the one under way
@@ -106,7 +106,7 @@ class Studio:
 
     def __init__(self, gallery: Gallery, device: str = "cpu", model: Model | None = None) -> None:
         self.gallery = gallery
-        self.given = model.fingerprint if model else None
+        self.given = Identity.of(model) if model else None
         other = second(model) if model else None
         self.photos = Bench("photos", partial(opened, device=device, given=model))
         apart = model is None or other is not None

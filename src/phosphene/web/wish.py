@@ -13,10 +13,11 @@ from PIL import Image
 
 from phosphene import figure
 from phosphene.ascent import Frame
+from phosphene.commands import filters_command
 from phosphene.errors import InvalidRequest, LayerRefused
 from phosphene.model import Model
 from phosphene.objectives import channel
-from phosphene.portrait import goes_by_name, typed
+from phosphene.portrait import goes_by_name
 from phosphene.recipes import RECIPES, Recipe, find_recipe
 from phosphene.render import render
 from phosphene.rendered import file_prefix
@@ -131,7 +132,7 @@ def command(model: Model, wish: Wish, recipe: Recipe, size: int | None, precisio
     options = {"channels": wish.channel, "recipe": recipe.name, "size": size, "steps": recipe.steps}
     options |= {"seed": recipe.seed, "precision": precision}
     options |= {"out": f"{file_prefix([wish.layer])}_filter_{wish.channel}.png"}
-    return typed(model.ref or model.name, wish.layer, options)
+    return filters_command(model.name, model.options, wish.layer, options)
 
 
 def data_uri(media_type: str, content: bytes) -> str:
