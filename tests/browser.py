@@ -109,7 +109,7 @@ def forming(count: int, channels: int, side: int, epoch: int) -> Tensor:
 @pytest.fixture(scope="module")
 def served(place: Path) -> Iterator[Served]:
     """Return a server with all that the page can do."""
-    stores, histories = found_at(place)
+    stores, histories, _ = found_at(place)
     gallery = Gallery(stores)
     studio = Studio(gallery)
     site = Site(gallery, trainings(histories), live=True)
@@ -128,7 +128,7 @@ def served(place: Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return where the same is as plain files."""
-    stores, histories = found_at(place)
+    stores, histories, _ = found_at(place)
     folder = tmp_path_factory.mktemp("exported") / "site"
     export(Site(Gallery(stores), trainings(histories)), folder)
     return f"{folder.as_uri()}/"

@@ -63,7 +63,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         (folder / "secret.txt").write_text(SECRET)
         (folder / "secret.png").write_text(SECRET)
         (folder / "secret.webp").write_text(SECRET)
-    stores, histories = found_at(place)
+    stores, histories, _ = found_at(place)
     gallery = Gallery(stores)
     studio = Studio(gallery, "cpu", load("stores:narrow", input_size=64))
     site = Site(gallery, [Training(one, "run~201") for one in histories], live=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused
+from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, WeightsRefused
 from phosphene.gallery import Gallery, found_at, layer_path, layer_slug
 from phosphene.store import Store, open_store
 from recorded import record_of
@@ -160,12 +160,27 @@ def test_a_place_is_a_store_a_training_or_a_folder_of_them(store: Store, tmp_pat
     record_of(folder / "run", kernels)
     shutil.copytree(store.url, folder / "an atlas")
     assert found_at(store.url)[0] == [store]
-    stores, histories = found_at(folder)
-    assert [one.url for one in stores] == [str(folder / "an atlas")]
-    assert [one.folder for one in histories] == [folder / "run"]
-    assert ([], [folder / "run"]) == (lambda found: (found[0], [one.folder for one in found[1]]))(
-        found_at(folder / "run")
-    )
+    found = found_at(folder)
+    assert [one.url for one in found.stores] == [str(folder / "an atlas")]
+    assert [one.folder for one in found.histories] == [folder / "run"]
+    alone = found_at(folder / "run")
+    assert (alone.stores, [one.folder for one in alone.histories], alone.damaged) == ([], [folder / "run"], [])
+
+
+def test_what_cannot_be_read_leaves_the_rest_and_is_told(store: Store, tmp_path: Path) -> None:
+    shutil.copytree(store.url, tmp_path / "an atlas")
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer/store.json").write_text(json.dumps({"format": 99}))
+    record_of(tmp_path / "run", {"conv": [torch.zeros(2, 3, 3, 3)]})
+    manifest = tmp_path / "run/manifest.json"
+    manifest.write_text(manifest.read_text()[:-9])
+    found = found_at(tmp_path)
+    assert ([one.url for one in found.stores], found.histories) == ([str(tmp_path / "an atlas")], [])
+    newer, cut = found.damaged
+    assert "has format 99" in newer
+    assert "manifest.json is damaged" in cut
+    with pytest.raises(WeightsRefused, match="is damaged"):
+        found_at(tmp_path / "run")
 
 
 def test_another_place_is_refused(tmp_path: Path) -> None:

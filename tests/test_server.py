@@ -64,6 +64,7 @@ class Stand:
             "long.html": Content(LONG, PAGE, "abc"),
             "sheet.webp": Content(b"RIFF" * 1000, "image/webp", "def"),
             "a/~2Fb.html": Content(b"deep", PAGE, None),
+            "a/my run/": Content(b"a folder", PAGE, None),
         }
         self.failing: dict[str, Exception] = {}
 
@@ -89,6 +90,14 @@ def test_the_first_page_is_at_the_bare_address() -> None:
         assert (found.status_code, found.text) == (200, "<p>first</p>")
         assert found.headers["content-type"] == PAGE
     assert site.asked == ["index.html"] * 2
+
+
+def test_a_folder_without_its_closing_slash_leads_to_the_one_with_it() -> None:
+    at = client()
+    for asked in ("/a/my%20run", "/a/my%20run?sort=score"):
+        found = at.get(asked)
+        assert (found.status_code, found.headers["location"]) == (308, "./my%20run/")
+    assert at.get("/a/other").status_code == 404
 
 
 def test_it_says_that_it_is_there() -> None:
@@ -344,7 +353,7 @@ def test_requests_that_are_none_do_no_harm(caplog: pytest.LogCaptureFixture) -> 
         assert raw(port, b"GET http://evil.example/etc/passwd" + head + b"\r\n").startswith(b"HTTP/1.1 404")
         assert raw(port, b"GET /../../etc/passwd" + head + b"\r\n").startswith(b"HTTP/1.1 404")
         assert raw(port, b"GET /%252e%252e/x" + head + b"\r\n").startswith(b"HTTP/1.1 404")
-        assert site.asked[-1] == "%2e%2e/x"  # decoded once
+        assert site.asked[-2:] == ["%2e%2e/x", "%2e%2e/x/"]  # decoded once
         assert raw(port, b"GET /" + b"a" * 60_000 + head + b"\r\n").startswith(b"HTTP/1.1 404")
         assert raw(port, b"GET /" + b"a" * 70_000).startswith(b"HTTP/1.1 400")
         assert raw(port, b"POST /upload" + head + b"Content-Length: -1\r\n\r\n").startswith(b"HTTP/1.1 400")

@@ -21,6 +21,7 @@ from phosphene.gallery import Gallery
 from phosphene.sheets import sheets
 from phosphene.slugs import layer_slug
 from phosphene.store import digest_of, open_store
+from phosphene.tiles import filter_href
 from phosphene.trainings import Training
 from phosphene.verdict import THRESHOLDS, Verdict
 from phosphene.web.pages import link
@@ -325,6 +326,28 @@ def test_links_are_relative_wherever_the_process_is(monkeypatch: pytest.MonkeyPa
     assert link("static/page.css", "atlas/1/a~2Fb/7.html") == "../../../static/page.css"
     assert link("atlas/1/a~2Fb/8.html?x=1#y", "atlas/1/a~2Fb/7.html") == "8.html?x=1#y"
     assert link("runs/a b/index.html", "index.html") == "runs/a%20b/index.html"
+
+
+def test_what_could_not_be_read_at_all_is_told_on_the_first_page(site: Site) -> None:
+    text = Site(site.gallery, [], damaged=["my/run is <damaged>"]).get("index.html").body.decode()
+    assert '<p class="note">Not shown: my/run is &lt;damaged&gt;.</p>' in text
+
+
+def test_an_atlas_whose_photos_are_gone_is_shown_without_them(site: Site, d: str, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(site.gallery.store_of(d).url, copy)
+    shutil.rmtree(copy / "evidence")
+    without = Site(Gallery([open_store(copy)], seconds=0), [])
+    atlas = without.gallery.atlas(d)
+    path = atlas["layers"][0]["path"]
+    n = without.gallery.layer(d, path)["pictures"][0]["channel"]
+    told = "What photos do to this network cannot be shown: "
+    network = without.get(f"atlas/{d}/index.html").body.decode()
+    assert told in network
+    assert "unknown" in network
+    assert told in without.get(filter_href(d, path, n)).body.decode()
+    for one in (f"atlas/{d}/index.html", filter_href(d, path, n)):
+        assert told not in site.get(one).body.decode()
 
 
 def test_a_damaged_atlas_leaves_the_others_their_first_page(site: Site, d: str, tmp_path: Path) -> None:

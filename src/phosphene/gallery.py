@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, nearest
+from phosphene.errors import EntryNotFound, InvalidRequest, PhospheneError, StoreRefused, nearest
 from phosphene.evidence import Evidence, stored
 from phosphene.history import History, is_history, open_history
 from phosphene.report import verdicts_of
@@ -49,6 +49,14 @@ class Filter(NamedTuple):
     verdict: Verdict
     picture: Mapping[str, Any]
     job: Mapping[str, Any]
+
+
+class Found(NamedTuple):
+    """What there is at a place to be shown, and a sentence on each store or record that cannot be read."""
+
+    stores: list[Store]
+    histories: list[History]
+    damaged: list[str]
 
 
 class Gallery:
@@ -235,31 +243,40 @@ class Gallery:
         return self.manifests.get((store, kind, digest), read)
 
 
-def found_at(place: str | Path) -> tuple[list[Store], list[History]]:
+def found_at(place: str | Path) -> Found:
     """Return the stores and the records of trainings at a place: it is one, or a folder with some one level down.
 
     Raises:
         InvalidRequest: it is neither.
-        StoreRefused: a store is of a newer format, or cannot be read.
+        StoreRefused, WeightsRefused: nothing there can be read; of several what can is returned.
     """
     folder = Path(place)
     if "://" in str(place):
-        return [open_store(place)], []
+        return Found([open_store(place)], [], [])
     try:
         inner = sorted(one for one in folder.iterdir() if one.is_dir())
     except OSError as error:
         raise InvalidRequest(
             f"{place} cannot be read: {error.strerror}; give a store, or a training's folder"
         ) from error
-    within = [folder] if is_shown(folder) else inner
-    stores = [open_store(one) for one in within if (one / STORE).exists()]
-    histories = [open_history(one) for one in within if is_history(one)]
-    if not stores and not histories:
-        raise InvalidRequest(
-            f"{place} holds no store and no record of a training, nor does a folder in it; give the one that "
-            "`phosphene atlas` or a Recorder wrote to"
-        )
-    return stores, histories
+    found, refused = Found([], [], []), list[PhospheneError]()
+    for one in [folder] if is_shown(folder) else inner:
+        try:
+            if (one / STORE).exists():
+                found.stores.append(open_store(one))
+            if is_history(one):
+                found.histories.append(open_history(one))
+        except PhospheneError as error:
+            refused.append(error)
+            found.damaged.append(str(error))
+    if found.stores or found.histories:
+        return found
+    if refused:
+        raise refused[0]
+    raise InvalidRequest(
+        f"{place} holds no store and no record of a training, nor does a folder in it; give the one that "
+        "`phosphene atlas` or a Recorder wrote to"
+    )
 
 
 def is_shown(folder: Path) -> bool:

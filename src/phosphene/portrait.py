@@ -18,7 +18,7 @@ from phosphene.report import facts_of_layer, sides
 from phosphene.strongest import NONE
 from phosphene.tiles import Tile, evidence_href, file_href, filter_href, layer_href, tile_of
 from phosphene.verdict import Verdict
-from phosphene.views import LABELS, labelled, neighbours, told_drawn
+from phosphene.views import LABELS, labelled, lost_photos, neighbours, told_drawn
 
 REFERENCES = ("builtin/", "torchvision/", "timm/", "keras/")
 SAVED = (".keras", ".h5", ".hdf5")
@@ -73,12 +73,16 @@ def filter_view(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
     """
     atlas, layer, found = gallery.atlas(d), gallery.layer(d, path), gallery.filter(d, path, n)
     before, after = neighbours([one["channel"] for one in layer["pictures"]], n)
-    evidence = gallery.evidence(d)
+    evidence, notes = None, [f"Not judged: {layer['remark']}."] if layer["remark"] else []
+    try:
+        evidence = gallery.evidence(d)
+    except PhospheneError as error:
+        notes.append(lost_photos(error))
     return {
         **nowhere(gallery, d, path, n),
         "made": True,
         "facts": facts_of_layer(layer["layer"]),
-        "note": layer["remark"] and f"Not judged: {layer['remark']}.",
+        "notes": notes,
         "picture": file_href(d, path, f"filter_{n}.png"),
         "size": found.job["size"],
         "verdict": found.verdict,

@@ -57,7 +57,7 @@ def report(store: Store, atlas: str | None = None) -> tuple[bytes, bytes]:
         for (digest, layer), count in zip(layers, counts, strict=True)
     ]
     rows = [(one.path, verdict) for one in sections for verdict in one.verdicts]
-    seen = evidence.about["seen"] if evidence else None
+    seen = f"{evidence.about['seen']:,}" if evidence else "none"
     facts, notes = facts_of(manifest, len(rows), seen), notes_of(manifest)
     limits = layers[0][1]["thresholds"] if layers else asdict(THRESHOLDS)
     html = page(manifest["model"], facts, notes, sections, limits, scale.picture)
@@ -182,15 +182,15 @@ def note_on(layer: Mapping[str, Any]) -> str:
     return " ".join(([f"Not judged: {layer['remark']}."] if layer["remark"] else []) + ([failed] if lost else []))
 
 
-def facts_of(manifest: Mapping[str, Any], pictures: int, photos: int | None) -> dict[str, str]:
-    """Return what the page tells of an atlas with so many pictures, of a network that was shown so many photos."""
+def facts_of(manifest: Mapping[str, Any], pictures: int, photos: str) -> dict[str, str]:
+    """Return what the page tells of an atlas with so many pictures; `photos` is how many the network was shown."""
     recipe, seeds = manifest["recipe"], manifest["seeds"]
     drawn = f"{pictures:,}" if pictures == manifest["filters"] else f"{pictures:,} of {manifest['filters']:,}"
     return {
         "filters": f"{drawn}, of {len(manifest['layers']):,} layers",
         "recipe": f"{recipe['name']}, {manifest['precision']}",
         "seeds" if len(seeds) > 1 else "seed": ", ".join(map(str, seeds)),
-        "photos": f"{photos:,}" if photos is not None else "none",
+        "photos": photos,
         "weights": manifest["fingerprint"],
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(manifest["versions"].items())),
     }

@@ -115,6 +115,20 @@ def photos_of(gallery: Gallery, atlas: AtlasFacts) -> str:
     return "without photos" if photos is None else counted(photos, "photo")
 
 
+def seen_photos(gallery: Gallery, d: str) -> tuple[str, str]:
+    """Return how many photos an atlas' network was shown, and what is wrong with what tells that, if anything is."""
+    try:
+        photos = gallery.photos(d)
+    except PhospheneError as error:
+        return "unknown", lost_photos(error)
+    return "none" if photos is None else f"{photos:,}", ""
+
+
+def lost_photos(error: PhospheneError) -> str:
+    """Return what is wrong with what photos do to a network, as a sentence."""
+    return f"What photos do to this network cannot be shown: {error}."
+
+
 def counted(many: int, name: str) -> str:
     """Return how many there are of something, in words."""
     return f"{many:,} {name}" if many == 1 else f"{many:,} {name}s"
@@ -165,12 +179,13 @@ def rows(d: str, manifest: Mapping[str, Any]) -> list[Row]:
 def network_view(gallery: Gallery, d: str) -> dict[str, Any]:
     """Return what `network.html` shows."""
     manifest, lines = gallery.atlas(d), rows(d, gallery.atlas(d))
+    photos, lost = seen_photos(gallery, d)
     limits = gallery.layer(d, lines[0].path)["thresholds"] if lines else {}
     return {
         "d": d,
         "title": manifest["model"],
-        "facts": facts_of(manifest, sum(one.filters for one in lines), gallery.photos(d)),
-        "notes": notes_of(manifest),
+        "facts": facts_of(manifest, sum(one.filters for one in lines), photos),
+        "notes": [*notes_of(manifest), *([lost] if lost else [])],
         "parts": parts_of(manifest["verdicts"]),
         "drawn": told_drawn(sum(one.filters for one in lines), sum(one["channels"] for one in manifest["layers"])),
         "meanings": labelled(limits) if limits else {},

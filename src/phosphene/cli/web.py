@@ -82,12 +82,12 @@ def show(
     """Show a place in a browser until the program is stopped; `ready` is called with the address."""
     with needing_the_extra():
         from phosphene.web import live, server, site, studio
-    stores, histories = found_at(place)
+    found = found_at(place)
     with closing(server.listening(host, port)) as at:
-        gallery = Gallery(stores)
+        gallery = Gallery(found.stores)
         networks = studio.Studio(gallery, str(torch_device(device)), network() if network else None)
         shown = server.application(
-            site.Site(gallery, trainings(histories), live=True),
+            site.Site(gallery, trainings(found.histories), True, found.damaged),
             live.live_routes(networks),
             names_of(host, at),
             token,
@@ -194,8 +194,8 @@ def export(
     with needing_the_extra():
         from phosphene.web import export as exporting
         from phosphene.web import site
-    stores, histories = found_at(place)
-    pages = site.Site(Gallery(stores), trainings(histories))
+    found = found_at(place)
+    pages = site.Site(Gallery(found.stores), trainings(found.histories), damaged=found.damaged)
     with progress("export", "files", quiet) as advance:
         count = exporting.export(pages, out, lambda _, total: advance(1, total))
     report([out / "index.html"], as_json, {"written": count})

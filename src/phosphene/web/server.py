@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -96,7 +96,14 @@ async def healthy(request: Request) -> Response:
 
 def answered(site: Site, request: Request) -> Response:
     """Return what lies at a path, or where the browser has it already, that it is the same."""
-    content = site.get(site_path(request.scope["path"]))
+    path = site_path(request.scope["path"])
+    try:
+        content = site.get(path)
+    except EntryNotFound:
+        with suppress(EntryNotFound):
+            site.get(f"{path}/")
+            return closed(request)
+        raise
     # the tag is weak, as the same page may be sent packed and not
     headers = {"ETag": f'W/"{content.tag or hashlib.sha256(content.body).hexdigest()}"', "Cache-Control": "no-cache"}
     if content.media_type.startswith(PACKED):
@@ -107,6 +114,12 @@ def answered(site: Site, request: Request) -> Response:
     if body is not content.body:
         headers["Content-Encoding"] = "gzip"
     return Response(body, 200, headers, content.media_type)
+
+
+def closed(request: Request) -> Response:
+    """Send the browser to a folder's address with the closing slash, without which its links would lead elsewhere."""
+    last = request.scope["raw_path"].partition(b"?")[0].rpartition(b"/")[2].decode("latin-1")
+    return Response(status_code=308, headers={"Location": f"./{last}/", "Cache-Control": "no-store"})
 
 
 def site_path(asked: str) -> str:

@@ -53,10 +53,14 @@ class Site:
 
     Attributes:
         live: whether a server is behind it, for what plain files cannot do.
+        damaged: a sentence on each store or run that cannot be shown.
     """
 
-    def __init__(self, gallery: Gallery, runs: Sequence[Training], live: bool = False) -> None:
+    def __init__(
+        self, gallery: Gallery, runs: Sequence[Training], live: bool = False, damaged: Sequence[str] = ()
+    ) -> None:
         self.gallery, self.runs, self.live = gallery, {one.name: one for one in runs}, live
+        self.damaged = tuple(damaged)
         self.pages: Shelf[Content] = Shelf(PAGES)
         self.static = {one.name: one for one in files("phosphene.web").joinpath("static").iterdir() if one.is_file()}
 
@@ -125,9 +129,8 @@ class Site:
         """Return the page of all atlases and training runs."""
         shown = {"atlases": cards(self.gallery), "runs": [one.card() for one in self.runs.values()]}
         jobs = self.gallery.unfinished() if self.live else 0  # of what is being made plain files know nothing
-        return content(
-            page("index.html", "index.html", self.live, unfinished=jobs, damaged=self.gallery.damaged(), **shown), HTML
-        )
+        damaged = [*self.damaged, *self.gallery.damaged()]
+        return content(page("index.html", "index.html", self.live, unfinished=jobs, damaged=damaged, **shown), HTML)
 
     def photo(self, d: str) -> dict[str, Any]:
         """Return what `photo.html` shows."""
