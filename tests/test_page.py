@@ -149,6 +149,37 @@ def sort_and_filter(page: Page, base: str, gallery: Gallery) -> None:
     middle = known[by_excitation[5]].excitation
     page.goto(f"{layer}?sort=excitation&least={middle}")
     assert shown(page) == by_excitation[:6]
+    page.get_by_label("the other way round").check()
+    assert shown(page) == by_excitation[:6][::-1]
+    page.goto(f"{layer}?turned=1")
+    assert shown(page) == list(range(FILTERS))[::-1]
+
+
+def leaf_through(page: Page, base: str, gallery: Gallery) -> None:
+    """Go from filter to filter in the order of the grid, and back to it; from elsewhere by number."""
+    path = LAYERS[0]
+    layer, known = f"{atlas_at(base, gallery)}{path}/index.html", verdicts(gallery, path)
+    chosen = [one.channel for one in sorted(known, key=most_excited) if one.verdict != "vivid"]
+    assert len(chosen) > 2
+    assert chosen != sorted(chosen)
+    page.goto(layer)
+    page.get_by_label("Sort by").select_option("excitation")
+    page.get_by_role("checkbox", name="vivid").uncheck()
+    page.locator(f"#f{chosen[1]}").click()
+    around = page.locator("#around")
+    expect(around.locator("a")).to_have_text(
+        [re.compile(rf"filter {chosen[0]}$"), f"2 of {len(chosen)} in the grid", re.compile(rf"^filter {chosen[2]} ")]
+    )
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {chosen[2]} of {path}")
+    around.get_by_role("link", name="in the grid").click()
+    assert shown(page) == chosen
+    expect(page.locator(":focus")).to_have_id(f"f{chosen[2]}")
+    page.locator(f"#f{chosen[0]}").click()
+    expect(around.locator("[rel=prev]")).to_have_count(0)
+    page.goto(layer)
+    page.locator("#f1").click()
+    expect(around.locator("a")).to_have_text([re.compile("filter 0$"), re.compile("^filter 2 ")])
 
 
 def walk_by_keyboard(page: Page, base: str, gallery: Gallery) -> None:
@@ -213,7 +244,7 @@ def see_training(page: Page, base: str, gallery: Gallery) -> None:
     assert page.url.endswith("?layer=conv1&epoch=3")
 
 
-BROWSING = (walk_by_mouse, see_filter, sort_and_filter, walk_by_keyboard, see_training)
+BROWSING = (walk_by_mouse, see_filter, sort_and_filter, leaf_through, walk_by_keyboard, see_training)
 Visit = Callable[[Page, str, Gallery], None]
 
 

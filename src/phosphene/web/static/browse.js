@@ -46,8 +46,45 @@
     probe.src = address;
   }
 
+  // What a layer's pictures were chosen and sorted by, kept till the tab is closed, leads from filter to filter.
+  const folder = location.pathname.slice(0, location.pathname.lastIndexOf("/") + 1);
+  const course = {
+    keep(asked, filters) {
+      try {
+        if (asked) sessionStorage.setItem(folder, JSON.stringify({ asked, filters }));
+        else sessionStorage.removeItem(folder);
+      } catch {
+        // a browser that keeps nothing: filters go by their numbers
+      }
+    },
+    kept() {
+      try {
+        return JSON.parse(sessionStorage.getItem(folder));
+      } catch {
+        return null;
+      }
+    },
+  };
+
+  const toward = (rel, n) => {
+    const [link, arrow] = [document.createElement("a"), document.createElement("span")];
+    arrow.setAttribute("aria-hidden", "true");
+    arrow.textContent = rel === "prev" ? "←" : "→";
+    link.append(...(rel === "prev" ? [arrow, ` filter ${n}`] : [`filter ${n} `, arrow]));
+    return Object.assign(link, { rel, href: `${n}.html` });
+  };
+
   // Left and right go to the filter before and after, except where these keys mean something already.
   const around = document.getElementById("around");
+  const way = around && course.kept();
+  const at = way ? way.filters.indexOf(location.pathname.slice(folder.length).replace(/\.html$/, "")) : -1;
+  if (at >= 0) {
+    const back = Object.assign(document.createElement("a"), { textContent: `${at + 1} of ${way.filters.length} in the grid` });
+    back.href = `index.html?${way.asked}#f${way.filters[at]}`;
+    const sides = { prev: way.filters[at - 1], next: way.filters[at + 1] };
+    const links = Object.entries(sides).map(([rel, n]) => (n === undefined ? document.createElement("span") : toward(rel, n)));
+    around.replaceChildren(links[0], back, links[1]);
+  }
   if (around) {
     document.addEventListener("keydown", (event) => {
       const busy = event.target.closest("input, select, textarea, [contenteditable], .scroll, pre, #render");
@@ -71,19 +108,20 @@
 
     const number = (cell, key) => (key in cell.dataset ? Number(cell.dataset[key]) : null);
 
-    // The highest first; what has no such figure last; of equal ones the lower number first.
-    const sorted = (by) => {
-      if (!keys[by]) return cells;
+    // The highest first, or `turned` the lowest; what has no such figure last; of equal ones the lower number first.
+    const sorted = (by, turned) => {
+      if (!keys[by]) return turned ? [...cells].reverse() : cells;
       const figures = new Map(cells.map((cell) => [cell, number(cell, keys[by])]));
       return [...cells].sort((one, other) => {
         const [a, b] = [figures.get(one), figures.get(other)];
-        return a === null || b === null ? (a === null) - (b === null) : b - a;
+        return a === null || b === null ? (a === null) - (b === null) : turned ? a - b : b - a;
       });
     };
 
     const state = () => {
       const asked = new URLSearchParams();
       if (form.sort.value !== "index") asked.set("sort", form.sort.value);
+      if (form.turned.checked) asked.set("turned", "1");
       const chosen = boxes.filter((box) => box.checked).map((box) => box.value);
       if (chosen.length < boxes.length) asked.set("verdict", chosen.join(" "));
       if (form.least && form.least.value !== "") asked.set("least", form.least.value);
@@ -93,6 +131,7 @@
     const set = (asked) => {
       const by = asked.get("sort");
       form.sort.value = [...form.sort.options].some((one) => one.value === by) ? by : "index";
+      form.turned.checked = asked.has("turned");
       const named = asked.get("verdict");
       const chosen = boxes.map((box) => box.value).filter((one) => named?.split(" ").includes(one));
       const all = named === null || (named !== "" && !chosen.length); // unknown ones do not count
@@ -104,7 +143,7 @@
     const show = () => {
       const chosen = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
       const least = form.least && form.least.value !== "" ? Number(form.least.value) : null;
-      const order = sorted(form.sort.value);
+      const order = sorted(form.sort.value, form.turned.checked);
       for (const cell of cells) {
         const excitation = number(cell, "e");
         const judged = !boxes.length || !cell.dataset.v || chosen.has(cell.dataset.v);
@@ -182,6 +221,7 @@
     };
     grid.addEventListener("click", (event) => {
       const link = event.target.closest("a");
+      if (link) course.keep(state().toString(), shown.map((cell) => cell.firstElementChild.id.slice(1)));
       try {
         if (link) history.replaceState({ from: link.id }, "");
       } catch {
