@@ -343,6 +343,8 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Gal
         expect(page.locator("#layer option").first).to_have_text("the last one with a map (_bn1)")
         for select in ("#layer", "#channels"):  # without being asked for
             expect(page.locator(f"{select} optgroup option").get_by_text("_conv_stem", exact=True)).to_have_count(1)
+            listed = page.locator(f"{select} option").all_inner_texts()
+            assert len(listed) == len(set(listed))
         assert all(float(one) > 0 for one in page.locator("#filters b").all_inner_texts())
         assert filters.first.locator("span").count() == 2
         expect(filters.first.locator("span").last).to_have_text(re.compile(r"^filter \d+$"))

@@ -411,8 +411,9 @@ function visitor(root) {
     const found = await answer.json();
     part("names").replaceChildren(...found.classes.map((one) => made("option", { value: one })));
     for (const select of root.querySelectorAll("select[data-fill]")) {
-      const options = found.layers.map((one) => made("option", { textContent: one.path }));
-      select.append(made("optgroup", { label: "all layers with a map" }, ...options));
+      const there = new Set([...select.options].map((one) => one.value));
+      const others = found.layers.filter((one) => !there.has(one.path)).map((one) => made("option", { textContent: one.path }));
+      if (others.length) select.append(made("optgroup", { label: "other layers with a map" }, ...others));
     }
   };
 
