@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import phosphene as ph
-from phosphene.transforms import Draws, resample
+from phosphene.rendering.transforms import Draws, resample
 from quality import DRAWS, Photos, channel_means, read_squares
 from rounds import OURS, Bench, Row, Run, interleaved, over
 

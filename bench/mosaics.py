@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import phosphene as ph
-from phosphene.explain import explaining
-from phosphene.model import Model
+from phosphene.inspection.explain import explaining
+from phosphene.network.model import Model
 
 SURE = 0.9
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 import phosphene as ph
-from phosphene.transforms import Draws, resample
+from phosphene.rendering.transforms import Draws, resample
 
 HERE = Path(__file__).parent
 DRAWS = 8

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import phosphene as ph
-from phosphene.record import Recorder
+from phosphene.training.recorder import Recorder
 
 HERE = Path(__file__).parent
 CIFAR = 50_000  # pictures an epoch

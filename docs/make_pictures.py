@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 import phosphene as ph
-from phosphene.figure import grid, png
-from phosphene.files import write_file
+from phosphene.images.figure import grid, png
+from phosphene.storage.atomic import write_file
 
 HERE = Path(__file__).parent
 # filters that show well how the answers grow from edges to objects

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from phosphene.atlas import Atlas, Job, atlas
-from phosphene.loaders import load
-from phosphene.model import Model
-from phosphene.runners import Outcome, attempt
+from phosphene.atlases.plan import Atlas, Job, atlas
+from phosphene.atlases.runners.pool import Outcome, attempt
+from phosphene.network.loading import load
+from phosphene.network.model import Model
 
 NETS = """
 import torch

@@ -24,18 +24,18 @@ from torch import Tensor
 
 import phosphene
 from atlases import Here
-from phosphene import figure
-from phosphene.atlas import atlas
+from phosphene.atlases.plan import atlas
+from phosphene.atlases.run import run
 from phosphene.cli.web import trainings
-from phosphene.files import write_file
-from phosphene.gallery import Gallery, found_at
-from phosphene.loaders import load
-from phosphene.running import run
+from phosphene.images import figure
+from phosphene.network.loading import load
+from phosphene.storage.atomic import write_file
 from phosphene.web.export import export
-from phosphene.web.live import live_routes
+from phosphene.web.live.render_queue import Studio
+from phosphene.web.live.routes import live_routes
 from phosphene.web.server import Serving, application, configured, listening
 from phosphene.web.site import Site
-from phosphene.web.studio import Studio
+from phosphene.web.store_reader import Gallery, found_at
 from recorded import gradient, record_of
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")

@@ -10,8 +10,8 @@ import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
 from phosphene.errors import OutputRefused, StoreRefused
-from phosphene.places import Folder, Remote
-from phosphene.store import Store, open_store
+from phosphene.storage.filesystem import Folder, Remote
+from phosphene.storage.store import Store, open_store
 
 ENTRIES = {
     f"{number:02d}ab": {f"filter_{one}.png": bytes([number, one]) * 500 for one in range(3)} for number in range(4)

@@ -25,7 +25,7 @@ import keras  # noqa: E402
 
 from phosphene.errors import InvalidRequest  # noqa: E402
 from phosphene.record_keras import KerasRecorder  # noqa: E402
-from phosphene.subject_keras import subject_of_keras  # noqa: E402
+from phosphene.training.keras_adapter import subject_of_keras  # noqa: E402
 
 assert ph.__name__ == "phosphene"
 assert keras.config.backend() == BACKEND

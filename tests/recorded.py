@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phosphene.gradients import EXPONENTS, Gradient
-from phosphene.history import Entry, History, continued, kernels_of
-from phosphene.rendered import Rendered
+from phosphene.rendering.result import Rendered
+from phosphene.training.gradient_statistics import EXPONENTS, Gradient
+from phosphene.training.history import Entry, History, continued, kernels_of
 
 
 def record_of(

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from atlases import Here, tiny_atlas, tiny_model
-from phosphene.running import run
-from phosphene.store import Store, open_store
+from phosphene.atlases.run import run
+from phosphene.storage.store import Store, open_store
 
 FIRST, SECOND = ".0", ".2"  # 6 and 8 filters, fields of 3 and 5 px
 NAMES = ("a.png", "b.png", "c.png", "d.png")

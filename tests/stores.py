@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phosphene.atlas import Job, atlas
-from phosphene.figure import DISPLAYS, picture
-from phosphene.loaders import load
-from phosphene.model import Model
-from phosphene.objectives import channel
-from phosphene.rendered import Rendered
-from phosphene.runners import Outcome
-from phosphene.running import Summary, run
-from phosphene.verdict import Measured
-from phosphene.work import Film, files_of, manifest_of, shrunk, with_film
+from phosphene.atlases.plan import Job, atlas
+from phosphene.atlases.render_job import Film, files_of, manifest_of, shrunk, with_film
+from phosphene.atlases.run import Summary, run
+from phosphene.atlases.runners.pool import Outcome
+from phosphene.atlases.verdicts import Measured
+from phosphene.images.figure import DISPLAYS, picture
+from phosphene.network.loading import load
+from phosphene.network.model import Model
+from phosphene.rendering.objectives import channel
+from phosphene.rendering.result import Rendered
 
 WIDE = (64, 128, 256, 512, 1024, 2048, *(512,) * 31, 96)  # 20,000 filters, one layer of 2,048
 NARROW = (6, 40)

@@ -18,11 +18,12 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
-from phosphene import errors, figure
-from phosphene.activations import Activations, activations, as_maps, measure
-from phosphene.layers import Layers
-from phosphene.loaders import load
-from phosphene.model import Model
+from phosphene import errors
+from phosphene.images import figure
+from phosphene.inspection.activations import Activations, activations, as_maps, measure
+from phosphene.network.layers import Layers
+from phosphene.network.loading import load
+from phosphene.network.model import Model
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -188,7 +189,7 @@ def test_tokens_lie_in_their_grid_and_channels_last_come_first() -> None:
 
 
 def test_measured_by_hand_in_several_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["phosphene.activations"], "AT_ONCE", 8)
+    monkeypatch.setattr(sys.modules["phosphene.inspection.activations"], "AT_ONCE", 8)
     maps = torch.tensor([[-1.0, 0, 3, 6], [0, 0, 0, 0], [-5, -5, -5, -5], [7, 7, 7, 7 + 2e-6], [0, 1, math.inf, 2]])
     found = measure(maps.view(5, 2, 2))
     assert found.low.tolist()[:3] == [-1, 0, -5]

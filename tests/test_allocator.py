@@ -9,7 +9,7 @@ import sys
 import pytest
 
 CODE = """
-import resource, torch, phosphene.allocator as allocator
+import resource, torch, phosphene.network.memory as allocator
 print(allocator.keep_memory() if {keep} else None)
 def faults():
     torch.empty(20_000_000).fill_(1)

@@ -15,8 +15,8 @@ import pytest
 
 from phosphene import load
 from phosphene.errors import ModelNotFound, ModelRefused
-from phosphene.loaders.archive import HDF5, ZIP, first_bytes, is_saved_model, read_saved, strangers
-from phosphene.loaders.mending import mended
+from phosphene.network.loading.keras2_config import mended
+from phosphene.network.loading.keras_archive import HDF5, ZIP, first_bytes, is_saved_model, read_saved, strangers
 
 DATA = Path(__file__).parent / "data/keras"
 OLD_H5, OLD_KERAS = DATA / "keras-2.15-plain.h5", DATA / "keras-2.15-plain.keras"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.ascent import Base, box_blur, resize
-from phosphene.objectives import OUTPUT
-from phosphene.parameterizations import PARAMETERIZATIONS
-from phosphene.recipes import RECIPES, Recipe, part
-from phosphene.steps import STEPS
-from phosphene.transforms import Draws
+from phosphene.rendering.gradient_ascent import Base, box_blur, resize
+from phosphene.rendering.objectives import OUTPUT
+from phosphene.rendering.parameterizations import PARAMETERIZATIONS
+from phosphene.rendering.recipes import RECIPES, Recipe, part
+from phosphene.rendering.step_rules import STEPS
+from phosphene.rendering.transforms import Draws
 
 # modest steps, in what each tensor counts in: bytes, Fourier coefficients (which start at 0.01), radians
 RATES = {"pixels": 1.0, "fourier": 0.0005, "maco": 0.05}

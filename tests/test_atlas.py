@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from atlases import tiny, tiny_atlas, tiny_model
 from phosphene import errors
-from phosphene.atlas import Job, atlas
-from phosphene.loaders import load
-from phosphene.model import Model
-from phosphene.recipes import RECIPES
+from phosphene.atlases.plan import Job, atlas
+from phosphene.network.loading import load
+from phosphene.network.model import Model
+from phosphene.rendering.recipes import RECIPES
 from phosphene.version import PICTURES
 
 

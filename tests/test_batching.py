@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import phosphene as ph
-from phosphene import batching
-from phosphene.batching import bytes_of_maps, chosen_batch, free_memory
+from phosphene.rendering.engine import batch_size as batching
+from phosphene.rendering.engine.batch_size import bytes_of_maps, chosen_batch, free_memory
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phosphene.capture import Place, borrowed, capture
-from phosphene.model import Model
+from phosphene.network.capture import Place, borrowed, capture
+from phosphene.network.model import Model
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 

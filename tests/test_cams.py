@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phosphene.cams import CAMS, eigencam, gradient, integrated_gradients, smoothgrad
+from phosphene.inspection.attribution_methods import CAMS, eigencam, gradient, integrated_gradients, smoothgrad
 
 ACTS = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [1.0, 0.0]]]], dtype=torch.float64)
 GRADS = torch.tensor([[[[1.0, 0.0], [-1.0, 2.0]], [[-2.0, 1.0], [0.0, -1.0]]]], dtype=torch.float64)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from phosphene.capture import Place, capture, parts, with_part
 from phosphene.errors import LayerRefused
+from phosphene.network.capture import Place, capture, parts, with_part
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 

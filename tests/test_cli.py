@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from command_line import Run, command_line
-from phosphene.ascent import Frame
-from phosphene.cams import CAUTIONS
-from phosphene.cli import rendering
-from phosphene.demo import PARTS
+from phosphene.cli import render as rendering
+from phosphene.cli.demonstration import PARTS
+from phosphene.inspection.attribution_methods import CAUTIONS
+from phosphene.rendering.gradient_ascent import Frame
 
 NETS = '''
 from torch import nn

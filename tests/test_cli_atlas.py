@@ -13,8 +13,8 @@ from PIL import Image
 
 from atlases import NETS, contents
 from command_line import Run, command_line
-from phosphene.cli.atlas import duration
-from phosphene.store import open_store
+from phosphene.cli.atlases import duration
+from phosphene.storage.store import open_store
 
 OPTIONS = ("--size", "16", "--steps", "3", "--batch", "4", "--precision", "fp32", "--workers", "0")
 OVERFLOWS = (

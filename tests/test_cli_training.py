@@ -14,8 +14,8 @@ from PIL import Image
 
 from command_line import Run, command_line
 from phosphene.cli import training
-from phosphene.history import History, open_history
-from phosphene.strip import strip
+from phosphene.training.film_strip import strip
+from phosphene.training.history import History, open_history
 from recorded import gradient, record_of
 
 SHAPES = {"conv1.weight": (4, 3, 3, 3), "conv2.weight": (10, 5, 3, 3)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phosphene.colour import UNCORRELATED_TO_RGB, correlate, decorrelate
+from phosphene.rendering.colour import UNCORRELATED_TO_RGB, correlate, decorrelate
 
 
 def test_one_step_along_each_colour_by_hand() -> None:

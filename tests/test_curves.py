@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from phosphene import errors
-from phosphene.curves import PLOT, Sizes, curves, is_layered, verdicts
-from phosphene.gradients import Gradient
-from phosphene.history import History
+from phosphene.training.gradient_norms import PLOT, Sizes, curves, is_layered, verdicts
+from phosphene.training.gradient_statistics import Gradient
+from phosphene.training.history import History
 from recorded import gradient, record_of
 
 SHAPES = {"a.weight": (4, 3, 3, 3), "a.bias": (4,), "b.weight": (4, 4, 3, 3), "c.weight": (5, 4)}

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import phosphene as ph
-from phosphene.figure import DEAD
-from phosphene.recipes import RECIPES, Recipe, part
-from phosphene.render import never_left, without_contrast
+from phosphene.images.figure import DEAD
+from phosphene.rendering.recipes import RECIPES, Recipe, part
+from phosphene.rendering.render import never_left, without_contrast
 
 QUICK = Recipe("quick", "", (16,), 2, part("pixels", low=0.3, high=0.7), part("rms", rate=2.0))
 

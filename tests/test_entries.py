@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from atlases import Here, contents, tiny, tiny_atlas, tiny_model
-from phosphene import entries
-from phosphene.entries import Shown, kernels_of, saved, strip_of
-from phosphene.figure import METADATA
-from phosphene.loaders import load
-from phosphene.report import report
-from phosphene.running import run
-from phosphene.store import Store, open_store
-from phosphene.verdict import Verdict
-from phosphene.work import Film
+from phosphene.atlases import entries
+from phosphene.atlases.entries import Shown, kernels_of, saved, strip_of
+from phosphene.atlases.render_job import Film
+from phosphene.atlases.report import report
+from phosphene.atlases.run import run
+from phosphene.atlases.verdicts import Verdict
+from phosphene.images.figure import METADATA
+from phosphene.network.loading import load
+from phosphene.storage.store import Store, open_store
 
 
 def entries_of(store: Store) -> dict[str, tuple[str, dict[str, Any]]]:

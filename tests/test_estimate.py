@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from atlases import tiny_atlas, tiny_model
-from phosphene.atlas import Job
-from phosphene.estimate import estimate
-from phosphene.model import Model
-from phosphene.work import work
+from phosphene.atlases.cost import estimate
+from phosphene.atlases.plan import Job
+from phosphene.atlases.render_job import work
+from phosphene.network.model import Model
 
 
 def test_seconds_and_bytes_are_those_of_the_jobs_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,7 @@ def test_seconds_and_bytes_are_those_of_the_jobs_that_are_missing(monkeypatch: p
         count = len(job.channels)
         return 1 + job.recipe.steps * count * (0.5 if job.layer == ".0" else 2.0), 100 * count
 
-    monkeypatch.setattr("phosphene.estimate.timed", timed)
+    monkeypatch.setattr("phosphene.atlases.cost.timed", timed)
     plan = tiny_atlas(tiny_model(), steps=50)
     whole = estimate(plan)
     # two pictures are measured: (1 s + 50 steps · 2 · 0.5 s) / 2, and (1 s + 50 · 2 · 2) / 2
@@ -37,8 +37,8 @@ def test_between_the_measured_jobs_lies_what_lies_between(monkeypatch: pytest.Mo
         measured.append(job.channels[0])
         return float(job.channels[0]), 10.0
 
-    monkeypatch.setattr("phosphene.estimate.measured", fake)
-    monkeypatch.setattr("phosphene.estimate.SAMPLES", 3)
+    monkeypatch.setattr("phosphene.atlases.cost.measured", fake)
+    monkeypatch.setattr("phosphene.atlases.cost.SAMPLES", 3)
     plan = tiny_atlas(tiny_model(), layers=1, per_job=1)  # eight jobs, of which the 0th, 4th and 7th are measured
     assert estimate(plan).seconds == pytest.approx(0 + 1 + 2 + 3 + 4 + 5 + 6 + 7)
     assert measured == [0, 4, 7]

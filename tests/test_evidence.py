@@ -23,16 +23,28 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from phosphene import crops, errors, viewing
-from phosphene.evidence import SHARES, Evidence, Statistics, by_layer, evidence, packed, stored, unpacked, viewing_of
-from phosphene.figure import png
-from phosphene.layers import ReceptiveField
-from phosphene.model import Model
-from phosphene.photo import Fit
-from phosphene.spread import ABSOLUTE, RELATIVE, Spread, spread_of, unspread, wider
-from phosphene.store import open_store
-from phosphene.strongest import NONE, Strongest, add, nobody, stronger
-from phosphene.viewing import Partial, merge
+from phosphene import errors
+from phosphene.evidence import crops
+from phosphene.evidence import photo_pass as viewing
+from phosphene.evidence.collect import (
+    SHARES,
+    Evidence,
+    Statistics,
+    by_layer,
+    evidence,
+    packed,
+    stored,
+    unpacked,
+    viewing_of,
+)
+from phosphene.evidence.photo_pass import Partial, merge
+from phosphene.evidence.quantile_sketch import ABSOLUTE, RELATIVE, Spread, spread_of, unspread, wider
+from phosphene.evidence.top_photos import NONE, Strongest, add, nobody, stronger
+from phosphene.images.figure import png
+from phosphene.images.photo import Fit
+from phosphene.network.layers import ReceptiveField
+from phosphene.network.model import Model
+from phosphene.storage.store import open_store
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 MAPS = ("0", "1", "2", "3", "4", "5", "6")  # of small_net; 7 and 8 are vectors
@@ -138,7 +150,7 @@ def test_float32_with_folding_and_channels_last_is_the_same_within_rounding(smal
 
 
 def test_the_score_is_that_of_the_channel_objective(small_net: nn.Sequential) -> None:
-    from phosphene.objectives import channel
+    from phosphene.rendering.objectives import channel
 
     photos, model = noise(9), handle(small_net)
     found = evidence(model, photos, [0])[".0"]
@@ -650,7 +662,7 @@ GROWTH = """
 import resource, sys, torch
 sys.path.insert(0, {tests!r})
 from test_evidence import Painted, handle
-from phosphene.evidence import evidence
+from phosphene.evidence.collect import evidence
 torch.set_num_threads(1)
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Conv2d(64, 32, 3))
@@ -674,9 +686,9 @@ KILLED = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 from test_evidence import Painted, handle
-from phosphene import viewing
-from phosphene.evidence import evidence
-from phosphene.store import open_store
+from phosphene.evidence import photo_pass as viewing
+from phosphene.evidence.collect import evidence
+from phosphene.storage.store import open_store
 torch.set_num_threads(1)
 torch.manual_seed(0)
 viewing.LOT = 16
@@ -725,7 +737,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(small_net: nn.Sequential, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    from phosphene.runners.ray_evidence import RayShow
+    from phosphene.atlases.runners.ray_photos import RayShow
 
     for number in range(1100):
         torch.manual_seed(number)
@@ -742,7 +754,7 @@ def test_ray_gives_the_same_bytes(small_net: nn.Sequential, tmp_path: Path) -> N
 
 
 def test_what_comes_in_any_order_is_merged_in_that_of_the_lots() -> None:
-    from phosphene.runners.ray_evidence import in_order
+    from phosphene.atlases.runners.ray_photos import in_order
 
     singles = partials(0, 6)
 

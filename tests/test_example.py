@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from phosphene.history import open_history
-from phosphene.kernels import Sheet
+from phosphene.inspection.kernels import Sheet
+from phosphene.training.history import open_history
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 flowers: Any = importlib.import_module("flowers")

@@ -16,13 +16,13 @@ from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import MBConvConfig
 
-from phosphene.cams import CAMS, INPUT_METHODS
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, LayerRefused
-from phosphene.explain import default_layer, explain, explaining, heatmaps
-from phosphene.loaders import load
-from phosphene.model import Model, Preprocessing
-from phosphene.photo import Region
-from phosphene.positions import as_map, token_grid
+from phosphene.images.photo import Region
+from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
+from phosphene.inspection.explain import default_layer, explain, explaining, heatmaps
+from phosphene.network.feature_maps import as_map, token_grid
+from phosphene.network.loading import load
+from phosphene.network.model import Model, Preprocessing
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 NETS = {  # name -> side of the image in pixels

@@ -8,12 +8,12 @@ import pytest
 
 from atlases import contents
 from phosphene.errors import InvalidRequest, OutputRefused, StoreRefused
-from phosphene.files import write_file
-from phosphene.gallery import Gallery
-from phosphene.store import open_store
+from phosphene.storage.atomic import write_file
+from phosphene.storage.store import open_store
 from phosphene.web import export as module
 from phosphene.web.export import MARK, export
 from phosphene.web.site import Content, Site
+from phosphene.web.store_reader import Gallery
 from shown import FIRST, filled
 
 

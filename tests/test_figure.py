@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from phosphene import figure, recipes
 from phosphene.errors import InvalidRequest
-from phosphene.figure import DEAD, DISPLAYS, crossed, gif, grid, picture, png, standardise, stretch, to_bytes
+from phosphene.images import figure
+from phosphene.images.figure import DEAD, DISPLAYS, crossed, gif, grid, picture, png, standardise, stretch, to_bytes
+from phosphene.rendering import recipes
 
 
 def tile(value: int, width: int = 4, height: int = 3, mode: str = "RGB") -> Image.Image:

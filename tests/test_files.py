@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from phosphene.errors import OutputRefused
-from phosphene.files import check_writable, temporary_name, write_file, write_manifest
+from phosphene.storage.atomic import check_writable, temporary_name, write_file, write_manifest
 
 
 def everything(folder: Path) -> list[str]:

@@ -17,11 +17,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from phosphene.explain import explaining, heatmaps
-from phosphene.folding import Folding, folded
-from phosphene.layers import survey
-from phosphene.loaders import load
-from phosphene.model import Model
+from phosphene.inspection.explain import explaining, heatmaps
+from phosphene.network.batchnorm_folding import Folding, folded
+from phosphene.network.layers import survey
+from phosphene.network.loading import load
+from phosphene.network.model import Model
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -246,7 +246,7 @@ REFUSED = (
 def unfolded(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return what `heatmaps` does, without folding anything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("phosphene.explain"), "SEVERAL", 1000)
+        patch.setattr(importlib.import_module("phosphene.inspection.explain"), "SEVERAL", 1000)
         return heatmaps(*arguments)
 
 

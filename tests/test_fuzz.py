@@ -19,14 +19,14 @@ from hypothesis import strategies as some
 from PIL import Image
 from starlette.testclient import TestClient
 
-from phosphene.gallery import Gallery, found_at
-from phosphene.loaders import load
-from phosphene.trainings import Training
-from phosphene.web.guard import HEADERS
-from phosphene.web.live import live_routes
+from phosphene.network.loading import load
+from phosphene.web.live.render_queue import Studio
+from phosphene.web.live.routes import live_routes
+from phosphene.web.security import HEADERS
 from phosphene.web.server import application
 from phosphene.web.site import Site
-from phosphene.web.studio import Studio
+from phosphene.web.store_reader import Gallery, found_at
+from phosphene.web.views.training import Training
 from recorded import record_of
 from stores import generated
 

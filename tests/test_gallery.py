@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, WeightsRefused
-from phosphene.gallery import Gallery, found_at, layer_path, layer_slug
-from phosphene.store import Store, open_store
+from phosphene.storage.store import Store, open_store
+from phosphene.web.store_reader import Gallery, found_at, layer_path, layer_slug
 from recorded import record_of
 from shown import FIRST, SECOND, filled
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phosphene.gradients import RunningGradients, SinceLast, counted, counted_together, of_one
+from phosphene.training.gradient_statistics import RunningGradients, SinceLast, counted, counted_together, of_one
 
 
 def counts(histogram: Tensor) -> dict[int, int]:

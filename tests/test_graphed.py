@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import phosphene as ph
-from phosphene.ascent import Base, Frame, Plan, climb
-from phosphene.graphed import Drawn, Steps, cuda_graph, graphed_climb
-from phosphene.recipes import RECIPES, Recipe, part
-from phosphene.shortcuts import fast_reading
-from phosphene.transforms import Draws, affine, jitter
+from phosphene.rendering.engine.cuda_graph import Drawn, Steps, cuda_graph, graphed_climb
+from phosphene.rendering.engine.forward import fast_reading
+from phosphene.rendering.gradient_ascent import Base, Frame, Plan, climb
+from phosphene.rendering.recipes import RECIPES, Recipe, part
+from phosphene.rendering.transforms import Draws, affine, jitter
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 

@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from phosphene.web import guard
-from phosphene.web.guard import HEADERS, Guard, bounded_body, host_of
+from phosphene.web import security as guard
+from phosphene.web.security import HEADERS, Guard, bounded_body, host_of
 
 HERE = "http://127.0.0.1:8000"
 

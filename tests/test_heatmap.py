@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import ChannelNotFound, InvalidRequest, OutputRefused
-from phosphene.figure import METADATA
-from phosphene.heatmap import Guess, Heatmap, class_indices, probabilities
-from phosphene.photo import Fit, Region
+from phosphene.images.figure import METADATA
+from phosphene.images.photo import Fit, Region
+from phosphene.inspection.heatmap import Guess, Heatmap, class_indices, probabilities
 
 SMALL = torch.tensor([[-1.0, 2.0], [1.0, 4.0]])
 WHOLE = Region(0.0, 0.0, 8.0, 12.0)

@@ -19,17 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.errors import (
-    ExtraMissing,
-    InvalidRequest,
-    LayerNotFound,
-    ModelNotFound,
-    ModelRefused,
-    WeightsRefused,
-)
-from phosphene.loaders import load
-from phosphene.loaders.keras import import_keras, preprocessing_of
-from phosphene.model import Preprocessing
+from phosphene.errors import ExtraMissing, InvalidRequest, LayerNotFound, ModelNotFound, ModelRefused, WeightsRefused
+from phosphene.network.loading import load
+from phosphene.network.loading.keras import import_keras, preprocessing_of
+from phosphene.network.model import Preprocessing
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 DATA = Path(__file__).parent / "data/keras"

@@ -14,10 +14,11 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
-from phosphene import errors, figure
-from phosphene.kernels import Kernels, Sheet, kernels, numbered, scale
-from phosphene.loaders import load
-from phosphene.model import Model, Preprocessing
+from phosphene import errors
+from phosphene.images import figure
+from phosphene.inspection.kernels import Kernels, Sheet, kernels, numbered, scale
+from phosphene.network.loading import load
+from phosphene.network.model import Model, Preprocessing
 
 TOP = 12 + 2 * 24 + 4  # border, title, note, gap: where the picture under a caption begins
 HEAD = 18  # labels of the columns
@@ -212,7 +213,7 @@ def test_the_colours_of_kernels_that_fill_several_pages_keep_their_names(monkeyp
         return draw(sheet, rows, columns)
 
     monkeypatch.setattr(figure, "ruled", note)
-    monkeypatch.setattr(sys.modules["phosphene.kernels"], "PAGE", 90)  # room for two columns of 40 px
+    monkeypatch.setattr(sys.modules["phosphene.inspection.kernels"], "PAGE", 90)  # room for two columns of 40 px
     sheets = made(torch.rand(2, 3, 40, 40), "bgr")
     for page in range(sheets.pages):
         sheets.grid(page)

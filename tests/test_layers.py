@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 import phosphene
-from phosphene.capture import Place
 from phosphene.errors import LayerNotFound, LayerRefused, SizeRefused
-from phosphene.layers import Layers, ReceptiveField, survey, trace
-from phosphene.model import Model
-from phosphene.tracing import Tracer
+from phosphene.network.capture import Place
+from phosphene.network.layers import Layers, ReceptiveField, survey, trace
+from phosphene.network.model import Model
+from phosphene.network.receptive_field_tracer import Tracer
 
 
 def table(net: nn.Module, *shape: int) -> Layers:
@@ -378,10 +378,10 @@ def test_a_survey_leaves_no_trace(
 def test_a_survey_imports_no_compiler() -> None:
     """PyTorch's compiler and its algebra take two seconds to import."""
     code = """
-import sys, torch, phosphene.layers
+import sys, torch, phosphene.network.layers
 before = set(sys.modules)
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.ReLU())
-phosphene.layers.survey(net, net, dict(net.named_modules()), torch.rand(1, 3, 8, 8))
+phosphene.network.layers.survey(net, net, dict(net.named_modules()), torch.rand(1, 3, 8, 8))
 print(sorted(one for one in set(sys.modules) - before if one.startswith(("sympy", "torch._dynamo", "torch._inductor"))))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

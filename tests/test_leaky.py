@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.leaky import SLOPE, Leaky
+from phosphene.rendering.relu_gradients import SLOPE, Leaky
 
 SEEN = [-3.0, -1.0, 0.0, 0.5, 4.0, 9.0]
 L = SLOPE

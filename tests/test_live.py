@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from phosphene import errors, live
-from phosphene.gradients import Gradient, of_one
-from phosphene.history import Entry
-from phosphene.kernels import Kernels
-from phosphene.rendered import Rendered
+from phosphene import errors
+from phosphene.inspection.kernels import Kernels
+from phosphene.rendering.result import Rendered
+from phosphene.training import writers as live
+from phosphene.training.gradient_statistics import Gradient, of_one
+from phosphene.training.history import Entry
 
 # |g|: 0.75 is in [2^-1, 2^0), 0.25 and -0.375 in [2^-2, 2^-1), 3 in [2^1, 2^2); [2^0, 2^1) stays empty; two zeros
 SLOPES = torch.tensor([[0.75, 0.25, -0.375], [3.0, 0.0, 0.0]])

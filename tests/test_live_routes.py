@@ -27,18 +27,18 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from atlases import Here, tiny_atlas
-from phosphene import figure
-from phosphene.activations import activations
-from phosphene.explain import explain
-from phosphene.gallery import Gallery
-from phosphene.model import Model
-from phosphene.running import run
-from phosphene.store import open_store
-from phosphene.web import live
-from phosphene.web.live import live_routes
+from phosphene.atlases.run import run
+from phosphene.images import figure
+from phosphene.inspection.activations import activations
+from phosphene.inspection.explain import explain
+from phosphene.network.model import Model
+from phosphene.storage.store import open_store
+from phosphene.web.live import routes as live
+from phosphene.web.live.render_queue import VISITORS, Studio
+from phosphene.web.live.routes import live_routes
 from phosphene.web.server import application
 from phosphene.web.site import Site
-from phosphene.web.studio import VISITORS, Studio
+from phosphene.web.store_reader import Gallery
 from test_visitor import classifying, photo, picture, png
 
 HERE = "http://127.0.0.1:8000"
@@ -169,7 +169,7 @@ def test_a_comment_comes_where_nothing_happens(gallery: Gallery, at: str, monkey
 
 
 def test_a_full_line_says_so(client: TestClient, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phosphene.web.studio.WAITING", -1)
+    monkeypatch.setattr("phosphene.web.live.render_queue.WAITING", -1)
     answer = client.post(f"{at}/render", json={"layer": "conv1", "channel": 0}, headers={"Origin": HERE})
     assert answer.status_code == 429
     assert "renders wait already" in answer.json()["error"]

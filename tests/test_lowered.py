@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from phosphene.lowered import Lowered
+from phosphene.rendering.engine.bf16_weights import Lowered
 
 
 class Own(nn.Conv2d):

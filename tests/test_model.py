@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from phosphene import errors
-from phosphene.model import Model, Preprocessing, first_line, is_out_of_memory, parse_channels
+from phosphene.network.model import Model, Preprocessing, first_line, is_out_of_memory, parse_channels
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 

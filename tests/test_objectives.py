@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import phosphene as ph
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
-from phosphene.objectives import OBJECTIVES, Objective
+from phosphene.rendering.objectives import OBJECTIVES, Objective
 
 # two pictures, three channels of 2 × 2
 MAP = torch.tensor(

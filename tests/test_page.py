@@ -29,8 +29,8 @@ from browser import (
     served,
     visiting,
 )
-from phosphene.gallery import Gallery, found_at
-from phosphene.verdict import Verdict
+from phosphene.atlases.verdicts import Verdict
+from phosphene.web.store_reader import Gallery, found_at
 
 __all__ = ["chromium", "exported", "place", "served"]
 NETWORK = "builtin/efficientnet-lite0"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from phosphene.colour import decorrelate
 from phosphene.errors import InvalidRequest
-from phosphene.parameterizations import (
+from phosphene.rendering.colour import decorrelate
+from phosphene.rendering.parameterizations import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     PARAMETERIZATIONS,
@@ -24,7 +24,7 @@ from phosphene.parameterizations import (
     units,
     with_edges,
 )
-from phosphene.transforms import Draws
+from phosphene.rendering.transforms import Draws
 
 LIKE = torch.empty(0, dtype=torch.float64)
 SHAPES = [(2, 3, 16, 16), (2, 1, 17, 15), (1, 7, 12, 21), (1, 3, 15, 10)]

@@ -18,7 +18,7 @@ from torchvision import models
 
 import phosphene as ph
 from phosphene.errors import PhotoRefused
-from phosphene.photo import MIDDLE, MOST_PIXELS, Fit, decode, read
+from phosphene.images.photo import MIDDLE, MOST_PIXELS, Fit, decode, read
 
 # two rows of three: red, green, blue / black, grey 51, white
 PIXELS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [51, 51, 51], [255, 255, 255]]], np.uint8)

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene import errors
-from phosphene.photo import read
-from phosphene.photos import Photos, open_photos
+from phosphene.evidence.photo_dataset import Photos, open_photos
+from phosphene.images.photo import read
 
 PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3  # (h, w, c)
 

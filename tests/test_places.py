@@ -21,9 +21,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import dropping
 from dropping import ENTRIES, Dropping, contents, drop, filled, reference, refusal
-from phosphene import places
 from phosphene.errors import ExtraMissing, InvalidRequest, OutputRefused, StoreRefused
-from phosphene.store import Store, open_store
+from phosphene.storage import filesystem as places
+from phosphene.storage.store import Store, open_store
 
 fork = multiprocessing.get_context("fork")
 DIGESTS = [f"{number:02d}" for number in range(40)]

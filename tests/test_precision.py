@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import phosphene as ph
-from phosphene.precision import chosen_precision, exact_steps
-from phosphene.recipes import RECIPES
+from phosphene.rendering.engine.precision import chosen_precision, exact_steps
+from phosphene.rendering.recipes import RECIPES
 
 
 @pytest.fixture

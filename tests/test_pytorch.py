@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from phosphene import errors
-from phosphene.loaders.pytorch import UNNORMALISED
-from phosphene.loaders.weights import RANDOM
-from phosphene.model import Preprocessing
+from phosphene.network.loading.pytorch import UNNORMALISED
+from phosphene.network.loading.weights import RANDOM
+from phosphene.network.model import Preprocessing
 from test_loaders import load, refused
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from phosphene.capture import capture
-from phosphene.layers import survey
+from phosphene.network.capture import capture
+from phosphene.network.layers import survey
 from positive import noise, positive
 
 

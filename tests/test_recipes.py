@@ -10,7 +10,7 @@ import pytest
 
 import phosphene as ph
 from phosphene.errors import InvalidRequest, RecipeNotFound
-from phosphene.recipes import DEFAULT, RECIPES, Recipe, find_recipe, growing, part
+from phosphene.rendering.recipes import DEFAULT, RECIPES, Recipe, find_recipe, growing, part
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from phosphene import errors, files
-from phosphene.history import open_history
-from phosphene.loaders import load
-from phosphene.record import Recorder
+from phosphene import errors
+from phosphene.network.loading import load
+from phosphene.storage import atomic as files
+from phosphene.training.history import open_history
+from phosphene.training.recorder import Recorder
 
 Batch = tuple[Tensor, Tensor]
 
@@ -304,9 +305,9 @@ def test_every_second_epoch(tmp_path: Path) -> None:
 
 
 def test_filters_are_rendered_after_each_epoch_from_one_seed(tmp_path: Path) -> None:
-    from phosphene.objectives import channel
-    from phosphene.recipes import find_recipe
-    from phosphene.render import render
+    from phosphene.rendering.objectives import channel
+    from phosphene.rendering.recipes import find_recipe
+    from phosphene.rendering.render import render
 
     net = network()
     recipe = find_recipe("fast").at(32, 3)
@@ -325,14 +326,14 @@ def test_filters_are_rendered_after_each_epoch_from_one_seed(tmp_path: Path) -> 
 def test_filters_that_cannot_be_rendered_do_not_stop_the_training(tmp_path: Path, monkeypatch: Any) -> None:
     net = network()
     recorder = Recorder(net, tmp_path, gradients=None, filters=".4:0", recipe="max-step")
-    monkeypatch.setattr("phosphene.record.render", lambda *_: 1 / 0)
+    monkeypatch.setattr("phosphene.training.recorder.render", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="filters were not rendered: division by zero"):
         recorder.end_epoch(0)
 
     def stop(*_: Any) -> None:
         raise errors.Interrupted("stopped")
 
-    monkeypatch.setattr("phosphene.record.render", stop)
+    monkeypatch.setattr("phosphene.training.recorder.render", stop)
     with pytest.raises(KeyboardInterrupt):
         recorder.end_epoch(1)
     assert open_history(tmp_path).epochs == [0]

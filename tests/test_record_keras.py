@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest, LayerNotFound, ModelRefused
-from phosphene.history import History
-from phosphene.loaders import load
-from phosphene.loaders.keras import import_keras
-from phosphene.subject_keras import loss_scale, subject_of_keras
+from phosphene.network.loading import load
+from phosphene.network.loading.keras import import_keras
+from phosphene.training.history import History
+from phosphene.training.keras_adapter import loss_scale, subject_of_keras
 
 keras: Any = import_keras()  # on torch, before anything imports it otherwise
 from phosphene.record_keras import KerasRecorder  # noqa: E402

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from phosphene import errors
-from phosphene.history import open_history
+from phosphene.training.history import open_history
 
 pytest.importorskip("lightning.pytorch")
 import lightning.pytorch as lightning
 
-from phosphene.record_lightning import LightningRecorder, chosen
+from phosphene.training.callbacks.lightning import LightningRecorder, chosen
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from phosphene import errors
-from phosphene.history import open_history
+from phosphene.training.history import open_history
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from phosphene.record_transformers import TransformersRecorder, scaler_of  # noqa: E402
+from phosphene.training.callbacks.transformers import TransformersRecorder, scaler_of  # noqa: E402
 
 SAMPLES, BATCH, EPOCHS, RATE = 12, 3, 2, 0.1
 
@@ -251,7 +251,7 @@ def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path: Path
 
 
 def test_missing_transformers_are_named_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from phosphene.record_transformers import callback_class
+    from phosphene.training.callbacks.transformers import callback_class
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(errors.ExtraMissing, match=r"pip install 'phosphene\[transformers\]'"):

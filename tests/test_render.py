@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.recipes import RECIPES, Recipe, part
-from phosphene.render import falls_due
+from phosphene.rendering.recipes import RECIPES, Recipe, part
+from phosphene.rendering.render import falls_due
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 QUICK = Recipe("quick", "", (16,), 2, part("pixels", low=0.3, high=0.7), part("rms", rate=2.0))

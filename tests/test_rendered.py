@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 import phosphene as ph
-from phosphene.figure import METADATA, to_bytes
-from phosphene.rendered import Rendered, file_prefix
+from phosphene.images.figure import METADATA, to_bytes
+from phosphene.rendering.result import Rendered, file_prefix
 
 
 @pytest.fixture

@@ -18,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from phosphene import page, report
+from phosphene.atlases import report
+from phosphene.atlases import report_page as page
+from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused
-from phosphene.evidence import Evidence, Statistics
-from phosphene.figure import Picture
-from phosphene.sheets import sheets
-from phosphene.store import Store, digest_of, open_store
-from phosphene.verdict import THRESHOLDS, Verdict
+from phosphene.evidence.collect import Evidence, Statistics
+from phosphene.images.figure import Picture
+from phosphene.images.sprites import sheets
+from phosphene.storage.store import Store, digest_of, open_store
 
 COLOURS = ((255, 0, 0), (0, 160, 0), (0, 0, 255), (200, 200, 0))
 VERDICTS = (

@@ -19,11 +19,11 @@ from torch import nn
 
 from atlases import NETS, tiny, tiny_atlas, tiny_model
 from phosphene import errors
-from phosphene.atlas import Job
-from phosphene.loaders import load
-from phosphene.runners import CannotStart, Death, Outcome, Refusal, attempt, packed, unpacked, work_off
-from phosphene.runners.local import LocalRunner, places_for
-from phosphene.runners.ray import RayRunner
+from phosphene.atlases.plan import Job
+from phosphene.atlases.runners.local import LocalRunner, places_for
+from phosphene.atlases.runners.pool import CannotStart, Death, Outcome, Refusal, attempt, packed, unpacked, work_off
+from phosphene.atlases.runners.ray import RayRunner
+from phosphene.network.loading import load
 
 JOBS = tiny_atlas(tiny_model(), channels="0:4", per_job=1).jobs  # eight
 
@@ -142,7 +142,7 @@ def test_what_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, error
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("phosphene.runners.work", fails)
+    monkeypatch.setattr("phosphene.atlases.runners.pool.work", fails)
     assert attempt(tiny_model(), JOBS[0]) == Outcome(JOBS[0], error=text)
 
 
@@ -151,7 +151,7 @@ def test_being_stopped_is_no_failure(monkeypatch: pytest.MonkeyPatch, kind: type
     def stopped(*_: Any) -> None:
         raise kind("stopped")
 
-    monkeypatch.setattr("phosphene.runners.work", stopped)
+    monkeypatch.setattr("phosphene.atlases.runners.pool.work", stopped)
     with pytest.raises(kind):
         attempt(tiny_model(), JOBS[0])
 
@@ -253,9 +253,9 @@ def test_a_network_that_only_this_process_knows_is_run_here(monkeypatch: pytest.
 
 
 DRIVER = """
-from phosphene.atlas import atlas
-from phosphene.loaders import load
-from phosphene.runners import local
+from phosphene.atlases.plan import atlas
+from phosphene.network.loading import load
+from phosphene.atlases.runners import local
 
 begin = local.subprocess.Popen
 def begun(*arguments, **options):

@@ -21,16 +21,16 @@ from torch import Tensor
 
 from atlases import NETS, Here, contents, tiny, tiny_atlas, tiny_model
 from phosphene import errors
-from phosphene.atlas import Job
-from phosphene.evidence import evidence
-from phosphene.loaders import load
-from phosphene.model import Model
-from phosphene.runners import Outcome, attempt
-from phosphene.runners.local import LocalRunner
-from phosphene.runners.ray import RayRunner
-from phosphene.running import run
-from phosphene.store import Store, open_store
-from phosphene.verdict import judge
+from phosphene.atlases.plan import Job
+from phosphene.atlases.run import run
+from phosphene.atlases.runners.local import LocalRunner
+from phosphene.atlases.runners.pool import Outcome, attempt
+from phosphene.atlases.runners.ray import RayRunner
+from phosphene.atlases.verdicts import judge
+from phosphene.evidence.collect import evidence
+from phosphene.network.loading import load
+from phosphene.network.model import Model
+from phosphene.storage.store import Store, open_store
 
 
 def test_all_jobs_are_done_once_and_none_again(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phosphene.sheets import sheets, small, strip, tile_size, tiled
+from phosphene.images.sprites import sheets, small, strip, tile_size, tiled
 
 
 def plain(*colours: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> list[Image.Image]:

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from phosphene import shelf
-from phosphene.shelf import Shelf
+from phosphene.web import cache as shelf
+from phosphene.web.cache import Shelf
 
 
 def test_it_reads_once_until_the_time_is_over_and_then_with_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:

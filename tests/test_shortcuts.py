@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 import phosphene as ph
-from phosphene.objectives import Objective, Reads
-from phosphene.shortcuts import SHORTCUTS, fast_reading
+from phosphene.rendering.engine.forward import SHORTCUTS, fast_reading
+from phosphene.rendering.objectives import Objective, Reads
 
 
 def lively(module: nn.Module) -> nn.Module:

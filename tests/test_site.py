@@ -16,16 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
+from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound, PhospheneError, StoreRefused
-from phosphene.gallery import Gallery
-from phosphene.sheets import sheets
-from phosphene.slugs import layer_slug
-from phosphene.store import digest_of, open_store
-from phosphene.tiles import filter_href
-from phosphene.trainings import Training
-from phosphene.verdict import THRESHOLDS, Verdict
-from phosphene.web.pages import link
+from phosphene.images.sprites import sheets
+from phosphene.storage.store import digest_of, open_store
 from phosphene.web.site import Site
+from phosphene.web.slugs import layer_slug
+from phosphene.web.store_reader import Gallery
+from phosphene.web.templating import link
+from phosphene.web.urls import filter_href
+from phosphene.web.views.training import Training
 from recorded import record_of
 from shown import SECOND, filled
 

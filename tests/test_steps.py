@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest
-from phosphene.steps import (
+from phosphene.rendering.step_rules import (
     STEPS,
     State,
     StepRule,

@@ -14,9 +14,9 @@ import pytest
 
 import dropping
 from dropping import contents, filled, reference, refusal
-from phosphene import places
 from phosphene.errors import EntryNotFound, InvalidRequest, OutputRefused, StoreRefused
-from phosphene.store import Store, digest_of, open_store
+from phosphene.storage import filesystem as places
+from phosphene.storage.store import Store, digest_of, open_store
 
 
 @pytest.fixture(autouse=True)

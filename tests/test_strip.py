@@ -16,9 +16,10 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from phosphene import errors, figure
-from phosphene.history import History
-from phosphene.strip import STRIP, course, evenly, film, frame_plan, number, save_film, strip, strip_plan
+from phosphene import errors
+from phosphene.images import figure
+from phosphene.training.film_strip import STRIP, course, evenly, film, frame_plan, number, save_film, strip, strip_plan
+from phosphene.training.history import History
 from recorded import record_of
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")

@@ -20,9 +20,8 @@ from torch import nn
 
 from atlases import Here, tiny_atlas, tiny_model
 from command_line import command_line
-from phosphene import figure
-from phosphene.ascent import Frame
-from phosphene.atlas import atlas
+from phosphene.atlases.plan import atlas
+from phosphene.atlases.run import run
 from phosphene.errors import (
     ChannelNotFound,
     EntryNotFound,
@@ -33,18 +32,19 @@ from phosphene.errors import (
     ModelRefused,
     RecipeNotFound,
 )
-from phosphene.gallery import Gallery
-from phosphene.loaders import load
-from phosphene.model import Model
-from phosphene.objectives import channel
-from phosphene.recipes import RECIPES
-from phosphene.render import render
-from phosphene.running import run
-from phosphene.store import open_store
-from phosphene.web import studio as studio_file
-from phosphene.web.networks import KEPT, Bench, Identity, opened, refusal, second
-from phosphene.web.studio import LEAST, OFTEN, WAITING, Event, Full, Left, Rendering, Studio
-from phosphene.web.wish import Wish, channels_of, framed, recipes_for
+from phosphene.images import figure
+from phosphene.network.loading import load
+from phosphene.network.model import Model
+from phosphene.rendering.gradient_ascent import Frame
+from phosphene.rendering.objectives import channel
+from phosphene.rendering.recipes import RECIPES
+from phosphene.rendering.render import render
+from phosphene.storage.store import open_store
+from phosphene.web.live import render_queue as studio_file
+from phosphene.web.live.model_pool import KEPT, Bench, Identity, opened, refusal, second
+from phosphene.web.live.render_queue import LEAST, OFTEN, WAITING, Event, Full, Left, Rendering, Studio
+from phosphene.web.live.render_request import Wish, channels_of, framed, recipes_for
+from phosphene.web.store_reader import Gallery
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 WISH = Wish(".0", 1, "fast", 24, 40)

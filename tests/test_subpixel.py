@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phosphene.subpixel import gradient, narrow, subpixel, taps
+from phosphene.rendering.engine.subpixel_backward import gradient, narrow, subpixel, taps
 
 
 def test_the_taps_of_a_block_by_hand() -> None:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from phosphene.receptive import DOWN, RIGHT, Field
-from phosphene.tracing import Tracer
+from phosphene.network.receptive_field import DOWN, RIGHT, Field
+from phosphene.network.receptive_field_tracer import Tracer
 from positive import noise, positive
 
 Function = Callable[[Tensor], Tensor]

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from phosphene import trainings
-from phosphene.curves import verdicts
 from phosphene.errors import EntryNotFound, WeightsRefused
-from phosphene.figure import opened, same_size
-from phosphene.history import History
-from phosphene.slugs import layer_path, layer_slug
-from phosphene.strip import Course, film
-from phosphene.strip import course as course_of
-from phosphene.trainings import CHART, Training, belongs, chart, figures
-from phosphene.web.pages import page
+from phosphene.images.figure import opened, same_size
+from phosphene.training.film_strip import Course, film
+from phosphene.training.film_strip import course as course_of
+from phosphene.training.gradient_norms import verdicts
+from phosphene.training.history import History
+from phosphene.web.slugs import layer_path, layer_slug
+from phosphene.web.templating import page
+from phosphene.web.views import training as trainings
+from phosphene.web.views.training import CHART, Training, belongs, chart, figures
 from recorded import gradient, record_of
 
 LAYERS = ("conv1", "deep/conv2")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phosphene.transforms import TRANSFORMS, Draws, affine, blur, jitter, pad, resample, rotate, scale
+from phosphene.rendering.transforms import TRANSFORMS, Draws, affine, blur, jitter, pad, resample, rotate, scale
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

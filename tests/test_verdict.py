@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phosphene import verdict as verdicts
+from phosphene.atlases import verdicts
+from phosphene.atlases.verdicts import MOVES, Verdict, judge, moves, verdict_of
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
-from phosphene.model import Model
-from phosphene.transforms import resample
-from phosphene.verdict import MOVES, Verdict, judge, moves, verdict_of
+from phosphene.network.model import Model
+from phosphene.rendering.transforms import resample
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 

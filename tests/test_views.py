@@ -15,18 +15,18 @@ from PIL import Image
 
 from atlases import NETS, tiny_atlas, tiny_model
 from command_line import command_line
+from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound
-from phosphene.figure import opened
-from phosphene.gallery import Filter, Gallery
-from phosphene.kernels import BLUE, ORANGE, kernels
-from phosphene.layers import Layer
-from phosphene.portrait import box_of, command, figures, filter_view, layer_of, nowhere, seen
-from phosphene.recipes import find_recipe
-from phosphene.shelf import Shelf
-from phosphene.store import open_store
-from phosphene.tiles import Tile, tile_of
-from phosphene.verdict import THRESHOLDS, Verdict
-from phosphene.views import card, cards, labelled, layer_view, neighbours, network_view, parts_of, told_drawn
+from phosphene.images.figure import opened
+from phosphene.inspection.kernels import BLUE, ORANGE, kernels
+from phosphene.network.layers import Layer
+from phosphene.rendering.recipes import find_recipe
+from phosphene.storage.store import open_store
+from phosphene.web.cache import Shelf
+from phosphene.web.store_reader import Filter, Gallery
+from phosphene.web.urls import Tile, tile_of
+from phosphene.web.views.atlas import card, cards, labelled, layer_view, neighbours, network_view, parts_of, told_drawn
+from phosphene.web.views.filter import box_of, command, figures, filter_view, layer_of, nowhere, seen
 from shown import FIRST, SECOND, filled
 
 FACTS: dict[str, Any] = {

@@ -17,18 +17,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from atlases import Here, tiny_atlas, tiny_model
-from phosphene import figure
-from phosphene.activations import activations
-from phosphene.cams import CAUTIONS
+from phosphene.atlases.run import run
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, LayerRefused, PhotoRefused
-from phosphene.explain import explain
-from phosphene.gallery import Gallery
-from phosphene.loaders import load
-from phosphene.model import Model
-from phosphene.running import run
-from phosphene.store import open_store
-from phosphene.web import visitor
-from phosphene.web.visitor import (
+from phosphene.images import figure
+from phosphene.inspection.activations import activations
+from phosphene.inspection.attribution_methods import CAUTIONS
+from phosphene.inspection.explain import explain
+from phosphene.network.loading import load
+from phosphene.network.model import Model
+from phosphene.storage.store import open_store
+from phosphene.web.live import photo as visitor
+from phosphene.web.live.photo import (
     activation_sheet,
     by_pictures,
     excited,
@@ -38,6 +37,7 @@ from phosphene.web.visitor import (
     strongest,
     webp_bytes,
 )
+from phosphene.web.store_reader import Gallery
 
 LABELS = ("ant", "bee", "cat", "dog", "elk", "fox")
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from phosphene.errors import WeightsRefused
-from phosphene.loaders.weights import load_weights, randomise, read_weights, seeded
+from phosphene.network.loading.weights import load_weights, randomise, read_weights, seeded
 
 
 def net(seed: int = 0) -> nn.Sequential:

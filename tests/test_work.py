@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from atlases import tiny, tiny_atlas, tiny_model
 from phosphene import errors
-from phosphene.ascent import Frame
-from phosphene.atlas import atlas
-from phosphene.figure import DISPLAYS, picture, png, to_bytes
-from phosphene.loaders import load
-from phosphene.model import Model
-from phosphene.objectives import channel
-from phosphene.render import render
-from phosphene.verdict import measure
-from phosphene.work import one_thread, picture_size, work
+from phosphene.atlases.plan import atlas
+from phosphene.atlases.render_job import one_thread, picture_size, work
+from phosphene.atlases.verdicts import measure
+from phosphene.images.figure import DISPLAYS, picture, png, to_bytes
+from phosphene.network.loading import load
+from phosphene.network.model import Model
+from phosphene.rendering.gradient_ascent import Frame
+from phosphene.rendering.objectives import channel
+from phosphene.rendering.render import render
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def model() -> Model:
 @pytest.fixture
 def lossless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the film written so that its pixels can be compared."""
-    monkeypatch.setattr(sys.modules["phosphene.work"], "webp", lambda image, quality: png(image, {}))
+    monkeypatch.setattr(sys.modules["phosphene.atlases.render_job"], "webp", lambda image, quality: png(image, {}))
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_the_film_is_the_climb_in_small(model: Model, lossless: None, steps: int
 def test_the_film_goes_through_all_scales_and_batches(
     model: Model, lossless: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["phosphene.work"], "AT_ONCE", 1)
+    monkeypatch.setattr(sys.modules["phosphene.atlases.render_job"], "AT_ONCE", 1)
     job = tiny_atlas(model, recipe="multi-scale", size=70, steps=2).jobs[1]
     frames: dict[tuple[int, int], Tensor] = {}
     files, manifest = work(model, job, lambda one: frames.update({(int(one.items), one.step): one.image[0].clone()}))
@@ -171,11 +171,11 @@ def test_the_film_of_networks_that_see_other_than_colour(channels: int, size: tu
 def test_what_webp_cannot_hold_gets_smaller_tiles_or_no_film(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tiny_atlas(model).jobs[1]
     whole = work(model, job)
-    monkeypatch.setattr(sys.modules["phosphene.work"], "SIDE", 11)
+    monkeypatch.setattr(sys.modules["phosphene.atlases.render_job"], "SIDE", 11)
     files, manifest = work(model, job)
     assert manifest["film"]["tile"] == [5, 5]
     assert Image.open(io.BytesIO(files["film.webp"])).size == (20, 10)
-    monkeypatch.setattr(sys.modules["phosphene.work"], "SIDE", 1)
+    monkeypatch.setattr(sys.modules["phosphene.atlases.render_job"], "SIDE", 1)
     files, manifest = work(model, job)
     assert (sorted({*whole[0]} - {*files}), sorted({*whole[1]} - {*manifest})) == (["film.webp"], ["film"])
     assert all(whole[0][name] == content for name, content in files.items())

@@ -7,39 +7,29 @@ ph.render(model, ph.channel("block3_conv1", range(64))).grid(columns=8).save("fi
 """
 
 from phosphene import errors
-from phosphene.activations import Activations, activations
-from phosphene.ascent import Frame
-from phosphene.atlas import Job, atlas
-from phosphene.cams import CAMS
-from phosphene.curves import curves, verdicts
+from phosphene.atlases.plan import Job, atlas
+from phosphene.atlases.run import run
+from phosphene.atlases.runners.local import LocalRunner
+from phosphene.atlases.runners.ray import RayRunner
 from phosphene.errors import PhospheneError
-from phosphene.explain import explain, explaining
-from phosphene.heatmap import Heatmap
-from phosphene.history import History, open_history
-from phosphene.kernels import Kernels, kernels
-from phosphene.layers import Layer, Layers, ReceptiveField
-from phosphene.loaders import load
-from phosphene.model import Model, Preprocessing
-from phosphene.objectives import (
-    Objective,
-    channel,
-    direction,
-    l1,
-    l2,
-    layer,
-    logit,
-    neuron,
-    total_variation,
-)
-from phosphene.photo import read
-from phosphene.recipes import RECIPES, Recipe
-from phosphene.record import Recorder
-from phosphene.render import dream, render
-from phosphene.rendered import Rendered
-from phosphene.runners.local import LocalRunner
-from phosphene.runners.ray import RayRunner
-from phosphene.running import run
-from phosphene.strip import film, save_film, strip
+from phosphene.images.photo import read
+from phosphene.inspection.activations import Activations, activations
+from phosphene.inspection.attribution_methods import CAMS
+from phosphene.inspection.explain import explain, explaining
+from phosphene.inspection.heatmap import Heatmap
+from phosphene.inspection.kernels import Kernels, kernels
+from phosphene.network.layers import Layer, Layers, ReceptiveField
+from phosphene.network.loading import load
+from phosphene.network.model import Model, Preprocessing
+from phosphene.rendering.gradient_ascent import Frame
+from phosphene.rendering.objectives import Objective, channel, direction, l1, l2, layer, logit, neuron, total_variation
+from phosphene.rendering.recipes import RECIPES, Recipe
+from phosphene.rendering.render import dream, render
+from phosphene.rendering.result import Rendered
+from phosphene.training.film_strip import film, save_film, strip
+from phosphene.training.gradient_norms import curves, verdicts
+from phosphene.training.history import History, open_history
+from phosphene.training.recorder import Recorder
 from phosphene.version import __version__
 
 __all__ = [

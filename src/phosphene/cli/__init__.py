@@ -11,17 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from phosphene.cli.atlas import atlas, report_page, watching
+from phosphene.cli.atlases import atlas, report_page, watching
+from phosphene.cli.demonstration import PARTS, STORE, demonstrate
 from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
-from phosphene.cli.photos import activations, cam
-from phosphene.cli.rendering import dream, filters
-from phosphene.cli.terminal import report, say, tell
+from phosphene.cli.output import report, say, tell
+from phosphene.cli.photo import activations, cam
+from phosphene.cli.render import dream, filters
 from phosphene.cli.training import gradients, kernels, strip
 from phosphene.cli.web import export, need_the_extra, serve, show, tell_and_open
-from phosphene.demo import PARTS, STORE, demonstrate
 from phosphene.errors import PhospheneError
-from phosphene.files import check_writable
-from phosphene.loaders import torch_device
+from phosphene.network.loading import torch_device
+from phosphene.storage.atomic import check_writable
 from phosphene.version import __version__
 
 app = typer.Typer(

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from phosphene.cli.terminal import say
+from phosphene.cli.output import say
 from phosphene.errors import InvalidRequest, LayerNotFound
-from phosphene.layers import Layer
-from phosphene.loaders import load, torch_device
-from phosphene.model import Model
-from phosphene.recipes import RECIPES
+from phosphene.network.layers import Layer
+from phosphene.network.loading import load, torch_device
+from phosphene.network.model import Model
+from phosphene.rendering.recipes import RECIPES
 
 ModelArgument = Annotated[
     str,

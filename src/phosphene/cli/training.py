@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from phosphene import figure
 from phosphene.cli.options import (
     MODEL_OPTIONS,
     AsJson,
@@ -20,14 +19,15 @@ from phosphene.cli.options import (
     chosen_layer,
     takes_model,
 )
-from phosphene.cli.terminal import check_target, report, say, tell
-from phosphene.curves import Sizes
+from phosphene.cli.output import check_target, report, say, tell
 from phosphene.errors import InvalidRequest, WeightsRefused
-from phosphene.history import History, is_history, open_history
-from phosphene.kernels import STYLES, write_pages
-from phosphene.kernels import kernels as read_kernels
-from phosphene.rendered import file_prefix
-from phosphene.strip import check_film, course, found, number
+from phosphene.images import figure
+from phosphene.inspection.kernels import STYLES, write_pages
+from phosphene.inspection.kernels import kernels as read_kernels
+from phosphene.rendering.result import file_prefix
+from phosphene.training.film_strip import check_film, course, found, number
+from phosphene.training.gradient_norms import Sizes
+from phosphene.training.history import History, is_history, open_history
 
 Command = Callable[..., None]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the folder that a Recorder wrote to")]

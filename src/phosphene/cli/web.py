@@ -27,14 +27,14 @@ from phosphene.cli.options import (
     Weights,
     loaded,
 )
-from phosphene.cli.terminal import progress, report, say, tell
+from phosphene.cli.output import progress, report, say, tell
 from phosphene.errors import ExtraMissing, InvalidRequest
-from phosphene.files import check_writable
-from phosphene.gallery import Gallery, found_at
-from phosphene.history import History
-from phosphene.loaders import torch_device
-from phosphene.slugs import layer_slug
-from phosphene.trainings import Training
+from phosphene.network.loading import torch_device
+from phosphene.storage.atomic import check_writable
+from phosphene.training.history import History
+from phosphene.web.slugs import layer_slug
+from phosphene.web.store_reader import Gallery, found_at
+from phosphene.web.views.training import Training
 
 PARTS = ("jinja2", "starlette", "uvicorn")  # what the extra brings, and what these need in turn is theirs to say
 Shown = Annotated[
@@ -81,7 +81,9 @@ def show(
 ) -> None:
     """Show a place in a browser until the program is stopped; `ready` is called with the address."""
     with needing_the_extra():
-        from phosphene.web import live, server, site, studio
+        from phosphene.web import server, site
+        from phosphene.web.live import render_queue as studio
+        from phosphene.web.live import routes as live
     found = found_at(place)
     with closing(server.listening(host, port)) as at:
         gallery = Gallery(found.stores)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from phosphene.errors import InvalidRequest, OutputRefused
-from phosphene.files import check_writable, write_file
+from phosphene.storage.atomic import check_writable, write_file
 from phosphene.web.site import Site
 
 INDEX, MARK = "index.html", "made-by-phosphene.txt"

@@ -33,9 +33,9 @@ from phosphene.errors import (
     PhospheneError,
     StoreRefused,
 )
-from phosphene.web.guard import HEADERS, Guard, wants_json
-from phosphene.web.pages import page
+from phosphene.web.security import HEADERS, Guard, wants_json
 from phosphene.web.site import Content, Site
+from phosphene.web.templating import page
 
 THREADS = 8  # that read the store and make pages at the same time
 CONNECTIONS = 800  # at once, which leaves room below the 1,024 files that a process mostly may open

@@ -9,16 +9,16 @@ from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from phosphene.cams import CAMS, INPUT_METHODS
 from phosphene.errors import EntryNotFound
-from phosphene.gallery import Gallery
-from phosphene.portrait import filter_view, nowhere
-from phosphene.shelf import Shelf
-from phosphene.slugs import layer_path, layer_slug
-from phosphene.tiles import evidence_href, file_href, filter_href, layer_href, network_href
-from phosphene.trainings import Training
-from phosphene.views import cards, layer_view, network_view
-from phosphene.web.pages import page
+from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
+from phosphene.web.cache import Shelf
+from phosphene.web.slugs import layer_path, layer_slug
+from phosphene.web.store_reader import Gallery
+from phosphene.web.templating import page
+from phosphene.web.urls import evidence_href, file_href, filter_href, layer_href, network_href
+from phosphene.web.views.atlas import cards, layer_view, network_view
+from phosphene.web.views.filter import filter_view, nowhere
+from phosphene.web.views.training import Training
 
 HTML = "text/html; charset=utf-8"
 MEDIA_TYPES = {

@@ -1,0 +1,1 @@
+"""Every filter of a network: the jobs, their runners, and the report."""

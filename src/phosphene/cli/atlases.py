@@ -1,0 +1,209 @@
+"""The commands of an atlas: `atlas` makes one, `report` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phosphene.atlases.cost import estimate
+from phosphene.atlases.plan import PER_JOB, Atlas
+from phosphene.atlases.plan import atlas as plan_atlas
+from phosphene.atlases.report import report as report_of
+from phosphene.atlases.run import Summary, Watch, run
+from phosphene.atlases.runners.local import LocalRunner, places_for
+from phosphene.atlases.runners.pool import Runner
+from phosphene.atlases.runners.ray import RayRunner
+from phosphene.cli.options import (
+    AsJson,
+    BatchSize,
+    OpenModel,
+    Precision,
+    Quiet,
+    RecipeName,
+    Seed,
+    Size,
+    Steps,
+    batch_size,
+    takes_model,
+)
+from phosphene.cli.output import check_target, progress, report, say, tell
+from phosphene.errors import EntryNotFound, InvalidRequest, Unfinished
+from phosphene.rendering.recipes import DEFAULT, find_recipe
+from phosphene.storage.atomic import write_file
+from phosphene.storage.store import STORE, Store, open_store
+
+RUNNERS = ("local", "ray")
+LISTED = 5  # failures that are told one by one
+
+StoreOption = Annotated[str, typer.Option("--store", metavar="DIR|URL", help="where the atlas is, or is to be")]
+RunnerName = Annotated[str, typer.Option(metavar="|".join(RUNNERS), help="who renders")]
+RayAddress = Annotated[str | None, typer.Option(metavar="A", help="a running Ray cluster, such as auto or head:6379")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="workers at once; by default one a CPU, or one a GPU")]
+PhotoSource = Annotated[
+    str | None,
+    typer.Option(metavar="DIR|FILE.parquet|package.module:callable", help="photos to hold the pictures against"),
+]
+
+
+@takes_model
+def atlas(
+    open_model: OpenModel,
+    store: StoreOption,
+    layers: Annotated[
+        str, typer.Option(metavar="GLOB", help="which layers, such as 'block3*'; of these the convolutions, if any")
+    ] = "*",
+    channels: Annotated[str, typer.Option(metavar="0:64|3,7,11|all", help="which filters of each")] = "all",
+    recipe: RecipeName = DEFAULT,
+    size: Size = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    seeds: Annotated[int, typer.Option(metavar="N", help="pictures a filter; 2 tells whether seeds agree")] = 1,
+    photos: PhotoSource = None,
+    runner: RunnerName = RUNNERS[0],
+    ray_address: RayAddress = None,
+    workers: Workers = None,
+    precision: Precision = "auto",
+    batch: BatchSize = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what it would cost")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw every filter of many layers into a store; what is there already is not done again."""
+    find_recipe(recipe).at(size, steps, seed)
+    works = chosen_runner(runner, ray_address, workers)
+    per_job = PER_JOB if batch == "auto" else batch_size(batch)
+    if isinstance(per_job, str):
+        raise InvalidRequest(f"--batch is auto or a whole number of at least 1, not {batch!r}")
+    plan = plan_atlas(
+        open_model(),
+        layers,
+        channels,
+        recipe,
+        size=size,
+        steps=steps,
+        seed=seed,
+        precision=precision,
+        per_job=per_job,
+        seeds=seeds,
+    )
+    if dry_run:
+        tell_cost(plan, store, workers, as_json)
+        return
+    try:
+        with watching(quiet) as watch:
+            summary = run(plan, store, works, photos, watch)
+    except Unfinished as stopped:
+        if as_json and isinstance(stopped.finished, Summary):
+            report([], as_json, asdict(stopped.finished))
+        say(str(stopped))
+        raise typer.Exit(1) from stopped
+    tell_summary(summary, quiet, as_json)
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def chosen_runner(name: str, address: str | None, workers: int | None) -> Runner:
+    """Return the runner that the options mean.
+
+    Raises:
+        InvalidRequest: there is none of that name, or the options do not go together.
+    """
+    if name not in RUNNERS:
+        raise InvalidRequest(f"there is no runner {name!r}; choose one of: {', '.join(RUNNERS)}")
+    if name == "ray":
+        return RayRunner(address, workers)
+    if address is not None:
+        raise InvalidRequest("--ray-address is for --runner ray; add that, or leave the address out")
+    return LocalRunner(workers)
+
+
+@contextmanager
+def watching(quiet: bool, name: str = "atlas") -> Iterator[Watch]:
+    """Show how far a run has come, one bar after the other."""
+    with ExitStack() as shown:
+        advance, counted, before = None, "", 0
+
+        def watch(what: str, done: int, total: int) -> None:
+            nonlocal advance, counted, before
+            if what != counted:
+                shown.close()
+                advance, counted, before = shown.enter_context(progress(name, what, quiet)), what, 0
+            assert advance is not None
+            advance(done - before, total)
+            before = done
+
+        yield watch
+
+
+def tell_cost(plan: Atlas, store: str, workers: int | None, as_json: bool) -> None:
+    """Print what an atlas would cost."""
+    cost = estimate(plan, done_in(store))
+    several = max(1, min(len(places_for(plan.model, workers)), cost.missing))
+    seconds = cost.seconds / several
+    if as_json:
+        report([], as_json, {**asdict(cost), "seconds": seconds, "workers": several})
+        return
+    done = "" if cost.missing == cost.jobs else f", of which {cost.jobs - cost.missing:,} are done"
+    tell(f"{cost.jobs:,} jobs{done}")
+    tell(f"{cost.filters:,} filters of {len(plan.layers):,} layers of {plan.model.name}")
+    tell(f"about {duration(seconds)} with {several} {'worker' if several == 1 else 'workers'} of this machine")
+    tell(f"about {cost.bytes / 1e6:,.1f} MB of pictures")
+
+
+def done_in(store: str) -> set[str]:
+    """Return which jobs a store has; none where there is no store yet."""
+    try:
+        Store(store).read(STORE)
+    except EntryNotFound:
+        return set()
+    return open_store(store).done("jobs")
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: "40 s", "12 min", "3 h 20 min".
+
+    >>> duration(12_000)
+    '3 h 20 min'
+    """
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def tell_summary(summary: Summary, quiet: bool, as_json: bool) -> None:
+    """Print what a run came to, and what failed."""
+    place = summary.store.rstrip("/")
+    entry = [] if summary.atlas is None else [f"{place}/atlases/{summary.atlas}/manifest.json"]
+    report(entry, as_json, asdict(summary))
+    for digest, reason in list(summary.failed.items())[:LISTED]:
+        say(f"the job {digest} failed: {reason}")
+    if len(summary.failed) > LISTED:
+        say(f"{len(summary.failed):,} jobs failed; each says why in {place}/jobs/…/error.json")
+    if not quiet and summary.atlas:
+        counts = ", ".join(f"{count:,} {name}" for name, count in summary.verdicts.items())
+        say(f"{summary.done:,} of {summary.jobs:,} jobs are there; {counts}; a page of it: phosphene report {place}")
+
+
+def report_page(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="the folder or URL that an atlas was written to")],
+    atlas: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="which one, where the store holds several")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="PATH.html", help="the page; the table goes beside it, as .csv")] = Path(
+        "report.html"
+    ),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page that shows an atlas, and a table of all verdicts."""
+    check_target(out, ".html", folders=False)
+    table = out.with_suffix(".csv")
+    check_target(table, ".csv", folders=False)
+    page, rows = report_of(open_store(store), atlas)
+    report([write_file(table, rows), write_file(out, page)], as_json, {})

@@ -1,0 +1,151 @@
+"""The commands that look at a photo: `activations` and `cam`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phosphene.cli.options import AsJson, OpenModel, Quiet, address, takes_model
+from phosphene.cli.output import check_target, progress, report, say, tell
+from phosphene.errors import InvalidRequest, PhotoRefused
+from phosphene.images.photo import SUFFIXES, read
+from phosphene.inspection.activations import activations as read_activations
+from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
+from phosphene.inspection.explain import Explainer, explaining
+from phosphene.inspection.heatmap import STYLES, Heatmap
+from phosphene.network.model import Model
+from phosphene.storage.atomic import check_writable, write_manifest
+
+TOGETHER = 8  # photos of a folder that go through the network at once
+
+Photo = Annotated[Path, typer.Argument(metavar="PHOTO", help="a JPEG, PNG, WebP, GIF, TIFF or BMP")]
+
+
+@takes_model
+def activations(
+    open_model: OpenModel,
+    photo: Photo,
+    layers: Annotated[str, typer.Option(metavar="GLOB", help="which layers, such as 'block3*'")] = "*",
+    channel: Annotated[int | None, typer.Option(metavar="N", help="one channel of each, drawn large")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where the pictures go")] = Path("activations"),
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw what every channel of a network's layers makes of a photo, and a summary of all layers."""
+    check_writable(out, folder=True)
+    model = open_model()
+    found = read_activations(model, read(photo, model.channels_in), layers)
+    report(found.save(out, channel), as_json, {**found.spec, "layers": found.rows()} if as_json else {})
+
+
+@takes_model
+def cam(
+    open_model: OpenModel,
+    photo: Annotated[Path, typer.Argument(metavar="PHOTO|DIR", help="a photo, or a folder of photos")],
+    layer: Annotated[
+        str | None, typer.Option(metavar="LAYER", help="where to look; by default the last layer with a map")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="NAME|INDEX", help="the class; by default the most probable")
+    ] = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help="|".join([*CAMS, *INPUT_METHODS]))] = "gradcam",
+    style: Annotated[str, typer.Option(metavar="|".join(STYLES), help="how the heat is drawn")] = STYLES[0],
+    out: Annotated[Path | None, typer.Option(metavar="PATH.png|DIR", help="a folder for a folder")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where on a photo the evidence for a class lies."""
+    if style not in STYLES:
+        raise InvalidRequest(f"there is no style {style!r}; choose one of: {', '.join(STYLES)}")
+    wanted = int(target) if target is not None and target.isdigit() else target
+    where = out or Path("cam" if photo.is_dir() else "cam.png")
+    if photo.is_dir():
+        if where.suffix and not where.is_dir():
+            raise InvalidRequest(f"{photo} is a folder, so its heat maps go into one; {where} looks like a file")
+        check_writable(where, folder=True)
+    else:
+        check_target(where, ".png", folders=False)
+    files = photos_in(photo) if photo.is_dir() else []
+    model = open_model()
+    image = None if files else read(photo, model.channels_in)
+    with explaining(model, None if layer is None else address(layer), method) as explainer:
+        if not quiet:
+            say(f"{method} at {explainer.spec['layer']}")
+        if image is None:
+            explain_folder(explainer, files, where, wanted, style, quiet, as_json)
+            return
+        heat = explainer(image, wanted)
+        if not quiet:
+            say_classes(heat)
+        report([heat.save(where, image, style)], as_json, heat.metadata())
+
+
+def say_classes(heat: Heatmap) -> None:
+    """Say which classes are the most probable, whether the map is silent, and what to mind about its method."""
+    for guess in heat.top:
+        say(f"{guess.probability:6.1%}  {guess.name}")
+    if heat.silent:
+        say(heat.sentence())
+    if heat.caution:
+        say(f"{heat.method}: {heat.caution}")
+
+
+def photos_in(folder: Path) -> list[Path]:
+    """Return the files of a folder that are named like photos.
+
+    Raises:
+        PhotoRefused: there is none.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise PhotoRefused(f"there is no photo in {folder}; photos are {', '.join(SUFFIXES)}")
+    return files
+
+
+def explain_folder(
+    explainer: Explainer, files: list[Path], out: Path, target: int | str | None, style: str, quiet: bool, as_json: bool
+) -> None:
+    """Write the heat map of every photo, and `manifest.json` last; a photo that cannot be read is named and skipped.
+
+    Raises:
+        Exit: with code 1, where a photo could not be read.
+    """
+    names, refused = output_names(files), dict[str, str]()
+    done: list[dict[str, Any]] = []
+    try:
+        with progress(f"{len(files)} photos", "photos", quiet) as advance:
+            for start in range(0, len(files), TOGETHER):
+                some = files[start : start + TOGETHER]
+                photos = dict(readable(explainer.model, some, refused))
+                found = explainer.several(list(photos.values()), target) if photos else []
+                for (path, image), heat in zip(photos.items(), found, strict=True):
+                    written = heat.save(out / names[path], image, style)
+                    done.append({"photo": path.name, "file": written.name, **heat.metadata()})
+                    if not as_json:
+                        tell(written)
+                advance(len(some), len(files))
+    finally:
+        manifest = write_manifest(out / "manifest.json", {"photos": done, "refused": refused})
+    report([out / one["file"] for one in done] * as_json + [manifest], as_json, {"photos": done, "refused": refused})
+    if refused:
+        say(f"{len(refused)} of {len(files)} photos could not be read")
+        raise typer.Exit(1)
+
+
+def readable(model: Model, paths: Sequence[Path], refused: dict[str, str]) -> Iterator[tuple[Path, Any]]:
+    """Yield the photos that can be read with their paths; note and say of the others why not."""
+    for path in paths:
+        try:
+            yield path, read(path, model.channels_in)
+        except PhotoRefused as error:
+            refused[path.name] = str(error)
+            say(str(error))
+
+
+def output_names(files: Sequence[Path]) -> dict[Path, str]:
+    """Return the name of each photo's heat map: `cat.png`, or `cat.jpg.png` where two photos would share it."""
+    stems = [path.stem for path in files]
+    return {path: f"{path.stem if stems.count(path.stem) == 1 else path.name}.png" for path in files}

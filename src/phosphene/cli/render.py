@@ -1,0 +1,180 @@
+"""The commands that render: `filters` and `dream`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phosphene.cli.options import (
+    AsJson,
+    BatchSize,
+    LayerArgument,
+    OpenModel,
+    Precision,
+    Quiet,
+    RecipeName,
+    Seed,
+    Size,
+    Steps,
+    batch_size,
+    chosen_layer,
+    takes_model,
+)
+from phosphene.cli.output import check_target, progress, report, say
+from phosphene.errors import InvalidRequest, LayerRefused, Unfinished
+from phosphene.images.figure import png
+from phosphene.images.photo import read
+from phosphene.network.layers import Layer
+from phosphene.network.model import parse_channels
+from phosphene.rendering.gradient_ascent import Frame
+from phosphene.rendering.objectives import Objective, channel, logit, neuron
+from phosphene.rendering.objectives import layer as whole_layer
+from phosphene.rendering.recipes import DEFAULT, find_recipe
+from phosphene.rendering.render import dream as render_dream
+from phosphene.rendering.render import render
+from phosphene.rendering.result import Rendered, file_prefix
+from phosphene.storage.atomic import write_file
+
+OBJECTIVES = ("channel", "neuron", "logit", "layer")
+
+
+@contextmanager
+def watching(pictures: int, quiet: bool) -> Iterator[Callable[[Frame], None]]:
+    """Show how far pictures have come, and yield what each `Frame` is to be given to."""
+    with progress(f"{pictures} pictures", "steps", quiet) as advance:
+
+        def watch(frame: Frame) -> None:
+            if frame.step < frame.steps:
+                advance(len(frame.items), pictures * frame.steps)
+
+        yield watch
+
+
+@takes_model
+def filters(
+    open_model: OpenModel,
+    layer: LayerArgument,
+    channels: Annotated[
+        str | None, typer.Option(metavar="0:64|3,7,11|all", help="which filters; by default the first 64")
+    ] = None,
+    recipe: RecipeName = DEFAULT,
+    size: Size = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    objective: Annotated[
+        str, typer.Option(metavar="|".join(OBJECTIVES), help="what of the layer to excite")
+    ] = "channel",
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH.png|DIR", help="a sheet, or a folder for one file a filter")
+    ] = None,
+    film: Annotated[Path | None, typer.Option(metavar="PATH.gif", help="also show how the pictures form")] = None,
+    precision: Precision = "auto",
+    batch: BatchSize = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the picture that each filter of a layer answers to."""
+    find_recipe(recipe).at(size, steps, seed)
+    handle = open_model()
+    found = chosen_layer(handle, layer, quiet)
+    wanted = objective_for(found, objective, channels)
+    target = out or Path(f"{file_prefix([found.path])}.png")
+    check_target(target, ".png")
+    if film:
+        check_target(film, ".gif", folders=False)
+    with watching(wanted.n, quiet) as watch:
+        try:
+            rendered = render(
+                handle,
+                wanted,
+                recipe,
+                size=size,
+                steps=steps,
+                seed=seed,
+                batch=batch_size(batch),
+                precision=precision,
+                film=24 if film else 0,
+                watch=watch,
+            )
+        except Unfinished as stopped:
+            if isinstance(stopped.finished, Rendered):
+                report(written(stopped.finished, target, film), as_json, facts(stopped.finished))
+            say(str(stopped))
+            raise typer.Exit(1) from stopped
+    report(written(rendered, target, film), as_json, facts(rendered))
+    if bool(rendered.dead.any()) and not quiet:
+        names = ", ".join(name for name, dead in zip(rendered.names, rendered.dead, strict=True) if dead)
+        before = f"{found.path}#preactivation"
+        advice = f"; {before} is followed uphill before the activation" if before in handle.modules else ""
+        say(f"dead, crossed out in the grid: {names}{advice}")
+
+
+def objective_for(layer: Layer, name: str, channels: str | None) -> Objective:
+    """Return the objective that was asked for on a layer.
+
+    Raises:
+        InvalidRequest, LayerRefused, ChannelNotFound.
+    """
+    if name not in OBJECTIVES:
+        raise InvalidRequest(f"there is no objective {name!r}; choose one of: {', '.join(OBJECTIVES)}")
+    if name == "layer":
+        return whole_layer(layer.path)
+    if name == "logit" and (layer.is_map or layer.channels is None):
+        raise LayerRefused(f"{layer.path} returns maps, not a number a class; use --objective channel")
+    if name != "logit" and not layer.is_map:
+        raise LayerRefused(
+            f"{layer.path} is a {layer.kind} and returns no map of channels; "
+            "choose a convolution, or --objective logit for a classifier"
+        )
+    count = layer.channels or 0
+    listed = parse_channels(channels or f"0:{min(64, count)}", count)
+    return {"channel": channel, "neuron": neuron, "logit": logit_of}[name](layer.path, listed)
+
+
+def logit_of(path: str, classes: list[int]) -> Objective:
+    """Return the objective `logit` with its arguments in the order of the others."""
+    return logit(classes, path)
+
+
+def written(rendered: Rendered, target: Path, film: Path | None) -> list[Path]:
+    """Write a result where the user wants it and return the paths."""
+    if target.suffix.lower() == ".png" and not target.is_dir():
+        paths = [write_file(target, png(rendered.grid(), rendered.spec))]
+    else:
+        paths = rendered.save(target)
+    return [*paths, rendered.save_film(film)] if film else paths
+
+
+def facts(rendered: Rendered) -> dict[str, Any]:
+    """Return what `--json` tells about a result."""
+    pictures = [rendered.metadata(index) for index in range(len(rendered))]
+    shown = ("picture", "score", "dead")
+    return {**rendered.spec, "pictures": [{name: one[name] for name in shown} for one in pictures]}
+
+
+@takes_model
+def dream(
+    open_model: OpenModel,
+    photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="the photo to start from")],
+    layer: LayerArgument,
+    out: Annotated[Path, typer.Option(metavar="PATH.png")] = Path("dream.png"),
+    recipe: RecipeName = "dream",
+    size: Size = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Change a photo so that a layer sees more of what it saw in it (DeepDream)."""
+    find_recipe(recipe).at(size, steps, seed)
+    check_target(out, ".png", folders=False)
+    handle = open_model()
+    image = read(photo, handle.channels_in)
+    found = chosen_layer(handle, layer, quiet)
+    with watching(1, quiet) as watch:
+        rendered = render_dream(handle, image, found.path, recipe, size=size, steps=steps, seed=seed, watch=watch)
+    report(written(rendered, out, None), as_json, facts(rendered))

@@ -1,0 +1,1 @@
+"""The photos that excite each filter most."""

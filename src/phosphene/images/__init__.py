@@ -1,0 +1,1 @@
+"""Pictures as files and tensors: reading photos, and turning tensors into pictures."""

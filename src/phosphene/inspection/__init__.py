@@ -1,0 +1,1 @@
+"""What a network makes of one photo: activations, kernels and heat maps."""

@@ -1,0 +1,299 @@
+"""Kernels: the weights of one convolution, drawn so that they can be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phosphene.errors import InvalidRequest, LayerRefused, WeightsRefused, nearest
+from phosphene.images import figure
+from phosphene.network.model import Model
+from phosphene.storage.atomic import write_file
+
+PAGE = 2560  # pixels of a page's longest side, about
+SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side
+GAP, BETWEEN = 1, 195  # pixels between kernels, and their grey
+REACH = 4  # root mean squares that the scale reaches at most: one outlier would leave all others without colour
+INPUTS = 12  # input channels that a filter shows of at most where a weight is a pixel
+BLUE, ORANGE = (33, 102, 172), (179, 88, 6)  # equally dark, and told apart by colour-blind eyes
+# colour map, and whether 0 is its middle. Red against blue is told apart by colour-blind eyes, red against green is not
+STYLES = {"signed": ("RdBu_r", True), "grey": ("gray", False)}
+
+
+def kernels(model: Model, address: str | int) -> Kernels:
+    """Return the kernels of a two-dimensional convolution.
+
+    Args:
+        model: from `load`.
+        address: the layer's path, or n for the n-th convolution.
+
+    Raises:
+        LayerNotFound: there is no such layer.
+        LayerRefused: it holds no such kernels; the message names the nearest that do.
+        WeightsRefused: they hold NaN or infinity.
+
+    Example:
+        >>> kernels(load("builtin/vgg19"), "block1_conv1").weights.shape
+        torch.Size([64, 3, 3, 3])
+    """
+    layer = model.find(address)
+    module = model.modules[layer.place.path]
+    weights = model.layout.kernel(module)
+    if weights is None:
+        there = [one.path for one in model.layers() if model.layout.kernel(model.modules[one.place.path]) is not None]
+        have = (
+            f"the nearest that have: {nearest(layer.path, there)}" if there else "and no layer of this network has any"
+        )
+        raise LayerRefused(f"{layer.path} is a {layer.kind}, which has no kernels (out, in, height, width); {have}")
+    if not bool(weights.isfinite().all()):
+        raise WeightsRefused(f"the kernels of {layer.path} hold NaN or infinity; load a sound file")
+    first = next((one.place for one in model.layers() if one.convolution), None) == layer.place
+    sees_photo = first and weights.shape[1] == model.channels_in == 3
+    order = "bgr" if getattr(model.preprocessing, "bgr", False) else "rgb"
+    spec = {
+        **model.origin,
+        "layer": layer.path,
+        "kind": layer.kind,
+        "shape": list(weights.shape),
+        "colours": order if sees_photo else None,
+    }
+    return Kernels(weights.detach().cpu().clone(), spec)
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """The kernels of one convolution.
+
+    Attributes:
+        weights: (out, in, kh, kw), as the network holds them; on the CPU. In a grouped convolution `in` counts the
+            channels of one group.
+        spec: model, layer and versions, in JSON terms; `colours` is "rgb" or "bgr" in the first convolution of a
+            network that sees colour photos, the order of its input channels.
+    """
+
+    weights: Tensor
+    spec: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.weights.shape))
+        return f"Kernels({shape} of {self.spec['layer']} in {self.spec['model']})"
+
+    @property
+    def pages(self) -> int:
+        """How many pages the grid has."""
+        return len(Sheet.of(self.weights).pages)
+
+    def grid(self, page: int = 0, style: str = "signed") -> figure.Picture:
+        """Return one row of kernels per output filter, one column per input channel (R2.2b), on one common scale.
+
+        Style `signed` goes from blue over white, which is 0, to red: as far either way as the largest magnitude, but
+        at most four times the root mean square, for one outlier would leave all others without colour. `grey` is
+        R2.2b's own: the lowest weight black, the highest white. Where filters see few input channels each,
+        the rows go on in a further block to the right; those that see one (depthwise) fill a near-square grid row by
+        row. Kernels are enlarged by a whole factor, and what does not fit a page goes to the next.
+
+        Raises:
+            InvalidRequest: there is no such page or style.
+        """
+        if style not in STYLES:
+            raise InvalidRequest(f"there is no style {style!r}; there are: {', '.join(STYLES)}")
+        sheet = Sheet.of(self.weights)
+        if not 0 <= page < len(sheet.pages):
+            raise InvalidRequest(f"{self.spec['layer']} has no page {page}: it has {len(sheet.pages)}, counted from 0")
+        filters, channels = sheet.pages[page]
+        colours, about_zero = STYLES[style]
+        low, high = scale(self.weights, about_zero)
+        levels = as_levels(self.weights[filters.start : filters.stop, channels.start : channels.stop], low, high)
+        tiles = figure.painted(levels, colours)
+        blocks = [
+            sheet.block(tiles[start : start + sheet.rows], filters.start + start, channels, self.spec["colours"])
+            for start in range(0, len(filters), sheet.rows)
+        ]
+        bar = figure.colour_bar(low, high, colours, min(240, max(100, blocks[0].height)))
+        said = [
+            f"{len(self):,} filters, one a row" if sheet.columns > 1 else f"{len(self):,} filters of one channel each"
+        ]
+        said += [f"{self.weights.shape[1]:,} input channels, one a column"] if sheet.columns > 1 else []
+        said += ["×".join(map(str, self.weights.shape[2:]))]
+        largest = float(self.weights.abs().max())
+        said += [f"largest ±{largest:.3g}, shown as ±{high:.3g}"] if about_zero and largest > high * 1.001 else []
+        said += [f"page {page + 1} of {len(sheet.pages)}"] if len(sheet.pages) > 1 else []
+        return figure.captioned(figure.joined([*blocks, bar]), self.heading("kernels"), " · ".join(said))
+
+    def rgb(self) -> figure.Picture:
+        """Return one tile in colour per filter, for a layer that sees a photo's three channels, row by row.
+
+        One common scale, that of the grid: mid-grey (128) is 0, 255 its end, 0 the same with a minus.
+
+        Raises:
+            LayerRefused: the filters do not have three input channels.
+        """
+        if self.weights.shape[1] != 3:
+            raise LayerRefused(
+                f"{self.spec['layer']} has {self.weights.shape[1]} input channels, not the 3 of a colour"
+            )
+        low, high = scale(self.weights, True)
+        levels = as_levels(self.weights, low, high)
+        levels = levels.flip(1) if self.spec["colours"] == "bgr" else levels
+        columns = math.ceil(math.sqrt(len(self)))
+        factor = enlargement(self.weights, columns)
+        tiles = levels.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        sheet = figure.mosaic(tiles, columns, GAP)
+        marks = numbered(range(0, len(self), columns), self.weights.shape[2] * factor + GAP, 14)
+        size = "×".join(map(str, self.weights.shape[2:]))
+        note = f"{len(self):,} filters of {size} in colour · grey is 0, full colour ±{high:.3g}"
+        return figure.captioned(figure.ruled(sheet, marks), self.heading("filters in colour"), note)
+
+    def pixels(self, filters: Sequence[int]) -> tuple[figure.Picture, dict[str, Any]]:
+        """Return filters with one pixel a weight, a row a filter, and what is where, in JSON terms.
+
+        A column is one of a filter's strongest input channels (by L2 norm, strongest first; of equal ones the lower
+        number), at most `INPUTS`. Colours go from blue over white, which is 0, to orange; in a first layer that sees
+        colour a filter is one tile in true colour, where mid-grey is 0. Each filter has its own scale, as far either
+        way as its largest magnitude.
+
+        The facts are `tile` (width, height), `columns`, `inputs` (a row's input channels, in order), `scale` (a row's
+        largest magnitude), `colours` ("signed" or "rgb") and `of`, the input channels that there are. In a grouped
+        convolution these are counted within the group.
+        """
+        weights = self.weights[list(filters)]
+        largest = weights.flatten(1).abs().amax(1).double()
+        norms = torch.linalg.vector_norm(weights.to(torch.promote_types(weights.dtype, torch.float32)), dim=(2, 3))
+        inputs = norms.argsort(dim=1, descending=True, stable=True)[:, :INPUTS]
+        if self.spec["colours"]:
+            inputs = torch.arange(3).expand(len(filters), 3)
+        seen = weights.gather(1, inputs[..., None, None].expand(-1, -1, *weights.shape[2:])).double()
+        tiles = self.coloured(seen / largest.where(largest > 0, 1).view(-1, 1, 1, 1))
+        count, columns, height, width = tiles.shape[:4]
+        image = tiles.transpose(1, 2).reshape(count * height, columns * width, 3)
+        facts = {
+            "tile": [width, height],
+            "columns": columns,
+            "inputs": inputs.tolist(),
+            "scale": largest.tolist(),
+            "colours": "rgb" if self.spec["colours"] else "signed",
+            "of": weights.shape[1],
+        }
+        return figure.picture(image.permute(2, 0, 1)), facts
+
+    def coloured(self, shares: Tensor) -> Tensor:
+        """Return shares (n, m, kh, kw) of each filter's scale, -1 to 1, as tiles (n, columns, kh, kw, 3), uint8."""
+        if self.spec["colours"]:
+            shares = shares.flip(1) if self.spec["colours"] == "bgr" else shares
+            return figure.to_bytes((shares + 1) / 2).permute(0, 2, 3, 1)[:, None]
+        ends = torch.where(shares[..., None] > 0, torch.tensor(ORANGE), torch.tensor(BLUE))
+        return (255 - shares.abs()[..., None] * (255 - ends)).round().to(torch.uint8)
+
+    def heading(self, what: str) -> str:
+        """Return what a picture shows; of a recorded training, after which epoch."""
+        epoch = self.spec.get("epoch")
+        return f"{self.spec['layer']} · {what}" + ("" if epoch is None else f" after epoch {epoch}")
+
+    def pictures(self, style: str = "signed") -> Iterator[figure.Picture]:
+        """Yield what there is to see: every page of the grid, beside tiles in colour in a network's first layer.
+
+        The tiles are signed too, so that there are none beside another style.
+        """
+        if self.spec["colours"] and style == "signed":
+            yield figure.joined([self.rgb(), self.grid()])
+            return
+        yield from (self.grid(page, style) for page in range(self.pages))
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write `pictures()` as PNG files, the first at `path`, further pages at `…_page2.png`; return the paths.
+
+        Raises:
+            OutputRefused: they cannot be written.
+        """
+        return write_pages(self.pictures(), Path(path), self.spec)
+
+    def _repr_png_(self) -> bytes:
+        return figure.png(next(self.pictures()), self.spec)
+
+
+def write_pages(pages: Iterable[figure.Picture], target: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Write pages as PNG, the first as `target`, further ones as `…_page2.png`, and return the paths."""
+    return [
+        write_file(
+            target.with_name(f"{target.stem}_page{page + 1}{target.suffix}") if page else target,
+            figure.png(one, {**facts, "page": page}),
+        )
+        for page, one in enumerate(pages)
+    ]
+
+
+class Sheet(NamedTuple):
+    """How kernels are laid out: enlarged by `factor`, `rows` filters of `columns` channels a block, and the pages."""
+
+    factor: int
+    rows: int
+    columns: int
+    pages: list[tuple[range, range]]  # the filters and the channels on each
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Sheet:
+        """Return the layout for kernels (out, in, kh, kw)."""
+        filters, channels, height, width = weights.shape
+        most_down, most_right = (PAGE // (enlargement(weights) * side + GAP) or 1 for side in (height, width))
+        if channels == 1:
+            side = math.ceil(math.sqrt(filters))
+            return cls(enlargement(weights, side), filters, 1, [(range(filters), range(1))])
+        across = min(channels, most_right)
+        blocks = max(1, min(math.isqrt(filters // channels), most_right // channels))
+        rows = min(math.ceil(filters / blocks), most_down)
+        pages = [
+            (range(top, min(top + rows * blocks, filters)), range(left, min(left + across, channels)))
+            for top in range(0, filters, rows * blocks)
+            for left in range(0, channels, across)
+        ]
+        return cls(enlargement(weights, max(rows, across * blocks)), rows, across, pages)
+
+    def block(self, tiles: Tensor, first: int, channels: range, colours: str | None) -> figure.Picture:
+        """Return one block of kernels (rows, columns, kh, kw, 3) with its filters' and channels' numbers or colours."""
+        height, width = (side * self.factor + GAP for side in tiles.shape[2:4])
+        big = tiles.flatten(0, 1).repeat_interleave(self.factor, 1).repeat_interleave(self.factor, 2)
+        if self.columns == 1:
+            side = math.ceil(math.sqrt(len(tiles)))
+            return figure.ruled(figure.mosaic(big, side, GAP), numbered(range(0, len(tiles), side), height, 14))
+        sheet = figure.mosaic(big, len(channels), GAP, BETWEEN)
+        rows = numbered(range(first, first + len(tiles)), height, 14)
+        names = numbered(channels, width, 28)
+        if colours:
+            names = {place: colours.upper()[int(number)] for place, number in names.items()}
+        return figure.ruled(sheet, rows, names)
+
+
+def enlargement(weights: Tensor, side: int | None = None) -> int:
+    """Return the whole factor by which kernels are enlarged: the least, or the best where `side` go along a page."""
+    longer = max(weights.shape[2:])
+    least = math.ceil(SMALLEST / longer)
+    return least if side is None else max(least, min(LARGEST // longer, (PAGE // 2 // side - GAP) // longer))
+
+
+def scale(weights: Tensor, about_zero: bool) -> tuple[float, float]:
+    """Return the lowest and highest number of the common scale; of kernels that are all 0, -1 and 1."""
+    low, high = float(weights.min()), float(weights.max())
+    if about_zero or low == high:
+        high = min(max(abs(low), abs(high)), REACH * float(weights.double().square().mean().sqrt())) or 1.0
+        low = -high
+    return low, high
+
+
+def as_levels(weights: Tensor, low: float, high: float) -> Tensor:
+    """Return weights as levels 0..255, uint8, of the scale from `low` to `high`."""
+    return figure.to_bytes((weights.double() - low) / (high - low))
+
+
+def numbered(numbers: range, step: int, room: int) -> dict[int, str]:
+    """Return labels for tiles that are `step` pixels apart, each 1, 2, 4 … th so that a label has `room` pixels."""
+    every = 2 ** max(0, math.ceil(math.log2(room / step)))
+    return {index * step + step // 2: str(one) for index, one in enumerate(numbers) if index % every == 0}

@@ -1,0 +1,1 @@
+"""The network: loading it, listing its layers, and reading what they compute."""

@@ -1,0 +1,296 @@
+"""The model handle, and the one convention for tensors.
+
+Images are (b, c, h, w), floating, in [0, 1], RGB where c = 3; any c is allowed. Activations are (b, c, h, w) for maps
+and (b, c) for vectors. Kernels are (out, in, kh, kw). Mean and standard deviation, BGR, 0..255: all that is the
+handle's business, inside `Model.forward`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused, PhospheneError, SizeRefused, WeightsRefused
+from phosphene.images.photo import MIDDLE, Fit, Region
+from phosphene.network.batchnorm_folding import Folding
+from phosphene.network.capture import PLAIN, Layout, Place, Splice, borrowed, capture, parts
+from phosphene.network.device_constant import Constant
+from phosphene.network.layers import Layer, Layers, survey
+from phosphene.network.memory import keep_memory
+from phosphene.version import __version__
+
+SINGLE = re.compile(r"\d{1,9}", re.ASCII)
+RANGE = re.compile(r"(\d{0,9}):(\d{0,9})(?::([1-9]\d{0,8})?)?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network wants done to an image in [0, 1]: (image - mean) / std a channel, RGB turned to BGR if `bgr`."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    bgr: bool = False
+
+    def __call__(self, image: Tensor) -> Tensor:
+        mean, std = (one.like(image) for one in self._constants)
+        ready = (image - mean) / std
+        return ready.flip(1) if self.bgr else ready
+
+    @cached_property
+    def _constants(self) -> tuple[Constant, Constant]:
+        """Mean and standard deviation, (c, 1, 1) or (1, 1, 1)."""
+        mean, std = (torch.tensor(one, dtype=torch.float64).view(-1, 1, 1) for one in (self.mean, self.std))
+        return Constant(mean), Constant(std)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A frozen handle on a network. The module stays the user's: it is never changed.
+
+    Attributes:
+        module: the network.
+        name: how to speak of it; `ref` is how to load it again, None where that takes more than a reference.
+        options: what `load` was told beside the reference, in JSON terms; both make this network again.
+        input_size: (h, w) that its full forward pass takes.
+        channels_in: channels of its images.
+        preprocessing: image (b, c, h, w) in [0, 1] -> what the module takes.
+        fit: how a photo is brought to `input_size`; by default its middle at the short side's scale.
+        labels: class names by index, empty where unknown.
+        logits: the address of the class scores before any softmax or sigmoid, `""` for what the network returns.
+        layout: how the network's framework lays out maps and kernels.
+        notes: what the user should know about how it was loaded.
+        modules: every addressable module by path; `""` is the whole network.
+    """
+
+    module: nn.Module
+    name: str
+    input_size: tuple[int, int]
+    channels_in: int = 3
+    preprocessing: Callable[[Tensor], Tensor] = Preprocessing()
+    fit: Fit = MIDDLE
+    labels: Sequence[str] = ()
+    logits: str = ""
+    layout: Layout = PLAIN
+    ref: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            object.__setattr__(self, "modules", dict(self.module.named_modules()))
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the device and floating dtype that the network computes in."""
+        weights = (one for one in (*self.module.parameters(), *self.module.buffers()) if one.is_floating_point())
+        first = next(weights, torch.empty(0))
+        return torch.empty(0, dtype=first.dtype, device=first.device)
+
+    def forward(self, image: Tensor) -> Any:
+        """Return what the network makes of an image (b, c, h, w) in [0, 1]."""
+        return self.module(self.preprocessing(image))
+
+    def fitted(self, photo: Tensor) -> tuple[Tensor, Region]:
+        """Return a photo (1, c, h, w) as the network takes it, (1, c, *input_size), and the part of it that this shows.
+
+        The image is on the network's device and in its dtype.
+        """
+        image, region = self.fit(photo, self.input_size)
+        return image.to(self.like), region
+
+    def layers(self) -> Layers:
+        """Return the table of the network's layers, from one forward pass at `input_size`."""
+        return self._layers
+
+    @cached_property
+    def _layers(self) -> Layers:
+        with self.taking(self.input_size):
+            return survey(self.forward, self.module, self.modules, self.grey(self.input_size), self.layout)
+
+    def find(self, address: str | int) -> Layer:
+        """Return the layer of an address; see `Layers.find`."""
+        return self.layers().find(address)
+
+    @contextmanager
+    def reading(
+        self, addresses: Sequence[str | int], roots: Sequence[str | int] = (), inputs: Collection[str | int] = ()
+    ) -> Iterator[Callable[[Tensor], dict[str | int, Tensor]]]:
+        """Borrow the network and yield `read(image)`: the tensors at the addresses, `""` being the network's output.
+
+        The forward pass stops at the last of them. At `roots`, some of the addresses, the graph of gradients starts: a
+        backward pass goes no further down. Of `inputs`, some of the addresses, it is what the layer is given that is
+        read. The module is given back as it was.
+        """
+        keep_memory()
+        places: dict[Any, Place] = {one: Place("") if one == "" else self.find(one).place for one in addresses}
+        if "" in places:
+            places[""] = Place("", part=self.output_part)
+        modules = {place.path: self.modules[place.path] for place in places.values()}
+        for one in inputs:
+            splice = Splice(modules[places[one].path], Splice.INPUT)
+            places[one] = Place(f"{places[one].path}#{Splice.INPUT}", places[one].call)
+            modules[places[one].path] = splice
+        with borrowed(self.module), capture(self.forward, modules, places, self.layout, roots) as read:
+            yield read
+
+    def folding(self, addresses: Sequence[str | int]) -> Folding:
+        """Return what makes forward passes cheaper that read nothing but these addresses; see `reading`.
+
+        The hooks of `reading` would count as the user's: it has to be asked for before.
+        """
+        read = {"" if one == "" else self.find(one).place.path for one in addresses}
+        return Folding(self.module, self.modules, [one for one in self.layers().pairs if not one.paths & read])
+
+    @cached_property
+    def output_part(self) -> str:
+        """Which tensor of what the network returns is its class scores: the bare one, or `logits`.
+
+        Raises:
+            LayerRefused: it returns several and none is called so.
+        """
+        with self.taking(self.input_size), borrowed(self.module), torch.no_grad():
+            found = parts(self.forward(self.grey(self.input_size)))
+        if len(found) == 1:
+            return next(iter(found))
+        if "logits" in found:
+            return "logits"
+        several = f"several tensors ({', '.join(found)})" if found else "no tensor"
+        raise LayerRefused(f"{self.name} returns {several}; name the layer that you mean")
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with the weights (names, shapes, dtypes, bytes) and the preprocessing.
+
+        Taken anew each time, for a network may be trained on while its handle lives.
+        """
+        known = self.preprocessing if isinstance(self.preprocessing, Preprocessing) else type(self.preprocessing)
+        digest = hashlib.sha256(repr(known).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if isinstance(tensor, Tensor):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What every result follows from, in JSON terms: model, how it was loaded, notes, and the versions at work."""
+        return {
+            "model": self.name,
+            "options": dict(self.options),
+            "fingerprint": self.fingerprint,
+            "notes": list(self.notes),
+            "versions": {"phosphene": __version__, "torch": torch.__version__},
+        }
+
+    def check_photo(self, photo: Tensor) -> None:
+        """Refuse a photo that is not (1, c, h, w), floating, with the network's number of channels.
+
+        Raises:
+            InvalidRequest: it is not.
+        """
+        channels = self.channels_in
+        if photo.dim() != 4 or tuple(photo.shape[:2]) != (1, channels) or not photo.is_floating_point():
+            raise InvalidRequest(
+                f"a photo for this network is a floating tensor (1, {channels}, height, width) in 0..1, such as "
+                f"read(path, channels={channels}) returns, not {tuple(photo.shape)} of {photo.dtype}"
+            )
+
+    def check_finite(self) -> None:
+        """Refuse weights with NaN or infinity.
+
+        Raises:
+            WeightsRefused: the message names the first layer that has any.
+        """
+        for name, tensor in self.module.state_dict().items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                count = int((~torch.isfinite(tensor)).sum())
+                raise WeightsRefused(
+                    f"the weights of {self.name} are damaged: {name} holds {count} values that are NaN or infinite; "
+                    "load a sound file"
+                )
+
+    def check_takes(self, read: Callable[[Tensor], Any], size: tuple[int, int]) -> None:
+        """Run one image of `size` through an open `reading`, and refuse the size where that fails.
+
+        Raises:
+            SizeRefused: the network does not take it.
+        """
+        with self.taking(size), torch.no_grad():
+            acts = read(self.grey(size))
+        for address, act in acts.items():
+            if act.numel() == 0:
+                raise self.size_error(size, f"nothing is left of it at {address!r}")
+
+    def grey(self, size: tuple[int, int]) -> Tensor:
+        """Return one image (1, c, h, w) of 0.5 throughout, on the network's device and in its dtype."""
+        return self.like.new_full((1, self.channels_in, *size), 0.5)
+
+    @contextmanager
+    def taking(self, size: tuple[int, int]) -> Iterator[None]:
+        """Refuse the size if a forward pass inside fails, for whatever reason but a lack of memory.
+
+        Raises:
+            SizeRefused: it failed.
+        """
+        try:
+            yield
+        except PhospheneError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise self.size_error(size, first_line(error)) from error
+
+    def size_error(self, size: tuple[int, int], reason: str) -> SizeRefused:
+        """Return the refusal of a size, which says what to do next."""
+        usual = "×".join(map(str, self.input_size))
+        advice = f"its usual size is {usual}, give another with --size"
+        if size == self.input_size:
+            advice = "say what it takes (--input-size, --channels-in)"
+        shape = "×".join(map(str, (self.channels_in, *size)))
+        return SizeRefused(f"{self.name} does not take a picture of {shape} px ({reason}); {advice}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on any device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def parse_channels(text: str, count: int) -> list[int]:
+    """Return the channels that `0:64`, `3,7,11`, `0:8,20` or `all` mean, for a layer that has `count`, each once.
+
+    A range is as in Python: `0:64:2` takes every second one, and a bound may be left out.
+
+    Raises:
+        InvalidRequest: the text is none of these, or chooses nothing.
+        ChannelNotFound: the layer has no such channel.
+    """
+    chosen: list[int] = []
+    for piece in text.split(","):
+        single, several = SINGLE.fullmatch(piece.strip()), RANGE.fullmatch(piece.strip().replace("all", "::"))
+        if single:
+            start, stop, step = int(single[0]), int(single[0]) + 1, 1
+        elif several:
+            start, stop, step = int(several[1] or 0), int(several[2] or count), int(several[3] or 1)
+        else:
+            raise InvalidRequest(f"channels are given as 0:64, 3,7,11 or all, not {text!r}")
+        if max(start + 1, stop) > count:
+            raise ChannelNotFound(f"there is no channel {max(start, stop - 1)}: the layer has 0 to {count - 1}")
+        chosen += range(start, stop, step)
+    if not chosen:
+        raise InvalidRequest(f"the channels {text!r} choose nothing")
+    return list(dict.fromkeys(chosen))

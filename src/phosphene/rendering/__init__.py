@@ -1,0 +1,1 @@
+"""Rendering: the picture that a filter answers to."""

@@ -1,0 +1,1 @@
+"""What makes rendering fast without changing what it computes."""

@@ -1,0 +1,188 @@
+"""Parameterizations: the tensors that are optimised and the image they stand for.
+
+Each is a function of the image's shape (n, c, h, w), where to start, and options; it returns a `Parameterization`.
+`start` is either an image (n, c, h, w) in [0, 1] to begin from, or the `Draws` to make a random start from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from phosphene.errors import InvalidRequest
+from phosphene.rendering.colour import correlate, decorrelate
+from phosphene.rendering.transforms import Draws
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """The optimised tensor, one row per image, and `image()`, the (n, c, h, w) image that it stands for."""
+
+    tensor: Tensor
+    image: Callable[[], Tensor]
+
+
+Shape = tuple[int, int, int, int]
+Start = Tensor | Draws
+
+
+def units(unit: str, channels: int) -> tuple[Tensor, Tensor]:
+    """Return (offset, factor), each (c, 1, 1) float64, with image = offset + factor · tensor, for a pixel unit.
+
+    `byte`: 0..255, as in R1 and R4.2. `imagenet`: standard deviations from ImageNet's mean, as in R3; networks that
+    see other than three channels use 0.5 ± 0.25. `one`: the image itself.
+
+    Raises:
+        InvalidRequest: there is no such unit.
+    """
+    if unit not in ("byte", "imagenet", "one"):
+        raise InvalidRequest(f"pixels are counted in the unit byte, imagenet or one, not {unit!r}")
+    if unit == "imagenet":
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
+        offset, factor = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    else:
+        step = 1 / 255 if unit == "byte" else 1.0
+        offset, factor = torch.zeros(channels, dtype=torch.float64), torch.full((channels,), step, dtype=torch.float64)
+    return offset.view(-1, 1, 1), factor.view(-1, 1, 1)
+
+
+def pixels(
+    shape: Shape,
+    start: Start,
+    like: Tensor,
+    low: float = 128 / 255,
+    high: float = 129 / 255,
+    unit: str = "byte",
+    whole: bool = False,
+) -> Parameterization:
+    """The pixels themselves, starting uniform in [low, high) of [0, 1], rounded down to whole bytes if `whole`.
+
+    The optimised tensor counts in `unit`, which is what a step size refers to. Values are not held inside [0, 1].
+    """
+    offset, factor = (number.to(like) for number in units(unit, shape[1]))
+    if isinstance(start, Draws):
+        image = start.uniform(low * 255, high * 255, shape[1:])
+        image = (image.floor() if whole else image) / 255
+    else:
+        image = start
+    tensor = ((image.to(like) - offset) / factor).requires_grad_()
+    return Parameterization(tensor, lambda: offset + factor * tensor)
+
+
+def frequencies(height: int, width: int) -> Tensor:
+    """Return the distance of each bin of a real Fourier transform from zero, (h, w // 2 + 1), in cycles a pixel."""
+    down = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+    right = torch.fft.rfftfreq(width, dtype=torch.float64)[None]
+    squared: Tensor = down**2 + right**2
+    return squared.sqrt()
+
+
+def to_logits(image: Tensor) -> Tensor:
+    """Return what `sigmoid` takes back to `image`, with black and white kept 0.2 % away from infinity."""
+    return image.clamp(0.002, 0.998).logit()
+
+
+def fourier(
+    shape: Shape, start: Start, like: Tensor, deviation: float = 0.01, decay: float = 1.0, cutoff: float = math.inf
+) -> Parameterization:
+    """Fourier coefficients of uncorrelated colours, each scaled by 1 / frequency^decay, through a sigmoid.
+
+    The scaling makes all frequencies learn at the rate that natural pictures use them (Olah et al. 2017,
+    "Preconditioning and parameterization"). A `cutoff` in cycles a pixel damps the finest detail, which resampling
+    would lose: halved at that frequency, by 1 / (1 + (frequency / cutoff)^4). Random starts have coefficients of
+    standard deviation `deviation`.
+    """
+    _, channels, height, width = shape
+    frequency = frequencies(height, width)
+    scale = frequency.clamp(min=1 / max(height, width)) ** -decay / (1 + (frequency / cutoff) ** 4)
+    weight = (scale * math.sqrt(height * width)).to(like)[..., None]  # for real and imaginary part
+
+    def image() -> Tensor:
+        spectrum = torch.view_as_complex((weight * tensor).contiguous())
+        # 4 brings the natural range of the sum to the sigmoid's
+        return torch.sigmoid(correlate(torch.fft.irfft2(spectrum, s=(height, width)) / 4))
+
+    if isinstance(start, Draws):
+        tensor = deviation * start.normal((channels, height, width // 2 + 1, 2)).to(like)
+    else:
+        logits = decorrelate(to_logits(start.to(like)))
+        tensor = torch.view_as_real(torch.fft.rfft2(4 * logits)) / weight
+    tensor = tensor.requires_grad_()
+    return Parameterization(tensor, image)
+
+
+@cache
+def natural_spectrum() -> Tensor:
+    """Return the mean magnitude spectrum of natural photos, (3, 128, 65); see `bench/natural_statistics.py`."""
+    data = files("phosphene").joinpath("data/spectrum.safetensors").read_bytes()
+    magnitude: Tensor = load_safetensors(data)["magnitude"]
+    return magnitude.double()
+
+
+def natural_magnitude(channels: int, height: int, width: int) -> Tensor:
+    """Return the natural spectrum for an image of that size, (c, h, w // 2 + 1), for `norm="ortho"`.
+
+    Read off bilinearly at the frequencies of that size. For other than three channels every channel gets the spectrum
+    of light.
+    """
+    spectrum = natural_spectrum().clone()
+    # the file has no mean; slower waves than it holds get the strength of its slowest, not less
+    spectrum[:, 0, 0] = (spectrum[:, 0, 1] + spectrum[:, 1, 0]) / 2
+    spectrum = spectrum if channels == 3 else spectrum[:1].expand(channels, -1, -1)
+    rows, columns = spectrum.shape[1:]
+    centred = torch.fft.fftshift(spectrum, dim=1)[None]
+    # -1 to 1 over the rows -rows/2 ... rows/2 - 1 and the columns 0 ... columns - 1, in cycles per `rows` pixels
+    down = (torch.fft.fftfreq(height, dtype=torch.float64) * rows + rows / 2) * 2 / (rows - 1) - 1
+    right = torch.fft.rfftfreq(width, dtype=torch.float64) * rows * 2 / (columns - 1) - 1
+    places = torch.stack(torch.meshgrid(down, right, indexing="ij")[::-1], -1)[None]
+    magnitude = F.grid_sample(centred, places, padding_mode="border", align_corners=True)[0]
+    magnitude = with_edges(magnitude, width, lambda edge, mirrored: (edge + mirrored) / 2)
+    magnitude[:, 0, 0] = 0.0  # the mean is not the spectrum's to decide
+    return magnitude
+
+
+def with_edges(spectrum: Tensor, width: int, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return (..., h, w // 2 + 1) with the columns that are their own mirror image merged with it.
+
+    Of a real picture's spectrum, the columns of horizontal frequency 0 and, for an even width, w / 2 hold every number
+    twice: row -k is the conjugate of row k. What breaks that is dropped by the inverse transform without a word.
+    """
+    own = [0, width // 2] if width % 2 == 0 else [0]
+    columns = list(spectrum.unbind(-1))
+    edge = torch.stack([columns[place] for place in own], -1)
+    mirrored = edge.flip(-2).roll(1, -2)
+    for place, column in zip(own, merge(edge, mirrored).unbind(-1), strict=True):
+        columns[place] = column
+    return torch.stack(columns, -1)
+
+
+def maco(shape: Shape, start: Start, like: Tensor) -> Parameterization:
+    """Free phases under the fixed magnitude spectrum of natural photos (Fel et al., "MACO", NeurIPS 2023, eq. 3)."""
+    _, channels, height, width = shape
+    magnitude = natural_magnitude(channels, height, width).to(like)
+
+    def image() -> Tensor:
+        phase = with_edges(tensor, width, lambda edge, mirrored: (edge - mirrored) / 2)
+        spectrum = torch.polar(magnitude.expand_as(phase), phase)
+        return torch.sigmoid(correlate(torch.fft.irfft2(spectrum, s=(height, width), norm="ortho")))
+
+    if isinstance(start, Draws):
+        tensor = start.uniform(-math.pi, math.pi, (channels, height, width // 2 + 1)).to(like)
+    else:
+        tensor = torch.fft.rfft2(decorrelate(to_logits(start.to(like))), norm="ortho").angle()
+    tensor = tensor.requires_grad_()
+    return Parameterization(tensor, image)
+
+
+PARAMETERIZATIONS: dict[str, Callable[..., Parameterization]] = {"pixels": pixels, "fourier": fourier, "maco": maco}

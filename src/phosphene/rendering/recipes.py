@@ -1,0 +1,260 @@
+"""Recipes: named, frozen sets of settings, names and numbers only, that make one kind of picture.
+
+A recipe round-trips through JSON, and its digest identifies it. Options of parts are tuples of (name, value) pairs, so
+that a recipe can be hashed and two recipes compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phosphene.errors import InvalidRequest, RecipeNotFound, nearest
+from phosphene.images.figure import DISPLAYS
+from phosphene.rendering.parameterizations import PARAMETERIZATIONS
+from phosphene.rendering.step_rules import STEPS
+from phosphene.rendering.transforms import TRANSFORMS
+
+Part = tuple[str, tuple[tuple[str, Any], ...]]
+
+
+def part(name: str, **options: Any) -> Part:
+    """Return a named part with its options, as a recipe holds it."""
+    return name, tuple(sorted(options.items()))
+
+
+def check_options(registry: Mapping[str, Callable[..., Any]], chosen: Part, *given: str) -> None:
+    """Refuse options that a part does not have, and a part that lacks one; `given` are arguments it gets elsewhere."""
+    name, options = chosen
+    signature = inspect.signature(registry[name])
+    try:
+        signature.bind(*given, **dict(options))
+    except TypeError as error:
+        known = [one for one in signature.parameters if one not in given]
+        raise InvalidRequest(f"the part {name!r} of a recipe: {error}; its options are {', '.join(known)}") from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a picture is made.
+
+    `sizes` are the sides in pixels that the picture has one after the other (one entry: a single scale), `steps` the
+    number of steps at each. `display` brings the result to 0..1: `clip`; `stretch` its minimum..maximum; `standardise`
+    (subtract mean, divide by standard deviation + 1e-5, × 0.1, + 0.5, clip; R4.2). `blur` is the side of the box filter
+    that R3 may use after each enlargement. `weight_decay` times the tensor is subtracted from every gradient.
+    `cooldown` is the share of the steps at each scale, the last ones, over which updates shrink evenly to nothing.
+    """
+
+    name: str
+    source: str
+    sizes: tuple[int, ...]
+    steps: int
+    parameterization: Part
+    step_rule: Part
+    transforms: tuple[Part, ...] = ()
+    display: str = "clip"
+    blur: int = 0
+    weight_decay: float = 0.0
+    cooldown: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = (*self.sizes, self.steps, self.blur, self.seed)
+        if any(isinstance(number, bool) or not isinstance(number, int) for number in whole):
+            raise InvalidRequest(f"sizes, steps, blur and seed of a recipe are whole numbers, not {whole}")
+        if not self.sizes or min(self.sizes) < 1 or self.steps < 1:
+            raise InvalidRequest(f"a recipe needs sizes and steps of at least 1, not {self.sizes} and {self.steps}")
+        if self.seed < 0 or self.blur < 0:
+            raise InvalidRequest(f"seed and blur are at least 0, not {self.seed} and {self.blur}")
+        if self.blur // 2 >= min(self.sizes):
+            raise InvalidRequest(f"a blur of {self.blur} px is too wide for a picture of {min(self.sizes)} px")
+        if not 0 <= self.cooldown <= 1:
+            raise InvalidRequest(f"the cooldown of a recipe is a share of its steps, 0 to 1, not {self.cooldown}")
+        known: tuple[tuple[str, Any], ...] = (
+            (self.parameterization[0], PARAMETERIZATIONS),
+            (self.step_rule[0], STEPS),
+            (self.display, DISPLAYS),
+            *((transform[0], TRANSFORMS) for transform in self.transforms),
+        )
+        for name, registry in known:
+            if name not in registry:
+                raise InvalidRequest(f"a recipe has no part {name!r}; there are {', '.join(registry)}")
+        check_options(PARAMETERIZATIONS, self.parameterization, "shape", "start", "like")
+        check_options(STEPS, self.step_rule)
+        for transform in self.transforms:
+            check_options(TRANSFORMS, transform)
+
+    @property
+    def size(self) -> int:
+        """The side of the finished picture in pixels."""
+        return self.sizes[-1]
+
+    def at(self, size: int | None = None, steps: int | None = None, seed: int | None = None) -> Recipe:
+        """Return this recipe with another final size (all scales in proportion), number of steps, or seed."""
+        sizes = self.sizes
+        if size is not None and size != self.size:
+            if size < 1:
+                raise InvalidRequest(f"a picture is at least 1 px wide, not {size}")
+            sizes = tuple(max(1, round(one * size / self.size)) for one in self.sizes)
+        return dataclasses.replace(
+            self,
+            sizes=sizes,
+            steps=self.steps if steps is None else steps,
+            seed=self.seed if seed is None else seed,
+        )
+
+    def pace(self, step: int) -> float:
+        """Return what the update of a step, counted from 0 at each scale, is multiplied by: 1 until the cooldown."""
+        return min(1.0, (self.steps - step) / (self.cooldown * self.steps)) if self.cooldown else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Return the recipe as one line of JSON."""
+        return json.dumps(self.as_dict(), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Return the recipe that `to_json` wrote.
+
+        Raises:
+            InvalidRequest: the text is no recipe.
+        """
+        try:
+            fields = json.loads(text)
+            fields["sizes"] = tuple(fields["sizes"])
+            for name in ("parameterization", "step_rule"):
+                fields[name] = frozen(fields[name])
+            fields["transforms"] = tuple(frozen(one) for one in fields["transforms"])
+            return cls(**fields)
+        except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
+            raise InvalidRequest(f"this is not the JSON of a recipe: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the settings, without name and source: equal digests make equal pictures."""
+        fields = dataclasses.asdict(self)
+        del fields["name"], fields["source"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def frozen(value: Any) -> Any:
+    """Return nested lists as nested tuples."""
+    return tuple(frozen(one) for one in value) if isinstance(value, list) else value
+
+
+def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
+    """Return `count` sizes, each the one before times `factor`, truncated to an integer."""
+    sizes = [first]
+    while len(sizes) < count:
+        sizes.append(int(sizes[-1] * factor))
+    return tuple(sizes)
+
+
+AFFINE = part("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
+SMALL_AFFINE = part("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)  # fewer steps average over fewer moves
+FOURIER = part("fourier", decay=1.3, cutoff=0.55)
+ADAM = {"betas": (0.25, 0.9), "window": 3}
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="max-step",
+            source="R1: gradient-ascent filter visualizer (TensorFlow 1, VGG16)",
+            sizes=(224,),
+            steps=150,
+            parameterization=part("pixels"),
+            step_rule=part("max", rate=2.0),
+            display="stretch",
+        ),
+        Recipe(
+            name="std-step",
+            source="R1, the variant that divides by the standard deviation",
+            sizes=(224,),
+            steps=150,
+            parameterization=part("pixels"),
+            step_rule=part("std", rate=2.0),
+            display="stretch",
+        ),
+        Recipe(
+            name="multi-scale",
+            source="R3: multi-scale FilterVisualizer (PyTorch/fastai, VGG16)",
+            sizes=growing(56, 1.2, 12),
+            steps=20,
+            parameterization=part("pixels", low=150 / 255, high=180 / 255, unit="imagenet", whole=True),
+            step_rule=part("adam", rate=0.1),
+            weight_decay=1e-6,
+        ),
+        Recipe(
+            name="rms",
+            source="R4.2: Visualizing what convnets learn (Keras, VGG16)",
+            sizes=(150,),
+            steps=40,
+            parameterization=part("pixels", low=128 / 255, high=148 / 255),
+            step_rule=part("rms", rate=1.0),
+            display="standardise",
+        ),
+        Recipe(
+            name="fourier",
+            source="Olah et al. 2017; step rule and transforms chosen by bench/quality.py",
+            sizes=(128,),
+            steps=144,
+            parameterization=FOURIER,
+            step_rule=part("normalised-adam", rate=0.14, **ADAM),
+            transforms=(AFFINE,),
+            cooldown=1.0,
+        ),
+        Recipe(
+            name="fast",
+            source="fourier with two ninths of the steps, at nearly twice the rate and under about half the moves",
+            sizes=(128,),
+            steps=32,
+            parameterization=FOURIER,
+            step_rule=part("normalised-adam", rate=0.27, **ADAM),
+            transforms=(SMALL_AFFINE,),
+            cooldown=1.0,
+        ),
+        Recipe(
+            name="maco",
+            source="Fel et al., MACO, NeurIPS 2023",
+            sizes=(128,),
+            steps=128,
+            parameterization=part("maco"),
+            step_rule=part("normalised-adam", rate=0.1),
+            transforms=(part("affine", pixels=4.0, degrees=8.0, scale=0.1),),
+        ),
+        Recipe(
+            name="dream",
+            source="DeepDream: Mordvintsev et al. 2015, octaves and shifts",
+            sizes=(164, 230, 321, 450),
+            steps=10,
+            parameterization=part("pixels", unit="byte"),
+            step_rule=part("rms", rate=1.5),
+            transforms=(part("jitter", pixels=16),),
+        ),
+    )
+}
+DEFAULT = "fourier"
+
+
+def find_recipe(name: str | Recipe) -> Recipe:
+    """Return the recipe of that name.
+
+    Raises:
+        RecipeNotFound: there is none.
+    """
+    if isinstance(name, Recipe):
+        return name
+    if name not in RECIPES:
+        raise RecipeNotFound(
+            f"there is no recipe {name!r}; did you mean one of: {nearest(name, RECIPES, len(RECIPES))}"
+        )
+    return RECIPES[name]

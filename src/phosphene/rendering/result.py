@@ -1,0 +1,122 @@
+"""The result of rendering: pictures, their scores, and what made them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from phosphene.errors import InvalidRequest
+from phosphene.images import figure
+from phosphene.storage.atomic import write_file, write_manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """Finished pictures.
+
+    Attributes:
+        images: (n, c, h, w) as optimised, before the recipe's display rule; floating, on the CPU.
+        scores: (n,) score of each image as it is, without transforms.
+        start_scores: (n,) score of each starting image.
+        history: (steps, n) scores under the transforms, step by step.
+        dead: (n,) whether the picture never left its starting score, or has no contrast.
+        names: what each picture shows, such as `filter_12`.
+        spec: model, layers, objective, recipe and versions that made them, in JSON terms.
+        moments: images (n, c, h, w) along the way, if a film was asked for.
+    """
+
+    images: Tensor
+    scores: Tensor
+    start_scores: Tensor
+    history: Tensor
+    dead: Tensor
+    names: tuple[str, ...]
+    spec: Mapping[str, Any]
+    moments: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        size = "×".join(map(str, self.images.shape[1:]))
+        dead, recipe = int(self.dead.sum()), self.spec["recipe"]["name"]
+        return f"Rendered({len(self)} pictures of {size}, {dead} dead, recipe {recipe})"
+
+    def displayed(self, images: Tensor | None = None) -> Tensor:
+        """Return the images (n, c, h, w) as shown: uint8 after the recipe's display rule."""
+        chosen = self.images if images is None else images
+        return figure.to_bytes(figure.DISPLAYS[self.spec["recipe"]["display"]](chosen))
+
+    @cached_property
+    def pictures(self) -> list[figure.Picture]:
+        """The pictures as PIL images, a dead filter's too, uncrossed."""
+        return [figure.picture(one) for one in self.displayed()]
+
+    def grid(self, columns: int | None = None, images: Tensor | None = None) -> figure.Picture:
+        """Return all pictures on one sheet with 5 black pixels between them; dead filters are darkened and crossed."""
+        pictures = self.pictures if images is None else [figure.picture(one) for one in self.displayed(images)]
+        tiles = [figure.crossed(one) if dead else one for one, dead in zip(pictures, self.dead, strict=True)]
+        return figure.grid(tiles, columns)
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """Return what the file of one picture carries about itself; `channel` where it shows a filter or a class."""
+        noun, _, number = self.names[index].rpartition("_")
+        return {
+            **self.spec,
+            "layer": ", ".join(self.spec["layers"]),
+            "seed": self.spec["recipe"]["seed"],
+            "picture": self.names[index],
+            "channel": int(number) if noun in ("filter", "class") else None,
+            "score": float(self.scores[index]),
+            "dead": bool(self.dead[index]),
+        }
+
+    def save(self, folder: str | Path, columns: int | None = None) -> list[Path]:
+        """Write one PNG a picture, `grid.png`, and `manifest.json` last; return the paths.
+
+        Raises:
+            OutputRefused: the folder cannot be written.
+        """
+        where = Path(folder)
+        prefix = file_prefix(self.spec["layers"])
+        pictures = [
+            write_file(where / f"{prefix}_{name}.png", figure.png(one, self.metadata(index)))
+            for index, (name, one) in enumerate(zip(self.names, self.pictures, strict=True))
+        ]
+        sheet = write_file(where / "grid.png", figure.png(self.grid(columns), self.spec))
+        entries = [
+            {
+                "file": path.name,
+                "picture": self.names[index],
+                "score": float(self.scores[index]),
+                "start_score": float(self.start_scores[index]),
+                "dead": bool(self.dead[index]),
+            }
+            for index, path in enumerate(pictures)
+        ]
+        manifest = write_manifest(where / "manifest.json", {**self.spec, "pictures": entries, "grid": "grid.png"})
+        return [*pictures, sheet, manifest]
+
+    def save_film(self, path: str | Path) -> Path:
+        """Write the moments of the climb as an animated GIF of grids.
+
+        Raises:
+            InvalidRequest: no moments were kept.
+        """
+        if not self.moments:
+            raise InvalidRequest("there are no moments to show; render with film=24")
+        return write_file(Path(path), figure.gif([self.grid(images=one) for one in self.moments]))
+
+    def _repr_png_(self) -> bytes:
+        return figure.png(self.grid(), self.spec)
+
+
+def file_prefix(layers: Sequence[str]) -> str:
+    """Return `layer_<layer>` for file names, with what a file name cannot hold replaced."""
+    shown = "_".join(layers) or "output"
+    return "layer_" + "".join(one if one.isalnum() or one in "._-@#" else "_" for one in shown)

@@ -1,0 +1,1 @@
+"""The Recorder as a callback of Keras, Lightning and Transformers."""

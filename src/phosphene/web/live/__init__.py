@@ -1,0 +1,1 @@
+"""What the page computes while one looks: photos and renders."""
