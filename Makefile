@@ -30,7 +30,7 @@ example: install  ## train a small network and show how it learns
 	$(BIN)/python examples/watch_training.py
 
 test: $(VENV)/installed-dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -74,7 +74,7 @@ bench-page: $(VENV)/installed-dev  ## time the page over a store of 20,000 filte
 
 docs: $(VENV)/installed-dev  ## draw the pictures of the README and docs again
 	$(BIN)/python docs/make_pictures.py
-	PHOSPHENE_SCREENSHOTS=docs/page $(BIN)/python -m pytest -q tests/test_page.py
+	PHOSPHENE_SCREENSHOTS=docs/page $(BIN)/python -m pytest -q tests/web/test_browser.py
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache build *.egg-info src/*.egg-info

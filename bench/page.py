@@ -38,7 +38,7 @@ from urllib.parse import urljoin, urlsplit
 import phosphene as ph
 
 HERE = Path(__file__).parent
-TESTS = HERE.parent / "tests"
+TESTS = HERE.parent / "tests/support"
 CLIENTS, FILTERS = 50, 12  # and how many filters each looks at in its layer
 MARKS = {"index": 1.0, "network": 1.0, "layer": 1.5}  # seconds until painted
 MEMORY = 300  # MB beyond the model
@@ -74,7 +74,7 @@ def serving(store: Path) -> Iterator[tuple[str, int]]:
 
 def model_options(name: str) -> list[str]:
     """Return the options that name the network."""
-    return [name, "stores:wide", "--input-size", "64"]
+    return [name, "large_store:wide", "--input-size", "64"]
 
 
 def resident(process: int | str) -> float:
@@ -87,7 +87,7 @@ def model_alone() -> float:
     """Return what a process holds that has only loaded the network, in MB."""
     code = (
         "import sys; sys.path[:0] = ['.', '../bench']; import phosphene as ph, page; "
-        "model = ph.load('stores:wide', input_size=64); model.layers(); print(page.resident('self'))"
+        "model = ph.load('large_store:wide', input_size=64); model.layers(); print(page.resident('self'))"
     )
     return float(subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, check=True).stdout)
 
@@ -340,7 +340,7 @@ def tell(found: Row, show: Callable[[str], None] = print) -> None:
 def generate(store: Path) -> None:
     """Make the store."""
     print("a store of 20,000 filters is being generated, which takes minutes", flush=True)
-    import_module("stores").generated(store, "stores:wide")
+    import_module("large_store").generated(store, "large_store:wide")
 
 
 def main() -> None:

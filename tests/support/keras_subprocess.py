@@ -1,0 +1,201 @@
+"""Recording a Keras training on another backend than torch: `KERAS_BACKEND=jax python keras_subprocess.py FOLDER`.
+
+A script of its own, for Keras has one backend a process. It fails where something is not as it should be.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BACKEND = os.environ["KERAS_BACKEND"]
+assert "phosphene" not in sys.modules
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import phosphene as ph  # noqa: E402
+
+assert "keras" not in sys.modules
+import keras  # noqa: E402
+
+from phosphene.errors import InvalidRequest  # noqa: E402
+from phosphene.record_keras import KerasRecorder  # noqa: E402
+from phosphene.training.keras_adapter import subject_of_keras  # noqa: E402
+
+assert ph.__name__ == "phosphene"
+assert keras.config.backend() == BACKEND
+keras.config.set_floatx("float64")
+keras.config.set_dtype_policy("float64")
+# Keras has JAX compute much of a float64 network in float32; here it is to be float64 throughout
+importlib.import_module("keras.src.backend.common.dtypes").BIT64_TO_BIT32_DTYPE["float64"] = "float64"
+K: Any = keras.layers
+
+
+def network() -> Any:
+    """Return a network with a nested one, a frozen layer, a regulariser, BatchNorm and Dropout."""
+    keras.utils.set_random_seed(3)
+    photo = K.Input((8, 8, 3))
+    value = K.Conv2D(4, (3, 2), padding="same", name="deep", kernel_regularizer=keras.regularizers.L2(1 / 32))(photo)
+    value = K.Activation("tanh", name="smooth")(value)
+    value = K.BatchNormalization(name="norm")(value)
+    inner = keras.Model(photo, value, name="inner")
+    whole = keras.Sequential(
+        [
+            K.Input((8, 8, 3)),
+            inner,
+            K.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise"),
+            K.SeparableConv2D(3, 3, depth_multiplier=2, name="separable"),
+            K.Conv2DTranspose(2, 3, name="transposed"),
+            K.Conv2D(2, 3, name="frozen", trainable=False),
+            K.Dropout(0.3, name="drop"),
+            K.Flatten(name="flat"),
+            K.Dense(3, activation="softmax", name="out"),
+        ],
+        name="whole",
+    )
+    whole.compile(keras.optimizers.Adam(0.01), "categorical_crossentropy", metrics=["accuracy"])
+    return whole
+
+
+def number(variable: Any) -> Any:
+    return keras.ops.convert_to_numpy(variable).copy()
+
+
+def loss_of(net: Any, images: Any, classes: Any) -> Any:
+    """Return the total loss over all samples, written out."""
+    scores = net(keras.ops.convert_to_tensor(images), training=False)
+    entropy = -keras.ops.sum(keras.ops.log(scores) * keras.ops.convert_to_tensor(classes)) / len(images)
+    return entropy + keras.ops.sum(net.get_layer("inner").get_layer("deep").kernel ** 2) / 32
+
+
+def plain_gradients(net: Any, images: Any, classes: Any) -> list[Any]:
+    """Return the gradient of each trainable weight: by a tape on TensorFlow, by central differences elsewhere."""
+    if BACKEND == "tensorflow":
+        with importlib.import_module("tensorflow").GradientTape() as tape:
+            value = loss_of(net, images, classes)
+        return [one.numpy() for one in tape.gradient(value, [one.value for one in net.trainable_weights])]
+
+    def loss_at(values: list[Any], fixed: list[Any]) -> Any:
+        pairs = [*zip(net.trainable_variables, values), *zip(net.non_trainable_variables, fixed)]  # noqa: B905
+        with keras.StatelessScope(state_mapping=pairs):
+            return loss_of(net, images, classes)
+
+    compiled = importlib.import_module("jax").jit(loss_at)
+    fixed = [one.value for one in net.non_trainable_variables]
+    start = [number(one) for one in net.trainable_variables]
+    found, step = [], 1e-5
+    for which, weight in enumerate(start):
+        slopes = np.full(weight.size, np.nan)
+        for place in range(0, weight.size, max(1, weight.size // 6)):  # some entries of each
+            values = []
+            for sign in (1, -1):
+                moved = [one.copy() for one in start]
+                moved[which].flat[place] += sign * step
+                values.append(float(compiled(moved, fixed)))
+            slopes[place] = (values[0] - values[1]) / (2 * step)
+        found.append(slopes.reshape(weight.shape))
+    return found
+
+
+def state_of(net: Any) -> list[Any]:
+    """Return the values of all variables: weights, random generators, optimizer, metrics."""
+    return [number(one) for one in (*net.variables, *net.optimizer.variables, *net.metrics_variables)]
+
+
+class Plain(keras.callbacks.Callback):  # type: ignore[misc]
+    """Computes after each epoch what is to be in the record."""
+
+    def __init__(self, images: Any, classes: Any) -> None:
+        super().__init__()
+        self.data, self.gradients, self.kernels = (images, classes), [], []  # type: ignore[var-annotated]
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.gradients.append(plain_gradients(self.model, *self.data))
+        self.kernels.append({one.path: number(one) for one in self.model.weights})
+
+
+def trained(callbacks: list[Any], images: Any, classes: Any) -> Any:
+    net = network()
+    net.fit(images, classes, epochs=2, batch_size=4, shuffle=True, verbose=0, callbacks=callbacks)
+    return net
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """Return why a call is refused."""
+    try:
+        call()
+    except InvalidRequest as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def check(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    images, classes = rng.random((8, 8, 8, 3)), np.eye(3)[rng.integers(0, 3, 8)]
+
+    why = refused(lambda: KerasRecorder(folder / "no"))
+    assert f"on Keras' {BACKEND} backend" in why, why
+    assert "give gradients='epoch' with data=, or gradients=None" in why, why
+
+    plain = Plain(images, classes)
+    parts = [(images[:6], classes[:6]), (torch.from_numpy(images[6:]), torch.from_numpy(classes[6:]))]
+    recorder = KerasRecorder(folder / "run", gradients="epoch", data=parts)
+    net = trained([recorder, plain], images, classes)
+    history = recorder.history
+    assert history is not None
+    assert history.epochs == [0, 1]
+    assert history.layers == ["inner/deep", "depthwise", "separable", "transposed", "frozen"], history.layers
+    assert history.weights == [one.path for one in net.trainable_weights]
+    assert set(history.metrics(1)) == {"loss", "accuracy"}
+
+    for epoch in (0, 1):
+        for name, own, by_hand in zip(
+            history.weights, history.gradients(epoch).values(), plain.gradients[epoch], strict=True
+        ):
+            seen = ~np.isnan(by_hand)
+            assert own.dtype == torch.float64
+            assert seen.any()
+            error = np.abs(own.numpy() - by_hand)[seen].max()
+            assert error < (1e-12 if BACKEND == "tensorflow" else 1e-9), (name, error)
+        held = plain.kernels[epoch]
+        deep = next(one for path, one in held.items() if path.endswith("deep/kernel"))
+        assert np.array_equal(history.kernels("inner/deep", epoch).weights.numpy(), deep.transpose(3, 2, 0, 1))
+        depthwise = next(one for path, one in held.items() if path.endswith("depthwise/kernel"))
+        kernels = history.kernels("depthwise", epoch).weights.numpy()
+        assert kernels.shape == (8, 1, 3, 3)
+        assert np.array_equal(kernels[5, 0], depthwise[:, :, 2, 1])
+        transposed = next(one for path, one in held.items() if path.endswith("transposed/kernel"))
+        assert np.array_equal(history.kernels("transposed", epoch).weights.numpy(), transposed.transpose(2, 3, 0, 1)), (
+            epoch
+        )
+    assert not np.array_equal(plain.kernels[0]["whole/depthwise/kernel"], plain.kernels[1]["whole/depthwise/kernel"])
+
+    alone = trained([], images, classes)
+    for one, other in zip(state_of(alone), state_of(net), strict=True):
+        assert np.array_equal(one, other)
+
+    subject = subject_of_keras(net)
+    before = state_of(net)
+    mine = subject.total_gradient((images, classes), lambda outputs, targets: keras.ops.mean((outputs - targets) ** 2))
+    assert any(bool(one.any()) for one in mine.values())
+    assert all(np.array_equal(one, other) for one, other in zip(before, state_of(net), strict=True))
+    assert subject.model is None
+    assert not subject.has_grad
+    if BACKEND == "tensorflow":
+        theirs = subject.total_gradient((images, classes), keras.losses.MeanSquaredError())
+        assert all(torch.allclose(mine[name], theirs[name], rtol=0, atol=1e-15) for name in mine)
+        data = importlib.import_module("tensorflow").data.Dataset.from_tensor_slices((images, classes)).batch(3)
+        again = subject.total_gradient(data, keras.losses.MeanSquaredError())
+        assert all(torch.allclose(again[name], theirs[name], rtol=0, atol=1e-14) for name in theirs)
+        assert "have no end" in refused(lambda: subject.total_gradient(data.repeat(), None))
+    film = KerasRecorder(folder / "film", gradients=None, filters="inner/deep:0")
+    assert "filters are rendered with PyTorch" in refused(lambda: net.fit(images, classes, verbose=0, callbacks=[film]))
+
+
+if __name__ == "__main__":
+    check(Path(sys.argv[1]))

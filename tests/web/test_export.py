@@ -1,0 +1,119 @@
+"""The export: the whole site as files, into a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from page_store import FIRST, filled
+from phosphene.errors import InvalidRequest, OutputRefused, StoreRefused
+from phosphene.storage.atomic import write_file
+from phosphene.storage.store import open_store
+from phosphene.web import export as module
+from phosphene.web.export import MARK, export
+from phosphene.web.site import Content, Site
+from phosphene.web.store_reader import Gallery
+from tiny_atlas import contents
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(Gallery([filled(tmp_path_factory.mktemp("export"), layers=FIRST)]), [])
+
+
+def test_all_of_the_site_is_written_and_the_index_last(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, told = list[str](), list[tuple[int, int]]()
+
+    def write(path: Path, content: bytes) -> Path:
+        written.append(str(path.relative_to(tmp_path / "out")))
+        return write_file(path, content)
+
+    monkeypatch.setattr(module, "write_file", write)
+    paths = list(site.paths())
+    count = export(site, tmp_path / "out", lambda *done: told.append(done))
+    assert count == len(paths)
+    assert told == [(n, count) for n in range(1, count + 1)]
+    assert (written[0], written[-1]) == (MARK, "index.html")
+    found = contents(tmp_path / "out")
+    assert found.pop(MARK).startswith(b"The files here were written by `phosphene export`")
+    assert found == {path: site.get(path).body for path in paths}
+
+
+def test_it_may_be_written_over_and_beside_hidden_files(site: Site, tmp_path: Path) -> None:
+    (tmp_path / ".nojekyll").touch()
+    export(site, tmp_path)
+    before = contents(tmp_path)
+    (tmp_path / "index.html").unlink()  # as if it had been cut off
+    export(site, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_what_the_earlier_export_had_and_this_one_has_not_is_taken_away(site: Site, tmp_path: Path) -> None:
+    out, more = tmp_path / "out", filled(tmp_path)
+    export(Site(Gallery([more]), []), out)
+    mine, far = out / "atlas/notes.txt", tmp_path / "far"
+    mine.write_text("mine")
+    far.mkdir()
+    (far / "7.html").write_text("mine")
+    (out / MARK).write_text((out / MARK).read_text() + "../far/7.html\natlas/../../far/7.html\nruns/far/7.html\n")
+    (out / "runs").mkdir()
+    (out / "runs/far").symlink_to(far)
+    export(site, out)
+    (out / "runs/far").unlink()
+    (out / "runs").rmdir()
+    assert mine.read_text() == (far / "7.html").read_text() == "mine"
+    mine.unlink()
+    found = contents(out)
+    export(site, tmp_path / "new")
+    assert found == contents(tmp_path / "new")
+    folders = {one.relative_to(out) for one in out.rglob("*") if one.is_dir()}
+    assert folders == {one.relative_to(tmp_path / "new") for one in (tmp_path / "new").rglob("*") if one.is_dir()}
+
+
+def test_an_export_that_was_cut_off_is_tidied_by_the_next(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    whole = Site(Gallery([filled(tmp_path)]), [])
+    damaged = Site(whole.gallery, [])
+    last = [one for one in whole.paths() if one.endswith(".html")][-2]
+
+    def get(path: str) -> Content:
+        if path == last:
+            raise StoreRefused("damaged")
+        return whole.get(path)
+
+    monkeypatch.setattr(damaged, "get", get)
+    with pytest.raises(StoreRefused):
+        export(damaged, out)
+    export(site, out)
+    assert set(contents(out)) == {MARK, *site.paths()}
+
+
+def test_a_folder_with_other_things_is_refused_before_anything_is_written(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(InvalidRequest, match=r"holds other files, such as index\.html; give the export a folder"):
+        export(site, tmp_path)
+    assert contents(tmp_path) == {"index.html": b"mine"}
+    export(site, tmp_path / "out")
+    (tmp_path / "out/thesis.tex").write_text("mine")
+    with pytest.raises(InvalidRequest, match=r"such as thesis\.tex"):
+        export(site, tmp_path / "out")
+
+
+def test_a_file_is_no_folder(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputRefused, match="is a file, so no folder can be made there"):
+        export(site, tmp_path / "out")
+
+
+def test_damage_leaves_no_index(tmp_path: Path) -> None:
+    store = filled(tmp_path, layers=FIRST, names=())
+    for one in Path(store.url).glob("jobs/*/filter_3.png"):
+        one.write_bytes(b"x")
+    with pytest.raises(StoreRefused, match=r"filter_3\.png is damaged"):
+        export(Site(Gallery([open_store(store.url)]), []), tmp_path / "out")
+    assert not (tmp_path / "out/index.html").exists()

@@ -1,0 +1,283 @@
+"""What a visitor's photo comes to: the same as `explain` and `activations` say, and excitations by plain loops."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from phosphene.atlases.run import run
+from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, LayerRefused, PhotoRefused
+from phosphene.images import figure
+from phosphene.inspection.activations import activations
+from phosphene.inspection.attribution_methods import CAUTIONS
+from phosphene.inspection.explain import explain
+from phosphene.network.loading import load
+from phosphene.network.model import Model
+from phosphene.storage.store import open_store
+from phosphene.web.live import photo as visitor
+from phosphene.web.live.photo import (
+    activation_sheet,
+    by_pictures,
+    excited,
+    explained,
+    maps_of,
+    photo_of,
+    strongest,
+    webp_bytes,
+)
+from phosphene.web.store_reader import Gallery
+from tiny_atlas import Here, tiny_atlas, tiny_model
+
+LABELS = ("ant", "bee", "cat", "dog", "elk", "fox")
+Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def classifier() -> nn.Sequential:
+    """Return two convolutions and a classifier of six classes, of which the last has no weights, seed 0."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        parts = {
+            "conv1": nn.Conv2d(3, 6, 3, padding=1),
+            "relu1": nn.ReLU(),
+            "pool": nn.MaxPool2d(2),
+            "conv2": nn.Conv2d(6, 10, 3, padding=1),
+            "relu2": nn.ReLU(),
+            "mean": nn.AdaptiveAvgPool2d(1),
+            "flat": nn.Flatten(),
+            "last": nn.Linear(10, 6),
+        }
+        net = nn.Sequential(OrderedDict(parts))
+        last = net[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight[5] = 0
+    return net.eval()
+
+
+def classifying() -> Model:
+    return load(classifier(), input_size=24, labels=LABELS)
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def photo(seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.array(picture(seed=seed))).permute(2, 0, 1)[None] / 255
+
+
+@pytest.fixture(scope="module", params=["with photos", "without"])
+def gallery(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    """An atlas of both convolutions, pictures of 16 px, whereas the network's own size is 24."""
+    folder = tmp_path_factory.mktemp("store")
+    photos = [picture(seed=seed) for seed in range(1, 9)] if request.param == "with photos" else None
+    run(tiny_atlas(classifying()), folder, Here(), photos=photos)
+    return Gallery([open_store(folder)])
+
+
+def of(uri: str) -> bytes:
+    head, _, text = uri.partition(",")
+    assert head == "data:image/webp;base64"
+    return base64.b64decode(text)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer", "target"), [("gradcam", None, None), ("hirescam", "conv1", "elk"), ("eigencam", "conv2", "1")]
+)
+def test_classes_and_map_are_those_of_explain(
+    method: str, layer: str | None, target: str | None, untouched: Untouched
+) -> None:
+    model = classifying()
+    with untouched(model.module):
+        found = explained(model, photo(), method, layer, target)
+    heat = explain(model, photo(), target, layer=layer, method=method)
+    assert found["classes"] == [asdict(one) for one in heat.top]
+    assert [one["name"] for one in found["classes"]] == [LABELS[one.index] for one in heat.top]
+    assert found["target"] == asdict(heat.target)
+    assert (found["method"], found["layer"], found["map"]) == (method, heat.layer, list(heat.map.shape))
+    assert found["strongest"] == float(heat.evidence.max())
+    assert found["caption"] == heat.caption()
+    assert found["caution"] == CAUTIONS.get(method, "")
+    assert of(found["picture"]) == figure.webp(heat.overlay(photo(), legend=False), 80)
+
+
+def test_a_method_that_looks_at_the_image_takes_no_layer() -> None:
+    found = explained(classifying(), photo(), "gradient", "conv2", "cat")
+    assert (found["layer"], found["map"]) == ("input", [24, 24])
+    assert found["target"]["name"] == "cat"
+
+
+def test_a_silent_map_says_so() -> None:
+    found = explained(classifying(), photo(), "gradcam", "conv2", "fox")
+    assert found["note"] == "nothing speaks for fox at conv2"
+    assert found["strongest"] == 0
+
+
+def test_a_network_without_classes_says_so_and_shows_the_photo() -> None:
+    found = explained(tiny_model(), photo(), "gradcam", None, None)
+    assert found["classes"] == []
+    assert "names no classes" in found["note"]
+    assert of(found["picture"]) == figure.webp(picture(), 80)
+
+
+def test_what_cannot_be_shown_is_refused() -> None:
+    with pytest.raises(LayerNotFound):
+        explained(classifying(), photo(), "gradcam", "conv9", None)
+    with pytest.raises(LayerRefused, match="no map any more"):
+        explained(classifying(), photo(), "gradcam", "mean", None)
+    with pytest.raises(ChannelNotFound, match="no class is called 'gnu'"):
+        explained(classifying(), photo(), "gradcam", None, "gnu")
+    with pytest.raises(InvalidRequest, match="there is no method 'guided'"):
+        explained(classifying(), photo(), "guided", None, None)
+
+
+def test_layers_with_maps_are_listed() -> None:
+    listed = {one["path"]: (one["channels"], one["size"]) for one in maps_of(classifying())}
+    wide, small = (24, 24), (12, 12)
+    assert listed == {
+        "conv1": (6, wide),
+        "relu1": (6, wide),
+        "pool": (6, small),
+        "conv2": (10, small),
+        "relu2": (10, small),
+    }
+
+
+def test_the_activations_are_those_of_the_library() -> None:
+    model = classifying()
+    assert activation_sheet(model, photo(), "conv2") == figure.webp(
+        activations(model, photo(), ["conv2"]).grid("conv2"), 80
+    )
+
+
+def plain_means(image: Tensor) -> dict[str, list[float]]:
+    """Return the mean of every channel of both convolutions for an image (1, 3, h, w), in float64."""
+    net = classifier().double()
+    with torch.no_grad():
+        first = net[0](image.double())
+        third = net[1:4](first)
+    return {path: [float(one.mean()) for one in act[0]] for path, act in (("conv1", first), ("conv2", third))}
+
+
+def at_16(image: Tensor) -> Tensor:
+    """Return an image (1, 3, 30, 40) as a network of 16 px sees it: 16 high, and of the 21 columns the middle 16."""
+    small = torch.nn.functional.interpolate(image, (16, 21), mode="bilinear", antialias=True)
+    return small[..., 2:18]
+
+
+def test_excitations_are_those_of_a_plain_loop(gallery: Gallery, untouched: Untouched) -> None:
+    model, d = classifying(), gallery.atlases()[0].d
+    with untouched(model.module):
+        found = excited(model, photo(), gallery, d)
+    assert found["size"] == [16, 16]
+    means = plain_means(at_16(photo()))
+    evidence = gallery.evidence(d)
+    assert found["photos"] == (evidence and 8)
+    every = []
+    for path in ("conv1", "conv2"):
+        if evidence:
+            others = [plain_means(at_16(photo(seed)))[path] for seed in range(1, 9)]
+            base = [sum(one) / 8 for one in zip(*others, strict=True)]
+            top = [max(one) for one in zip(*others, strict=True)]
+        else:
+            base = plain_means(torch.full((1, 3, 16, 16), 0.5))[path]
+            top = [one.score for one in sorted(gallery.verdicts(d, path), key=lambda one: one.channel)]
+        alive = [one.channel for one in gallery.verdicts(d, path) if one.verdict != "dead"]
+        alive = [n for n in alive if top[n] > base[n]]  # a picture below grey is no measure
+        ratios = {n: (means[path][n] - base[n]) / (top[n] - base[n]) for n in alive}
+        alive = [n for n in alive if ratios[n] > 0] or alive
+        expected = sorted(alive, key=lambda n: -ratios[n])[:8]
+        shown = next(one["filters"] for one in found["layers"] if one["path"] == path)
+        assert [one["channel"] for one in shown] == expected
+        assert [one["excitation"] for one in shown] == pytest.approx([ratios[n] for n in expected], rel=2e-3, abs=2e-4)
+        every += [(ratios[n], path, n) for n in expected]
+    every = [one for one in every if one[0] > 0] or every
+    highest = [(path, n) for _, path, n in sorted(every, reverse=True)]
+    assert [(one["layer"], one["channel"]) for one in found["strongest"]] == highest
+    first = found["strongest"][0]
+    assert first["page"] == f"{first['layer']}/{first['channel']}.html"
+    assert first["picture"] == f"{first['layer']}/filter_{first['channel']}.png"
+
+
+def test_a_photo_of_the_evidence_is_as_strong_as_the_evidence_says(gallery: Gallery) -> None:
+    d = gallery.atlases()[0].d
+    if gallery.evidence(d) is None:
+        pytest.skip("there is no evidence")
+    layers = [excited(classifying(), photo(seed), gallery, d)["layers"][0]["filters"] for seed in range(1, 9)]
+    best = {n: max(one["excitation"] for few in layers for one in few if one["channel"] == n) for n in range(6)}
+    assert list(best.values()) == pytest.approx([1.0] * 6, abs=1e-3)  # of each filter one of the photos is strongest
+
+
+def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(gallery: Gallery) -> None:
+    verdicts = gallery.verdicts(gallery.atlases()[0].d, "conv1")
+    scores = torch.tensor([one.score for one in sorted(verdicts, key=lambda one: one.channel)]).double()
+    grey = scores - torch.tensor([1.0, 2, 4, 0, -1, 5])  # of the fourth the picture does nothing, of the fifth less
+    ratios = by_pictures(grey + 1, grey, verdicts)
+    assert ratios[[0, 1, 2, 5]].tolist() == pytest.approx([1, 0.5, 0.25, 0.2])
+    assert ratios[[3, 4]].isnan().all()
+
+
+def test_dead_filters_and_unknown_ratios_are_left_out(gallery: Gallery) -> None:
+    verdicts = gallery.verdicts(gallery.atlases()[0].d, "conv1")
+    dead = {one.channel for one in verdicts if one.verdict == "dead"}
+    ratios = torch.tensor([0.1, torch.nan, 0.3, 0.3, 0.05, 0.2])
+    shown = [one["channel"] for one in strongest("base/conv", ratios, verdicts)]
+    assert shown == [one for one in (2, 3, 5, 0, 4) if one not in dead]
+    assert strongest("base/conv", ratios, verdicts)[0]["page"] == f"base~2Fconv/{shown[0]}.html"
+
+
+def test_filters_that_are_not_excited_are_left_out_unless_none_is(gallery: Gallery) -> None:
+    verdicts = [one for one in gallery.verdicts(gallery.atlases()[0].d, "conv1") if one.verdict != "dead"]
+    numbers = [one.channel for one in verdicts][:4]
+    ratios = torch.full((6,), -1.0)
+    ratios[numbers[1]], ratios[numbers[2]] = -0.5, 0.0
+    assert len(strongest("conv1", ratios, verdicts)) == len(verdicts)
+    assert [one["channel"] for one in strongest("conv1", ratios, verdicts)][:2] == [numbers[2], numbers[1]]
+    ratios[numbers[3]] = 0.25
+    assert [one["channel"] for one in strongest("conv1", ratios, verdicts)] == [numbers[3]]
+
+
+def test_what_is_sent_is_small_whatever_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = picture(600, 400)
+    monkeypatch.setattr(visitor, "MOST", 30_000)
+    content = webp_bytes(noise)
+    assert 10_000 < len(content) <= 30_000
+    width, height = figure.opened(content).size
+    assert width / height == pytest.approx(1.5, abs=0.02)
+
+
+def test_an_upload_is_held_to_its_limits() -> None:
+    found = photo_of(png(picture(2048, 1536)), classifying())
+    assert tuple(found.shape) == (1, 3, 768, 1024)
+    assert torch.equal(photo_of(png(picture()), classifying()), photo())
+    with pytest.raises(PhotoRefused, match="the photo is no image that can be read"):
+        photo_of(b"GIF89a and nothing more", classifying())
+
+
+def test_the_trained_network_knows_the_cat() -> None:
+    model = load("builtin/efficientnet-lite0")
+    content = (Path(__file__).parents[2] / "src/phosphene/data/chelsea.jpg").read_bytes()
+    found = explained(model, photo_of(content, model), "gradcam", None, None)
+    assert [one["name"] for one in found["classes"][:3]] == ["tiger cat", "Egyptian cat", "tabby"]
+    assert found["classes"][0]["probability"] == pytest.approx(0.386, abs=0.01)
+    shown = np.asarray(figure.opened(of(found["picture"])).convert("RGB")).astype(int)
+    assert shown.shape == (300, 451, 3)
+    # warm where the cat's cheek and eye are, grey where there is nothing of it
+    warmth = shown[..., 0] - shown[..., 2]
+    assert warmth[60:230, 100:350].max() > 150 > 60 > abs(warmth[:40, :90]).max()

@@ -1,0 +1,619 @@
+"""The server: what it answers to which address, how it ends, and the commands `serve` and `export`."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import closing
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+import phosphene.web
+from cli_runner import Run, command_line
+from phosphene.cli import web
+from phosphene.errors import (
+    ChannelNotFound,
+    EntryNotFound,
+    ExtraMissing,
+    InvalidRequest,
+    LayerNotFound,
+    ModelNotFound,
+    ModelRefused,
+    OutOfMemory,
+    PhotoRefused,
+    StoreRefused,
+)
+from phosphene.storage.store import open_store
+from phosphene.training.history import History
+from phosphene.web import server
+from phosphene.web.security import HEADERS, bounded_body
+from phosphene.web.server import application, listening, site_path
+from phosphene.web.site import Content
+
+HERE = "http://127.0.0.1:8000"
+PAGE = "text/html; charset=utf-8"
+LONG = b"<!DOCTYPE html><p>" + b"filter " * 500
+
+
+class Stand:
+    """A site of a few contents; some of its paths fail."""
+
+    live = True
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.contents = {
+            "index.html": Content(b"<p>first</p>", PAGE, None),
+            "long.html": Content(LONG, PAGE, "abc"),
+            "sheet.webp": Content(b"RIFF" * 1000, "image/webp", "def"),
+            "a/~2Fb.html": Content(b"deep", PAGE, None),
+            "a/my run/": Content(b"a folder", PAGE, None),
+        }
+        self.failing: dict[str, Exception] = {}
+
+    def get(self, path: str) -> Content:
+        self.asked.append(path)
+        if path in self.failing:
+            raise self.failing[path]
+        if path not in self.contents:
+            raise EntryNotFound(f"there is no {path!r} here")
+        return self.contents[path]
+
+
+def client(site: Stand | None = None, live: list[Route] | None = None, **options: Any) -> TestClient:
+    shown: Any = site or Stand()
+    made = application(shown, live or [], **options)
+    return TestClient(made, HERE, raise_server_exceptions=False, follow_redirects=False)
+
+
+def test_the_first_page_is_at_the_bare_address() -> None:
+    site = Stand()
+    for path in ("/", "/index.html"):
+        found = client(site).get(path)
+        assert (found.status_code, found.text) == (200, "<p>first</p>")
+        assert found.headers["content-type"] == PAGE
+    assert site.asked == ["index.html"] * 2
+
+
+def test_a_folder_without_its_closing_slash_leads_to_the_one_with_it() -> None:
+    at = client()
+    for asked in ("/a/my%20run", "/a/my%20run?sort=score"):
+        found = at.get(asked)
+        assert (found.status_code, found.headers["location"]) == (308, "./my%20run/")
+    assert at.get("/a/other").status_code == 404
+
+
+def test_it_says_that_it_is_there() -> None:
+    found = client().get("/healthz")
+    assert (found.status_code, found.json()) == (200, {"status": "ok"})
+
+
+def test_what_the_browser_has_is_not_sent_again() -> None:
+    at = client()
+    first = at.get("/sheet.webp")
+    assert first.headers["etag"] == 'W/"def"'
+    assert first.headers["cache-control"] == "no-cache"
+    for tag in ('W/"def"', '"def"', '"x", W/"def"', "*"):
+        again = at.get("/sheet.webp", headers={"If-None-Match": tag})
+        assert (again.status_code, again.content) == (304, b"")
+        assert again.headers["etag"] == 'W/"def"'
+    assert at.get("/sheet.webp", headers={"If-None-Match": '"de"'}).status_code == 200
+
+
+def test_a_page_without_a_mark_is_known_by_its_bytes() -> None:
+    mark = hashlib.sha256(b"<p>first</p>").hexdigest()
+    assert client().get("/").headers["etag"] == f'W/"{mark}"'
+
+
+def test_text_is_packed_where_the_browser_can_read_that() -> None:
+    at = client()
+    with at.stream("GET", "/long.html", headers={"Accept-Encoding": "gzip, br"}) as packed:
+        content = b"".join(packed.iter_raw())
+    assert packed.headers["content-encoding"] == "gzip"
+    assert gzip.decompress(content) == LONG
+    assert len(content) < len(LONG) / 5
+    plain = at.get("/long.html", headers={"Accept-Encoding": "identity"})
+    assert "content-encoding" not in plain.headers
+    assert plain.content == LONG
+    assert packed.headers["vary"] == plain.headers["vary"] == "Accept-Encoding"
+    picture = at.get("/sheet.webp", headers={"Accept-Encoding": "gzip"})
+    assert "content-encoding" not in picture.headers  # it is packed already
+
+
+def test_head_says_what_get_would_and_other_methods_are_refused() -> None:
+    at = client()
+    assert at.head("/long.html").status_code == 200
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "BREW"):
+        found = at.request(method, "/long.html")
+        assert found.status_code == 405
+        assert found.json() == {"error": f"{method} is not for this address; open it as a page."}
+        assert set(found.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (EntryNotFound("there is no <b>"), 404),
+        (LayerNotFound("there is no <b>"), 404),
+        (ChannelNotFound("there is no <b>"), 404),
+        (InvalidRequest("there is no <b>"), 400),
+        (PhotoRefused("there is no <b>"), 400),
+        (OutOfMemory("there is no <b>"), 400),
+        (ModelRefused("there is no <b>"), 409),
+        (ModelNotFound("there is no <b>"), 409),
+        (ExtraMissing("there is no <b>"), 409),
+        (StoreRefused("there is no <b>"), 500),
+    ],
+)
+def test_our_errors_are_a_sentence_on_a_page_and_in_json(error: Exception, status: int) -> None:
+    site = Stand()
+    site.failing = {"a/b/c.html": error, "a/layers.json": error}
+    at = client(site)
+    page = at.get("/a/b/c.html")
+    assert page.status_code == status
+    assert page.headers["content-type"] == PAGE
+    assert "<p>there is no &lt;b&gt;</p>" in page.text
+    assert 'href="../../static/page.css"' in page.text
+    script = at.get("/a/layers.json")
+    assert (script.status_code, script.json()) == (status, {"error": "there is no <b>"})
+
+
+def test_an_unforeseen_error_is_told_to_the_log_alone() -> None:
+    site = Stand()
+    site.failing = {"index.html": RuntimeError("the secret"), "x.json": RuntimeError("the secret")}
+    at = client(site)
+    for path in ("/", "/x.json"):
+        found = at.get(path)
+        assert found.status_code == 500
+        assert "log says what" in found.text
+        assert "secret" not in found.text
+        assert "Traceback" not in found.text
+        assert {name: found.headers.get(name) for name in HEADERS} == HEADERS
+
+
+def test_links_of_an_error_lead_home_from_any_depth() -> None:
+    at = client()
+    for path, up in (("/x", ""), ("/a/x", "../"), ("/a%2Fb/x", "../"), ("/a//x/", "../../../"), ("/%2e%2e%2fx", "")):
+        assert f'<a href="{up}index.html">To the first page' in at.get(path).text, path
+
+
+@pytest.mark.parametrize(
+    ("asked", "path"),
+    [
+        ("/", "index.html"),
+        ("", "index.html"),
+        ("/a/", "a/index.html"),
+        ("/a/~2Fb.html", "a/~2Fb.html"),
+        ("/a/ä b", "a/ä b"),
+        ("/a/..b/...", "a/..b/..."),
+    ],
+)
+def test_the_path_of_an_address(asked: str, path: str) -> None:
+    assert site_path(asked) == path
+
+
+@pytest.mark.parametrize(
+    "asked", ["/..", "/../x", "/a/../x", "/./x", "/a//x", "//", "/a\\..\\x", "/a\0", "/\n", "/" + "a" * 1001]
+)
+def test_an_address_that_can_be_no_page_does_not_reach_the_site(asked: str) -> None:
+    with pytest.raises(EntryNotFound, match="no page at this address"):
+        site_path(asked)
+
+
+def test_encoded_addresses_are_decoded_once() -> None:
+    site = Stand()
+    at = client(site)
+    assert at.get("/a/%7E2Fb.html").text == "deep"
+    for path in ("/%2e%2e/x", "/a%00", "/a%5C..%5Cx", "/%2e%2e%2f%2e%2e%2fx", "/" + "a/" * 5000):
+        assert at.get(path).status_code == 404, path
+    assert site.asked == ["a/~2Fb.html"]
+
+
+async def upload(request: Request) -> Response:
+    return Response(str(len(await bounded_body(request, 10))))
+
+
+def test_live_routes_come_before_pages_and_their_errors_are_json() -> None:
+    async def fails(request: Request) -> Response:
+        raise ModelRefused("other weights")
+
+    async def breaks(request: Request) -> Response:
+        raise RuntimeError("the secret")
+
+    live = [Route(f"/{one.__name__}", one, methods=["POST"]) for one in (upload, fails, breaks)]
+    at = client(live=live)
+    assert at.post("/upload", content=b"abc").text == "3"
+    large = at.post("/upload", content=b"x" * 11)
+    assert (large.status_code, list(large.json())) == (413, ["error"])
+    refused = at.post("/fails")
+    assert (refused.status_code, refused.json()) == (409, {"error": "other weights"})
+    broken = at.post("/breaks")
+    assert (broken.status_code, broken.json()) == (500, {"error": "Something failed here; the server's log says what."})
+    assert at.get("/upload").status_code == 404  # it is no page
+    assert at.post("/upload", content=b"abc", headers={"Origin": "null"}).status_code == 403
+
+
+def test_reading_is_done_by_a_few_threads_and_never_by_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "THREADS", 3)
+    here, most, busy, lock = threading.current_thread(), [0], [0], threading.Lock()
+
+    class Slow(Stand):
+        def get(self, path: str) -> Content:
+            assert threading.current_thread() is not here
+            with lock:
+                busy[0] += 1
+                most[0] = max(most[0], busy[0])
+            time.sleep(0.01)
+            with lock:
+                busy[0] -= 1
+            return super().get(path)
+
+    shown: Any = Slow()
+    app = application(shown)
+
+    async def one() -> int:
+        status = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Any) -> None:
+            status.append(message.get("status"))
+
+        scope = {"type": "http", "method": "GET", "path": "/", "raw_path": b"/", "query_string": b""}
+        await app({**scope, "headers": [(b"host", b"localhost")]}, receive, send)
+        return int(status[0])
+
+    async def all_at_once() -> list[int]:
+        return list(await asyncio.gather(*(one() for _ in range(12))))
+
+    assert asyncio.run(all_at_once()) == [200] * 12
+    assert most == [3]
+
+
+def test_events_arrive_one_by_one() -> None:
+    """Over a real connection, which says that it reads gzip: the first event is there before the second is made."""
+    go_on = threading.Event()
+
+    async def events(request: Request) -> Response:
+        async def told() -> AsyncIterator[bytes]:
+            yield b"data: 1\n\n"
+            while not go_on.is_set():
+                await asyncio.sleep(0.01)
+            yield b"data: 2\n\n"
+
+        return StreamingResponse(told(), media_type="text/event-stream")
+
+    with running([Route("/events", events, methods=["POST"])]) as port:
+        asked = HTTPConnection("127.0.0.1", port, timeout=20)
+        asked.request("POST", "/events", headers={"Accept-Encoding": "gzip"})
+        answer = asked.getresponse()
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        assert answer.read1() == b"data: 1\n\n"
+        go_on.set()
+        assert answer.read() == b"data: 2\n\n"
+        asked.close()
+
+
+class running:  # noqa: N801, a context
+    """A server in a thread; yields its port."""
+
+    def __init__(self, live: list[Route], site: Stand | None = None) -> None:
+        self.live, self.site = live, site or Stand()
+
+    def __enter__(self) -> int:
+        at = listening("127.0.0.1", 0)
+        shown: Any = self.site
+        ready = threading.Event()
+        self.made = server.Serving(server.configured(application(shown, self.live)), ready.set, lambda: None)
+        self.thread = threading.Thread(target=self.made.run, args=([at],))
+        self.thread.start()
+        assert ready.wait(10)
+        return int(at.getsockname()[1])
+
+    def __exit__(self, *_: object) -> None:
+        self.made.should_exit = True
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+def raw(port: int, request: bytes, close: bool = False) -> bytes:
+    """Return what the server says to bytes that no client would send, or nothing where these break off."""
+    with socket.create_connection(("127.0.0.1", port), 10) as at:
+        at.sendall(request)
+        if close:
+            at.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: at.recv(65536), b""))
+
+
+def test_requests_that_are_none_do_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    site = Stand()
+    with running([Route("/upload", upload, methods=["POST"])], site) as port, caplog.at_level(logging.ERROR):
+        assert raw(port, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400")  # no Host
+        assert raw(port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 400")
+        assert raw(port, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n").startswith(b"HTTP/1.1 400")
+        head = b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        assert raw(port, b"GET http://evil.example/etc/passwd" + head + b"\r\n").startswith(b"HTTP/1.1 404")
+        assert raw(port, b"GET /../../etc/passwd" + head + b"\r\n").startswith(b"HTTP/1.1 404")
+        assert raw(port, b"GET /%252e%252e/x" + head + b"\r\n").startswith(b"HTTP/1.1 404")
+        assert site.asked[-2:] == ["%2e%2e/x", "%2e%2e/x/"]  # decoded once
+        assert raw(port, b"GET /" + b"a" * 60_000 + head + b"\r\n").startswith(b"HTTP/1.1 404")
+        assert raw(port, b"GET /" + b"a" * 70_000).startswith(b"HTTP/1.1 400")
+        assert raw(port, b"POST /upload" + head + b"Content-Length: -1\r\n\r\n").startswith(b"HTTP/1.1 400")
+        assert raw(port, b"POST /upload" + head + b"Content-Length: 9\r\n\r\nxxx", close=True) == b""
+        assert raw(port, b"GET /" + head + b"\r\n").startswith(b"HTTP/1.1 200")
+    assert caplog.records == []
+
+
+def test_the_traceback_of_an_unforeseen_error_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    site = Stand()
+    site.failing = {"index.html": RuntimeError("the secret")}
+    with running([], site) as port:
+        answer = raw(port, b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 500")
+    assert b"secret" not in answer
+    assert ["RuntimeError: the secret" in caplog.text, "Traceback" in caplog.text] == [True, True]
+    assert caplog.text.count("RuntimeError: the secret") == 1
+
+
+SERVED = """
+import asyncio, sys, threading
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+from phosphene.web.server import application, listening, serve
+
+stopped = threading.Event()
+
+class Site:
+    live = True
+
+async def events(request):
+    async def told():
+        while not (stopped.is_set() and {orderly}):
+            yield b"data: 1\\n\\n"
+            await asyncio.sleep(0.02)
+        yield b"data: stopped\\n\\n"
+    return StreamingResponse(told(), media_type="text/event-stream")
+
+at = listening("127.0.0.1", 0)
+shown = application(Site(), [Route("/events", events, methods=["POST"])], on_shutdown=stopped.set)
+serve(shown, at, lambda: print(at.getsockname()[1], flush=True))
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "orderly"),
+    [(signal.SIGINT, True), (signal.SIGTERM, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)],
+)
+def test_a_signal_ends_it_within_seconds_also_while_events_are_sent(number: signal.Signals, orderly: bool) -> None:
+    code = SERVED.replace("{orderly}", str(orderly))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as on:
+        assert on.stdout is not None
+        asked = HTTPConnection("127.0.0.1", int(on.stdout.readline()), timeout=20)
+        asked.request("POST", "/events")
+        answer = asked.getresponse()
+        assert answer.read1().startswith(b"data: 1\n\n")
+        on.send_signal(number)
+        if orderly:
+            assert answer.read().endswith(b"data: stopped\n\n")
+        rest, errors = on.communicate(timeout=20)
+        asked.close()
+    assert on.returncode == 0
+    assert rest == "ended\n"
+    assert ("Traceback" in errors) is not orderly  # what does not end by itself is cancelled
+
+
+def test_a_port_that_is_taken_is_said_in_a_sentence() -> None:
+    with closing(listening("127.0.0.1", 0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(
+            InvalidRequest, match=f"port {port} of 127.0.0.1 is taken; give another --port, or --port 0"
+        ):
+            listening("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", 70000, "a port is a number from 0 to 65535, not 70000"),
+        ("127.0.0.1", -1, "a port is a number from 0 to 65535, not -1"),
+        ("192.0.2.1", 0, "nothing can listen at 192.0.2.1: Cannot assign requested address; give --host an address"),
+        ("no.such.host.invalid", 0, "there is no host 'no.such.host.invalid'; give --host an address of this machine"),
+        ("x" * 300, 0, "there is no host 'xxx"),
+    ],
+)
+def test_where_nothing_can_listen_is_said_in_a_sentence(host: str, port: int, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        listening(host, port)
+
+
+# the commands
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Return a function that runs the command line in a folder that holds an empty store."""
+    open_store(tmp_path / "store", create=True)
+    return command_line(monkeypatch, capsys, tmp_path, "")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[TestClient]:
+    """Have `serve` hand its application over instead of running it."""
+    found: list[TestClient] = []
+
+    def serve(shown: Any, at: socket.socket, ready: Callable[[], None]) -> None:
+        found.append(TestClient(shown, f"http://127.0.0.1:{at.getsockname()[1]}"))
+        ready()
+
+    monkeypatch.setattr(server, "serve", serve)
+    return found
+
+
+def test_serve_says_where_the_page_is(run: Run, served: list[TestClient]) -> None:
+    ran = run("serve", "store", "--port", 0)
+    assert ran.code == 0
+    assert ran.out.startswith("http://127.0.0.1:")
+    assert ran.out.endswith("/\n")
+    assert ran.err == ""
+    assert served[0].get("/healthz").json() == {"status": "ok"}
+    assert served[0].get("/").status_code == 200
+    assert served[0].get("/", headers={"Host": "evil.example"}).status_code == 421
+
+
+def test_serve_warns_where_others_can_see_the_page(run: Run, served: list[TestClient]) -> None:
+    ran = run("serve", "store", "--port", 0, "--host", "0.0.0.0", "--quiet")
+    assert ran.code == 0
+    assert ran.out.startswith("http://127.0.0.1:")
+    assert "anyone on the network can see the store and use this machine; --token TEXT lets only those in" in ran.err
+    assert served[0].get("/healthz", headers={"Host": "192.168.0.7"}).status_code == 200
+    assert served[0].get("/healthz", headers={"Host": socket.gethostname()}).status_code == 200
+    assert served[0].get("/healthz", headers={"Host": "evil.example"}).status_code == 421
+
+
+def test_serve_with_a_token_shows_nothing_without(run: Run, served: list[TestClient]) -> None:
+    ran = run("serve", "store", "--port", 0, "--token", "a b&c")
+    assert ran.out.endswith("/?token=a%20b%26c\n")
+    assert served[0].get("/index.html").status_code == 403
+    assert served[0].get(ran.out.strip()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "nowhere"), "nowhere cannot be read: No such file or directory"),
+        (("serve", "empty"), "empty holds no store and no record of a training"),
+        (("serve", "store", "--port", "70000"), "a port is a number from 0 to 65535, not 70000"),
+        (("serve", "store", "--port", "web"), "Invalid value for '--port'"),
+        (("serve", "store", "--port", "0", "--token", " "), "the token is empty"),
+        (("serve", "store", "--port", "0", "--device", "cuda:99"), "the device 'cuda:99' cannot be used"),
+        (("serve", "store", "--port", "0", "--labels", "x"), "--labels is for the network that --model names"),
+        (("serve", "store", "--port", "0", "--input-size", "9"), "--input-size is for the network that --model names"),
+        (("serve", "store", "--port", "0", "--model", "no/such"), "no/such"),
+        (("serve", "store", "--host", "192.0.2.1"), "nothing can listen at 192.0.2.1"),
+        (("serve", "damaged"), "store.json is damaged"),
+        (("serve", "newer"), "has format 99"),
+        (("export", "nowhere", "--out", "site"), "nowhere cannot be read: No such file or directory"),
+        (("export", "empty", "--out", "site"), "empty holds no store and no record of a training"),
+        (("export", "store", "--out", "file.txt"), "file.txt is a file, so no folder can be made there"),
+        (("export", "store", "--out", "file.txt/site"), "site cannot be written"),
+        (("export", "store", "--out", "full"), "full"),
+        (("export", "store"), "--out"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    for name, content in (("empty", None), ("damaged", "{"), ("newer", json.dumps({"format": 99}))):
+        Path(name).mkdir()
+        if content:
+            Path(name, "store.json").write_text(content)
+    Path("file.txt").write_text("mine")
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("mine")
+    ran = run(*arguments)
+    assert ran.code == 2
+    assert message in ran.err
+    assert ran.err.count("\n") == 1
+    assert ran.out == ""
+    assert not Path("site").exists()
+    assert [one.name for one in Path("full").iterdir()] == ["mine.txt"]
+
+
+def test_serve_refuses_a_port_that_is_taken(run: Run) -> None:
+    with closing(listening("127.0.0.1", 0)) as at:
+        ran = run("serve", "store", "--port", at.getsockname()[1])
+    assert (ran.code, ran.out) == (2, "")
+    assert "is taken; give another --port, or --port 0 to have one chosen" in ran.err
+
+
+@pytest.mark.parametrize(("command", "missing"), [("serve", "uvicorn"), ("serve", "starlette"), ("export", "jinja2")])
+def test_without_the_extra_its_install_line_is_said(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, missing: str
+) -> None:
+    for name in [one for one in sys.modules if one.startswith(("phosphene.web.", missing))]:
+        monkeypatch.delitem(sys.modules, name)
+        if name.count(".") == 2 and name.startswith("phosphene.web."):
+            monkeypatch.delattr(phosphene.web, name.removeprefix("phosphene.web."))
+    monkeypatch.setitem(sys.modules, missing, None)
+    ran = run(command, "store", *(["--port", 0] if command == "serve" else ["--out", "site"]))
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        f"phosphene: the page needs {missing}, which is not installed; install it with: pip install 'phosphene[web]'\n"
+    )
+
+
+def test_help_loads_nothing_of_the_page() -> None:
+    code = (
+        "import sys, phosphene.cli; sys.argv = ['phosphene', '--help']\n"
+        "try: phosphene.cli.main()\n"
+        "except SystemExit: print([one for one in ('starlette', 'uvicorn', 'jinja2', 'anyio') if one in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+    assert "serve" in out
+    assert "export" in out
+
+
+def test_export_writes_the_first_page_and_says_where(run: Run) -> None:
+    ran = run("export", "store", "--out", "site")
+    assert (ran.code, ran.out) == (0, "site/index.html\n")
+    assert Path("site/index.html").read_text().startswith("<!DOCTYPE html>")
+    again = run("export", "store", "--out", "other", "--json", "--quiet")
+    found = json.loads(again.out)
+    assert found["files"] == ["other/index.html"]
+    written = {one.name for one in Path("other").rglob("*") if one.is_file()} - {"made-by-phosphene.txt"}
+    assert found["written"] == len(written)
+
+
+def test_trainings_in_folders_of_one_name_have_addresses_of_their_own(tmp_path: Path) -> None:
+    histories = [History(tmp_path / one, {"model": "net"}) for one in ("a/run 1", "b/run 1", "c/run 1", "other")]
+    assert [one.name for one in web.trainings(histories)] == ["run~201", "run~201~2", "run~201~3", "other"]
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1")]
+)
+def test_the_address_that_is_printed_opens_the_page(host: str, shown: str) -> None:
+    with closing(listening(host, 0)) as at:
+        assert web.address_of(host, at, None) == f"http://{shown}:{at.getsockname()[1]}/"
+        assert web.is_loopback(at) is (host != "0.0.0.0")
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_an_address_of_ipv6_is_printed_in_brackets(host: str) -> None:
+    with closing(listening(host, 0)) as at:
+        assert web.address_of(host, at, "x") == f"http://[::1]:{at.getsockname()[1]}/?token=x"
+
+
+def test_serve_as_a_process_ends_with_0(tmp_path: Path) -> None:
+    open_store(tmp_path / "store", create=True)
+    command = [sys.executable, "-m", "phosphene", "serve", str(tmp_path / "store"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as on:
+        assert on.stdout is not None
+        port = int(on.stdout.readline().strip().strip("/").rpartition(":")[2])
+        assert raw(port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").endswith(
+            b'{"status":"ok"}'
+        )
+        on.send_signal(signal.SIGINT)
+        rest, errors = on.communicate(timeout=30)
+    assert (on.returncode, rest, errors) == (0, "", "")

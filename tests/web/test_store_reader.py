@@ -1,0 +1,193 @@
+"""What the page reads of stores: found by the beginning of a digest, kept for a while, within the store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fake_training_record import record_of
+from page_store import FIRST, SECOND, filled
+from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, WeightsRefused
+from phosphene.storage.store import Store, open_store
+from phosphene.web.store_reader import Gallery, found_at, layer_path, layer_slug
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return filled(tmp_path_factory.mktemp("gallery"))
+
+
+@pytest.fixture
+def copy(store: Store, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(store.url, tmp_path / "copy"))
+
+
+def atlas_of(gallery: Gallery) -> str:
+    return gallery.atlases()[0].d
+
+
+def test_an_atlas_and_its_layers_are_what_the_store_says(store: Store) -> None:
+    gallery = Gallery([store])
+    (digest,) = store.done("atlases")
+    ((d, manifest),) = gallery.atlases()
+    assert d == digest[:12]
+    assert manifest == gallery.atlas(d) == store.manifest("atlases", digest)
+    assert gallery.store_of(d) is store
+    row = manifest["layers"][1]
+    assert gallery.row(d, SECOND) == row
+    assert gallery.layer(d, SECOND) == store.manifest("layers", row["digest"])
+    assert gallery.photos(d) == 4
+
+
+def test_a_filter_comes_with_its_verdict_and_its_job(store: Store) -> None:
+    gallery = Gallery([store])
+    d = atlas_of(gallery)
+    for n in range(8):
+        found = gallery.filter(d, SECOND, n)
+        assert found.verdict == gallery.verdicts(d, SECOND)[n]
+        assert found.verdict.channel == found.picture["channel"] == n
+        assert found.job["channels"] == ([0, 1, 2, 3] if n < 4 else [4, 5, 6, 7])
+        content = gallery.file_of_job(d, SECOND, n, f"filter_{n}.png")
+        assert content == store.read(f"jobs/{found.picture['job']}/filter_{n}.png")
+
+
+def test_evidence_has_the_statistics_and_none_of_the_crops(store: Store) -> None:
+    gallery = Gallery([store])
+    found = gallery.evidence(atlas_of(gallery))
+    assert found is not None
+    assert list(found) == [FIRST, SECOND]
+    assert found.sheets == {}
+    assert gallery.evidence(atlas_of(gallery)) is found
+    name = found.about["sheets"][FIRST][0]
+    assert gallery.file_of_evidence(found.digest[:12], name) == store.read(f"evidence/{found.digest}/{name}")
+
+
+def test_without_photos_there_is_no_evidence(tmp_path: Path) -> None:
+    gallery = Gallery([filled(tmp_path, names=(), layers=FIRST)])
+    assert gallery.evidence(atlas_of(gallery)) is None
+    assert gallery.photos(atlas_of(gallery)) is None
+
+
+def test_what_there_is_not_is_said_in_a_sentence(store: Store) -> None:
+    gallery = Gallery([store])
+    d = atlas_of(gallery)
+    for message, asked in (
+        ("there is no atlas 'abc' here; there are: " + d, lambda: gallery.atlas("abc")),
+        ("no layer 'conv'; the nearest are: .0, .2", lambda: gallery.layer(d, "conv")),
+        ("no picture of filter 9 of .2; it has 8", lambda: gallery.filter(d, SECOND, 9)),
+        ("manifest.json is not in its entry", lambda: gallery.file(d, SECOND, "manifest.json")),
+        ("no atlas here rests on evidence 'abc'", lambda: gallery.file_of_evidence("abc", "crops_0_0.webp")),
+    ):
+        with pytest.raises(EntryNotFound, match=message.replace("[", r"\[")):
+            asked()
+
+
+def test_a_store_that_grows_shows_it_after_a_while(store: Store, tmp_path: Path) -> None:
+    growing = open_store(tmp_path / "growing", create=True)
+    gallery, slow = Gallery([growing], seconds=0), Gallery([growing], seconds=60)
+    assert gallery.atlases() == slow.atlases() == []
+    shutil.copytree(store.url, growing.url, dirs_exist_ok=True)
+    assert len(gallery.atlases()) == 1
+    assert slow.atlases() == []
+
+
+def test_jobs_that_belong_to_no_atlas_are_counted(store: Store, copy: Path) -> None:
+    assert Gallery([store]).unfinished() == 0
+    jobs = sorted((copy / "jobs").iterdir())
+    shutil.copytree(jobs[0], copy / "jobs" / ("0" * 32))
+    grown = Gallery([open_store(copy)], seconds=0)
+    assert grown.unfinished() == 1
+    shutil.rmtree(copy / "atlases")
+    assert grown.unfinished() == Gallery([store, open_store(copy)]).unfinished() == len(jobs) + 1
+    assert Gallery([]).unfinished() == 0
+
+
+def test_channels_are_known_from_any_atlas_of_the_same_weights(store: Store) -> None:
+    gallery = Gallery([store])
+    d = atlas_of(gallery)
+    assert [gallery.channels(d, path) for path in (FIRST, SECOND, "elsewhere")] == [6, 8, None]
+
+
+def test_a_manifest_that_is_replaced_is_read_again_and_another_is_not_parsed_again(copy: Path) -> None:
+    gallery = Gallery([open_store(copy)], seconds=0)
+    d = atlas_of(gallery)
+    before, mark = gallery.layer(d, FIRST), gallery.mark(d, FIRST)
+    assert gallery.layer(d, FIRST) is before
+    digest = gallery.row(d, FIRST)["digest"]
+    facts = {name: one for name, one in before.items() if name not in ("files", "check")}
+    files = {name: gallery.file(d, FIRST, name) for name in before["files"]}
+    gallery.stores[0].put("layers", digest, files, {**facts, "remark": "changed"})
+    assert gallery.layer(d, FIRST)["remark"] == "changed"
+    assert gallery.mark(d, FIRST)[0] == mark[0] == gallery.mark(d)[0]
+    assert gallery.mark(d, FIRST)[1] != mark[1]
+
+
+def test_what_is_damaged_is_said_and_not_shown(copy: Path) -> None:
+    gallery = Gallery([open_store(copy)], seconds=0)
+    d = atlas_of(gallery)
+    sheet = copy / "layers" / gallery.row(d, FIRST)["digest"] / "sheet.webp"
+    sheet.write_bytes(b"x" + sheet.read_bytes()[1:])
+    with pytest.raises(StoreRefused, match=r"sheet\.webp is damaged: its bytes have changed; delete"):
+        gallery.file(d, FIRST, "sheet.webp")
+    manifest = sheet.with_name("manifest.json")
+    manifest.write_text(manifest.read_text().replace("224", "225").replace("24", "25"))
+    with pytest.raises(StoreRefused, match="is damaged: its bytes have changed"):
+        gallery.layer(d, FIRST)
+
+
+def test_the_first_of_two_stores_with_one_atlas_shows_it(store: Store, copy: Path) -> None:
+    gallery = Gallery([store, open_store(copy)])
+    assert len(gallery.atlases()) == 1
+    assert gallery.store_of(atlas_of(gallery)) == store
+
+
+@pytest.mark.parametrize("path", ["base/conv1", ".0", "a~b", "ü/日本", "<script>", "..", "a b.c-d_e", "%2F", ""])
+def test_slugs_can_be_read_again(path: str) -> None:
+    slug = layer_slug(path)
+    assert layer_path(slug) == path
+    assert not slug.startswith(".")
+    assert not set(slug) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-~")
+
+
+def test_a_place_is_a_store_a_training_or_a_folder_of_them(store: Store, tmp_path: Path) -> None:
+    kernels = {"conv": [torch.zeros(2, 3, 3, 3)]}
+    folder = tmp_path / "both"
+    (folder / "empty").mkdir(parents=True)
+    record_of(folder / "run", kernels)
+    shutil.copytree(store.url, folder / "an atlas")
+    assert found_at(store.url)[0] == [store]
+    found = found_at(folder)
+    assert [one.url for one in found.stores] == [str(folder / "an atlas")]
+    assert [one.folder for one in found.histories] == [folder / "run"]
+    alone = found_at(folder / "run")
+    assert (alone.stores, [one.folder for one in alone.histories], alone.damaged) == ([], [folder / "run"], [])
+
+
+def test_what_cannot_be_read_leaves_the_rest_and_is_told(store: Store, tmp_path: Path) -> None:
+    shutil.copytree(store.url, tmp_path / "an atlas")
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer/store.json").write_text(json.dumps({"format": 99}))
+    record_of(tmp_path / "run", {"conv": [torch.zeros(2, 3, 3, 3)]})
+    manifest = tmp_path / "run/manifest.json"
+    manifest.write_text(manifest.read_text()[:-9])
+    found = found_at(tmp_path)
+    assert ([one.url for one in found.stores], found.histories) == ([str(tmp_path / "an atlas")], [])
+    newer, cut = found.damaged
+    assert "has format 99" in newer
+    assert "manifest.json is damaged" in cut
+    with pytest.raises(WeightsRefused, match="is damaged"):
+        found_at(tmp_path / "run")
+
+
+def test_another_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="holds no store and no record of a training"):
+        found_at(tmp_path)
+    with pytest.raises(InvalidRequest, match="cannot be read: No such file or directory; give a store"):
+        found_at(tmp_path / "nowhere")
+    (tmp_path / "store.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(StoreRefused, match="has format 99"):
+        found_at(tmp_path)
