@@ -35,10 +35,11 @@ test: $(VENV)/installed-dev  ## run the tests
 test-slow: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-check: $(VENV)/installed-dev  ## lint, format and types
+check: $(VENV)/installed-dev  ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: bench-quality bench-cam bench-engine bench-record bench-page  ## run the benchmarks
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import phosphene as ph
-from phosphene.rendering.transforms import Draws, resample
+from phosphene.rendering.transforms import RandomDraws, resample
 from quality import DRAWS, Photos, channel_means, read_squares
 from rounds import OURS, Bench, Row, Run, interleaved, over
 
@@ -35,7 +35,7 @@ class Judge:
 
     def score(self, pictures: Tensor) -> float:
         """Return the median over filters of the robust E of pictures (n, c, h, w) uint8."""
-        picture, draws = pictures.double() / 255, Draws(range(len(self.channels)))
+        picture, draws = pictures.double() / 255, RandomDraws(range(len(self.channels)))
         found = []
         for _ in range(DRAWS):
             shift, turn, scale = draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 import phosphene as ph
-from phosphene.rendering.transforms import Draws, resample
+from phosphene.rendering.transforms import RandomDraws, resample
 
 HERE = Path(__file__).parent
 DRAWS = 8
@@ -120,7 +120,7 @@ def measure(
     def own(pictures: Tensor) -> Tensor:
         return excitation(pictures).gather(1, torch.tensor(channels)[:, None])[:, 0]
 
-    draws = Draws(range(filters))
+    draws = RandomDraws(range(filters))
     moved = []
     for _ in range(DRAWS):
         shift, turn, scale = draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05)

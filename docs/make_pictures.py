@@ -7,7 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 import phosphene as ph
-from phosphene.images.figure import grid, png
+from phosphene.images.encode import png
+from phosphene.images.grid import grid
 from phosphene.storage.atomic import write_file
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from phosphene.inspection.kernels import Sheet
+from phosphene.inspection.kernels import KernelSheet
 from phosphene.training.history import open_history
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -137,7 +137,7 @@ def test_the_example_records_and_draws_a_training(
         # the sheet lies below a caption: somewhere in the picture each kernel stands as the plain formula has it,
         # enlarged by a whole factor (matplotlib's grey map is one level darker here and there)
         places = np.argwhere(np.abs(shown - levels[0, 0, 0, 0]) <= 1)
-        factor = Sheet.of(torch.from_numpy(kernels)).factor
+        factor = KernelSheet.of(torch.from_numpy(kernels)).factor
         assert any(stands(shown, levels, int(y), int(x), factor) for y, x in places)
     assert Image.open(folder / "filters.gif").n_frames == epochs
 

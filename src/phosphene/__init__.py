@@ -20,7 +20,8 @@ from phosphene.inspection.heatmap import Heatmap
 from phosphene.inspection.kernels import Kernels, kernels
 from phosphene.network.layers import Layer, Layers, ReceptiveField
 from phosphene.network.loading import load
-from phosphene.network.model import Model, Preprocessing
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.objectives import Objective, channel, direction, l1, l2, layer, logit, neuron, total_variation
 from phosphene.rendering.recipes import RECIPES, Recipe

@@ -7,7 +7,9 @@ name can still catch it. The command line turns a `PhospheneError` into one sent
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class PhospheneError(Exception):
@@ -94,3 +96,27 @@ def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
     known = list(names)
     alike = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     return ", ".join(alike or known[:count])
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def require_extra(module: str, extra: str) -> Any:
+    """Return an optional package.
+
+    Args:
+        module: its name as it is imported.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        ExtraMissing: it cannot be imported; the message has the line that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        problem = "is not installed" if error.name == package else f"cannot be imported ({first_line(error)})"
+        advice = f"install it with: pip install 'phosphene[{extra}]'"
+        raise ExtraMissing(f"{package} {problem}; {advice}") from error

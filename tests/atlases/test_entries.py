@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from phosphene.atlases import entries
-from phosphene.atlases.entries import Shown, kernels_of, saved, strip_of
-from phosphene.atlases.render_job import Film
+from phosphene.atlases.entries import SavedPicture, kernels_of, saved, strip_of
+from phosphene.atlases.render_job import JobFilm
 from phosphene.atlases.report import report
 from phosphene.atlases.run import run
 from phosphene.atlases.verdicts import Verdict
-from phosphene.images.figure import METADATA
+from phosphene.images.encode import METADATA
 from phosphene.network.loading import load
 from phosphene.storage.store import Store, open_store
 from tiny_atlas import Here, contents, tiny, tiny_atlas, tiny_model
@@ -96,9 +96,11 @@ def test_kernels_that_filters_share_or_that_are_not_sound_are_not_shown() -> Non
 # --- strips -----------------------------------------------------------------------------------------------------------
 
 
-def grey_pictures(count: int) -> list[Shown]:
+def grey_pictures(count: int) -> list[SavedPicture]:
     """Return pictures of filters 100, 101 …, the k-th all of level 8 · k."""
-    return [Shown(Image.new("RGB", (64, 64), (8 * one,) * 3), "", {"channel": 100 + one}) for one in range(count)]
+    return [
+        SavedPicture(Image.new("RGB", (64, 64), (8 * one,) * 3), "", {"channel": 100 + one}) for one in range(count)
+    ]
 
 
 def judged_as(*names: str) -> list[Verdict]:
@@ -165,8 +167,8 @@ def test_an_older_store_gets_new_entries_and_renders_nothing_again(
 ) -> None:
     plan = tiny_atlas(tiny_model())
     with monkeypatch.context() as patch:
-        patch.setattr(entries, "HOLDS", 1)
-        patch.setattr(Film, "sheet", lambda *_: None)
+        patch.setattr(entries, "ENTRY_VERSION", 1)
+        patch.setattr(JobFilm, "sheet", lambda *_: None)
         old = run(plan, tmp_path / "s", Here())
     before = contents(tmp_path / "s")
     assert not any(name.endswith("film.webp") for name in before)

@@ -20,7 +20,7 @@ from phosphene.atlases.plan import Job, atlas
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.rendering.recipes import RECIPES
-from phosphene.version import PICTURES
+from phosphene.version import PICTURES_VERSION
 from tiny_atlas import tiny, tiny_atlas, tiny_model
 
 
@@ -53,7 +53,7 @@ def test_a_job_is_named_after_its_whole_spec(model: Model) -> None:
         "recipe": RECIPES["fourier"].at(steps=3).digest,
         "size": 16,
         "precision": "fp32",
-        "versions": {"torch": torch.__version__, "pictures": PICTURES},
+        "versions": {"torch": torch.__version__, "pictures": PICTURES_VERSION},
     }
     assert job.spec == spec
     canonical = json.dumps(spec, sort_keys=True, separators=(",", ":")).encode()
@@ -70,7 +70,7 @@ CHANGES: dict[str, Any] = {
     "recipe": RECIPES["fourier"],
     "size": None,
     "precision": "bf16",
-    "versions": (torch.__version__, PICTURES + 1),
+    "versions": (torch.__version__, PICTURES_VERSION + 1),
 }
 
 

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from phosphene import errors
 from phosphene.atlases.plan import atlas
-from phosphene.atlases.render_job import one_thread, picture_size, work
+from phosphene.atlases.render_job import one_thread, picture_size, render_job
 from phosphene.atlases.verdicts import measure
-from phosphene.images.figure import DISPLAYS, picture, png, to_bytes
+from phosphene.images.display import DISPLAYS, to_bytes
+from phosphene.images.encode import png
+from phosphene.images.grid import picture
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.rendering.gradient_ascent import Frame
@@ -49,7 +51,7 @@ def two_threads() -> Iterator[None]:
 
 def test_the_files_are_what_render_makes(model: Model) -> None:
     job = tiny_atlas(model, seed=5).jobs[1]
-    files, manifest = work(model, job)
+    files, manifest = render_job(model, job)
     rendered = render(model, channel(".0", [4, 5]), "fourier", size=16, steps=3, seed=5, precision="fp32")
     others = ["figures.safetensors", "film.webp", "measures.safetensors"]
     assert sorted(files) == sorted([*others, "filter_4.png", "filter_5.png"])
@@ -82,7 +84,7 @@ def test_the_files_are_what_render_makes(model: Model) -> None:
 
 def test_the_pictures_are_measured_as_they_are_saved(model: Model) -> None:
     job = tiny_atlas(model).jobs[1]
-    files, _ = work(model, job)
+    files, _ = render_job(model, job)
     found = safetensors.torch.load(files["measures.safetensors"])
     saved = [np.array(Image.open(io.BytesIO(files[f"filter_{number}.png"]))) for number in (4, 5)]
     images = torch.from_numpy(np.stack(saved)).permute(0, 3, 1, 2) / 255
@@ -123,7 +125,7 @@ def in_small(image: Tensor, side: int) -> np.ndarray[Any, Any]:
 def test_the_film_is_the_climb_in_small(model: Model, lossless: None, steps: int, size: int, kept: list[int]) -> None:
     job = tiny_atlas(model, steps=steps, size=size).jobs[1]
     frames: list[Frame] = []
-    files, manifest = work(model, job, lambda one: frames.append(one._replace(image=one.image.clone())))
+    files, manifest = render_job(model, job, lambda one: frames.append(one._replace(image=one.image.clone())))
     assert [one.step for one in frames] == list(range(steps + 1))  # who else watches sees all
     side = min(64, size)
     assert manifest["film"] == {"file": "film.webp", "tile": [side, side], "columns": len(kept), "steps": kept}
@@ -142,7 +144,9 @@ def test_the_film_goes_through_all_scales_and_batches(
     monkeypatch.setattr(sys.modules["phosphene.atlases.render_job"], "AT_ONCE", 1)
     job = tiny_atlas(model, recipe="multi-scale", size=70, steps=2).jobs[1]
     frames: dict[tuple[int, int], Tensor] = {}
-    files, manifest = work(model, job, lambda one: frames.update({(int(one.items), one.step): one.image[0].clone()}))
+    files, manifest = render_job(
+        model, job, lambda one: frames.update({(int(one.items), one.step): one.image[0].clone()})
+    )
     assert len({one.shape for one in frames.values()}) == len(job.recipe.sizes) > 1
     kept = manifest["film"]["steps"]
     assert kept == [0, 2, 4, 8, 12, 18, 24]  # 24 · (k / 7)², rounded
@@ -161,7 +165,7 @@ def test_the_film_of_networks_that_see_other_than_colour(channels: int, size: tu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = load(nn.Sequential(nn.Conv2d(channels, 2, 3)), input_size=24, channels_in=channels)
-    files, manifest = work(net, tiny_atlas(net).jobs[0])
+    files, manifest = render_job(net, tiny_atlas(net).jobs[0])
     assert manifest["film"]["tile"] == list(size)
     for number, row in enumerate(tiles_of(files["film.webp"], manifest["film"])):
         with Image.open(io.BytesIO(files[f"filter_{number}.png"])) as saved:
@@ -170,13 +174,13 @@ def test_the_film_of_networks_that_see_other_than_colour(channels: int, size: tu
 
 def test_what_webp_cannot_hold_gets_smaller_tiles_or_no_film(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tiny_atlas(model).jobs[1]
-    whole = work(model, job)
+    whole = render_job(model, job)
     monkeypatch.setattr(sys.modules["phosphene.atlases.render_job"], "SIDE", 11)
-    files, manifest = work(model, job)
+    files, manifest = render_job(model, job)
     assert manifest["film"]["tile"] == [5, 5]
     assert Image.open(io.BytesIO(files["film.webp"])).size == (20, 10)
     monkeypatch.setattr(sys.modules["phosphene.atlases.render_job"], "SIDE", 1)
-    files, manifest = work(model, job)
+    files, manifest = render_job(model, job)
     assert (sorted({*whole[0]} - {*files}), sorted({*whole[1]} - {*manifest})) == (["film.webp"], ["film"])
     assert all(whole[0][name] == content for name, content in files.items())
 
@@ -186,16 +190,16 @@ def test_what_webp_cannot_hold_gets_smaller_tiles_or_no_film(model: Model, monke
 
 def test_the_bytes_are_the_same_whatever_the_threads(model: Model, two_threads: None) -> None:
     job = tiny_atlas(model).jobs[2]
-    here = work(model, job)
+    here = render_job(model, job)
     assert torch.get_num_threads() == 2
     with one_thread():
-        assert work(model, job) == here
+        assert render_job(model, job) == here
 
 
 def test_the_threads_are_given_back_after_an_error(two_threads: None) -> None:
     fixed = load(Fixed(), input_size=8)
     with pytest.raises(errors.SizeRefused):
-        work(fixed, tiny_atlas(fixed, size=9).jobs[0])
+        render_job(fixed, tiny_atlas(fixed, size=9).jobs[0])
     assert torch.get_num_threads() == 2
 
 
@@ -222,7 +226,7 @@ def test_a_network_that_has_changed_is_refused() -> None:
     with torch.no_grad():
         cast(Tensor, net[2].bias)[0] += 1e-3
     with pytest.raises(errors.ModelRefused) as caught:
-        work(handle, job)
+        render_job(handle, job)
     after = handle.fingerprint
     assert str(caught.value) == (
         f"Sequential is now {after} at 24×24 px, the atlas was planned for {before} at 24×24 px: its weights or its "
@@ -233,7 +237,7 @@ def test_a_network_that_has_changed_is_refused() -> None:
 def test_another_torch_is_refused(model: Model) -> None:
     job = dataclasses.replace(tiny_atlas(model).jobs[0], versions=("1.0", 1))
     with pytest.raises(errors.ModelRefused, match=r"planned with torch 1\.0 and pictures 1, this worker has"):
-        work(model, job)
+        render_job(model, job)
 
 
 def test_the_size_of_the_pictures_is_known_before() -> None:
@@ -241,4 +245,4 @@ def test_the_size_of_the_pictures_is_known_before() -> None:
     assert picture_size(free, atlas(free).jobs[0]) == (48, 48)  # twice the network's input
     assert picture_size(free, atlas(free, size=20).jobs[0]) == (20, 20)
     assert picture_size(fixed, atlas(fixed, steps=2).jobs[0]) == (8, 8)
-    assert work(fixed, atlas(fixed, steps=2).jobs[0])[1]["size"] == [8, 8]
+    assert render_job(fixed, atlas(fixed, steps=2).jobs[0])[1]["size"] == [8, 8]

@@ -22,9 +22,9 @@ from phosphene.atlases import report
 from phosphene.atlases import report_page as page
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused
-from phosphene.evidence.collect import Evidence, Statistics
-from phosphene.images.figure import Picture
-from phosphene.images.sprites import sheets
+from phosphene.evidence.collect import Evidence, PhotoStatistics
+from phosphene.images.display import Picture
+from phosphene.images.sprites import sprite_sheets
 from phosphene.storage.store import Store, digest_of, open_store
 
 COLOURS = ((255, 0, 0), (0, 160, 0), (0, 0, 255), (200, 200, 0))
@@ -59,7 +59,7 @@ def plain(colour: tuple[int, int, int], side: int = 32) -> Picture:
 def add_layer(store: Store, verdicts: Sequence[Verdict] = VERDICTS, **changes: Any) -> dict[str, Any]:
     """Put a layer's entry into a store, picture k all in COLOURS[k], and return its line in the entry of the atlas."""
     made = list(
-        sheets([plain(COLOURS[index % 4]) for index in range(len(verdicts))], [one.channel for one in verdicts])
+        sprite_sheets([plain(COLOURS[index % 4]) for index in range(len(verdicts))], [one.channel for one in verdicts])
     )
     facts = {**LAYER, **changes.pop("layer", {})}
     manifest = {
@@ -107,7 +107,7 @@ def add_evidence(store: Store, path: str, name: str = "cat.jpg") -> str:
     photos = torch.tensor([[0, 1, -1]]).expand(256, 3).clone()
     photos[5, 1] = -1
     count, broken, mean, std, minimum, maximum, quantiles, peaks = (torch.zeros(256) for _ in range(8))
-    statistics = Statistics(
+    statistics = PhotoStatistics(
         count, broken, mean, std, minimum, maximum, quantiles, peaks, photos, torch.zeros(256, 3, 2).long()
     )
     pages = {}
@@ -361,13 +361,13 @@ def test_an_entry_that_is_gone_or_damaged_is_named(store: Store, tmp_path: Path)
 
 
 def test_of_too_many_filters_the_largest_layers_show_less() -> None:
-    assert report.shares([10, 20, 30], most=60) == [10, 20, 30]
-    assert report.shares([1000, 20, 1000], most=701) == [340, 20, 340]
-    assert report.shares([]) == []
+    assert report.filters_per_layer([10, 20, 30], most=60) == [10, 20, 30]
+    assert report.filters_per_layer([1000, 20, 1000], most=701) == [340, 20, 340]
+    assert report.filters_per_layer([]) == []
 
 
 def test_what_is_not_shown_is_counted_and_in_the_csv(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "shares", lambda counts: [3 for _ in counts])
+    monkeypatch.setattr(report, "filters_per_layer", lambda counts: [3 for _ in counts])
     add_atlas(store, [add_layer(store)])
     text, parsed, rows = shown(store)
     assert len(parsed.all("img")) == 3
@@ -383,7 +383,7 @@ def test_a_page_of_5000_filters_stays_below_25_megabytes(store: Store) -> None:
     lines = []
     for number in range(5):
         verdicts = [Verdict(k, f"filter_{k}", "vivid", 1.2345, 1.2345, 0.98765, 1, 1, 0.98765) for k in range(1000)]
-        made = list(sheets(pictures[number * 1000 : (number + 1) * 1000], range(1000)))
+        made = list(sprite_sheets(pictures[number * 1000 : (number + 1) * 1000], range(1000)))
         line = add_layer(store, verdicts, layer={"path": f"layer{number}", "channels": 1000})
         manifest = {**store.manifest("layers", line["digest"]), "sheets": [one.facts for one in made]}
         store.put("layers", line["digest"], {one.name: one.content for one in made}, manifest)

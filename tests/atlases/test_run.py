@@ -23,7 +23,7 @@ from phosphene import errors
 from phosphene.atlases.plan import Job
 from phosphene.atlases.run import run
 from phosphene.atlases.runners.local import LocalRunner
-from phosphene.atlases.runners.pool import Outcome, attempt
+from phosphene.atlases.runners.pool import Outcome, try_job
 from phosphene.atlases.runners.ray import RayRunner
 from phosphene.atlases.verdicts import judge
 from phosphene.evidence.collect import evidence
@@ -288,7 +288,7 @@ def test_what_another_driver_has_done_is_not_begun(tmp_path: Path) -> None:
 
 
 def work_of(model: Model, job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
-    outcome = attempt(model, job)
+    outcome = try_job(model, job)
     return dict(outcome.files), dict(outcome.manifest)
 
 

@@ -20,7 +20,16 @@ from torch import nn
 from phosphene import errors
 from phosphene.atlases.plan import Job
 from phosphene.atlases.runners.local import LocalRunner, places_for
-from phosphene.atlases.runners.pool import CannotStart, Death, Outcome, Refusal, attempt, packed, unpacked, work_off
+from phosphene.atlases.runners.pool import (
+    CannotStart,
+    Outcome,
+    WorkerDied,
+    WorkerRefused,
+    pickle_model,
+    run_jobs,
+    try_job,
+    unpickle_model,
+)
 from phosphene.atlases.runners.ray import RayRunner
 from phosphene.network.loading import load
 from tiny_atlas import NETS, tiny, tiny_atlas, tiny_model
@@ -41,18 +50,18 @@ class Crew:
         self.hired.append(Clerk(self))
         return self.hired[-1]
 
-    def wait(self, busy: Collection[Clerk]) -> tuple[Clerk, Outcome | Death | Refusal]:
+    def wait(self, busy: Collection[Clerk]) -> tuple[Clerk, Outcome | WorkerDied | WorkerRefused]:
         self.most = max(self.most, len(busy))
         clerk = next(iter(busy))  # the one that has been at it longest
         assert clerk.job is not None
         tries = self.fate.get(clerk.job, [])
         came = tries.pop(0) if tries else "done"
         if came == "dies":
-            return clerk, Death("killed by SIGKILL")
-        return clerk, Refusal("no such network") if came == "refuses" else Outcome(clerk.job)
+            return clerk, WorkerDied("killed by SIGKILL")
+        return clerk, WorkerRefused("no such network") if came == "refuses" else Outcome(clerk.job)
 
     def run(self, slots: int, jobs: Collection[Job]) -> list[Outcome]:
-        return list(work_off(self.hire, self.wait, slots, jobs))
+        return list(run_jobs(self.hire, self.wait, slots, jobs))
 
 
 class Clerk:
@@ -92,7 +101,7 @@ def test_a_job_is_taken_only_when_somebody_begins_it() -> None:
             taken.append(job)
             yield job
 
-    outcomes = work_off(crew.hire, crew.wait, 2, source())
+    outcomes = run_jobs(crew.hire, crew.wait, 2, source())
     next(outcomes)
     assert taken == crew.begun == list(JOBS[:3])  # one done, two at work
     outcomes.close()
@@ -122,7 +131,7 @@ def test_a_job_that_kills_three_has_failed() -> None:
 
 def test_workers_who_cannot_load_the_network_give_their_jobs_back() -> None:
     crew = Crew({JOBS[1]: ["refuses"]})
-    outcomes = work_off(crew.hire, crew.wait, 2, iter(JOBS))
+    outcomes = run_jobs(crew.hire, crew.wait, 2, iter(JOBS))
     assert next(outcomes).job == JOBS[0]
     with pytest.raises(CannotStart, match="no such network") as caught:
         next(outcomes)
@@ -143,7 +152,7 @@ def test_what_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, error
         raise error
 
     monkeypatch.setattr("phosphene.atlases.runners.pool.work", fails)
-    assert attempt(tiny_model(), JOBS[0]) == Outcome(JOBS[0], error=text)
+    assert try_job(tiny_model(), JOBS[0]) == Outcome(JOBS[0], error=text)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, errors.Interrupted])
@@ -153,25 +162,25 @@ def test_being_stopped_is_no_failure(monkeypatch: pytest.MonkeyPatch, kind: type
 
     monkeypatch.setattr("phosphene.atlases.runners.pool.work", stopped)
     with pytest.raises(kind):
-        attempt(tiny_model(), JOBS[0])
+        try_job(tiny_model(), JOBS[0])
 
 
 def test_a_model_travels_as_its_reference_or_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets_travel.py").write_text(NETS)
     by_reference = load("nets_travel:tiny")
-    assert len(packed(by_reference)) < 500
-    assert unpacked(packed(by_reference)).fingerprint == by_reference.fingerprint
+    assert len(pickle_model(by_reference)) < 500
+    assert unpickle_model(pickle_model(by_reference)).fingerprint == by_reference.fingerprint
     changed = load("nets_travel:tiny", std=[0.5])  # which the reference alone would load without
     assert (changed.ref, changed.options) == (None, {"std": [0.5]})
-    assert unpacked(packed(changed)).fingerprint == changed.fingerprint != by_reference.fingerprint
+    assert unpickle_model(pickle_model(changed)).fingerprint == changed.fingerprint != by_reference.fingerprint
     torch.nn.init.zeros_(next(by_reference.module.parameters()))  # so that the reference means another
     with pytest.raises(errors.ModelRefused, match="nets_travel:tiny comes out with other weights there than here"):
-        unpacked(packed(by_reference))
+        unpickle_model(pickle_model(by_reference))
     local = nn.Sequential(nn.Conv2d(3, 2, 3))
     local.forward = lambda image: image  # type: ignore[method-assign]
     with pytest.raises(CannotStart, match="Sequential cannot be packed"):
-        packed(load(local, input_size=8), pickle)
+        pickle_model(load(local, input_size=8), pickle)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_what_stops_a_render_leaves_what_is_finished(
         if int(frame.items[0]) == 2 and frame.step == 1:
             raise reason
 
-    monkeypatch.setattr(rendering, "watching", lambda *_: _Given(stop_in_the_second_batch))
+    monkeypatch.setattr(rendering, "progress_of_frames", lambda *_: _Given(stop_in_the_second_batch))
     ran = run("filters", "nets:colour", 1, "--channels", "0:6", "--batch", 2, *QUICK, "--out", "kept")
     assert ran.code == 1
     assert message in ran.err

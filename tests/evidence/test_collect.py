@@ -29,18 +29,25 @@ from phosphene.evidence import photo_pass as viewing
 from phosphene.evidence.collect import (
     SHARES,
     Evidence,
-    Statistics,
+    PhotoStatistics,
     by_layer,
     evidence,
+    load_evidence,
     packed,
-    stored,
+    photo_pass_of,
     unpacked,
-    viewing_of,
 )
 from phosphene.evidence.photo_pass import Partial, merge
-from phosphene.evidence.quantile_sketch import ABSOLUTE, RELATIVE, Spread, spread_of, unspread, wider
-from phosphene.evidence.top_photos import NONE, Strongest, add, nobody, stronger
-from phosphene.images.figure import png
+from phosphene.evidence.quantile_sketch import (
+    ABSOLUTE,
+    RELATIVE,
+    QuantileSketch,
+    empty_sketch,
+    merge_sketches,
+    sketch_of,
+)
+from phosphene.evidence.top_photos import NONE, TopPhotos, add, no_photos, stronger
+from phosphene.images.encode import png
 from phosphene.images.photo import Fit
 from phosphene.network.layers import ReceptiveField
 from phosphene.network.model import Model
@@ -106,7 +113,7 @@ def strongest_by_hand(maps: Tensor, photos: Tensor, channel: int, top: int) -> l
     return [(-minus, number, row, column) for minus, number, row, column in sorted(found)[:top]]
 
 
-def check_by_hand(found: Statistics, maps: Tensor, photos: Tensor, top: int) -> None:
+def check_by_hand(found: PhotoStatistics, maps: Tensor, photos: Tensor, top: int) -> None:
     """Compare the statistics of a layer with those of all its maps (n, c, h, w), in float64."""
     for channel in range(maps.shape[1]):
         means = [sum(one.flatten().tolist()) / one.numel() for one in maps[:, channel].double()]
@@ -171,19 +178,19 @@ def partials(seed: int, photos: int = 60, channels: int = 7, top: int = 4) -> li
     levels = levels[marks]  # the same picture excites the same
     found = []
     for photo in range(photos):
-        state = nobody(channels, top)
+        state = no_photos(channels, top)
         here = slice(photo, photo + 1)
         places = torch.full((1, channels, 2), photo)
         whole = torch.ones(1, channels, dtype=torch.bool)
         add(state, levels[here], torch.tensor([photo]), places, marks[here], whole)
-        found.append(Partial(state, spread_of(unspread(channels), means[here], whole), 1, 0))
+        found.append(Partial(state, sketch_of(empty_sketch(channels), means[here], whole), 1, 0))
     return found
 
 
 def assert_same_but_for_rounding(one: Partial, other: Partial) -> None:
     for mine, theirs in zip(one.strongest, other.strongest, strict=True):
         assert torch.equal(mine, theirs)
-    for name in Spread._fields:
+    for name in QuantileSketch._fields:
         mine, theirs = getattr(one.spread, name), getattr(other.spread, name)
         if name in ("mean", "squares"):
             scale = one.spread.squares.sqrt() if name == "mean" else one.spread.squares
@@ -207,12 +214,12 @@ def test_any_split_and_order_of_merging_gives_the_same(seed: int) -> None:
 
 
 def test_what_is_strongest_by_hand() -> None:
-    def state(entries: list[tuple[float, int, int]]) -> Strongest:
+    def state(entries: list[tuple[float, int, int]]) -> TopPhotos:
         """Return a state of one channel and three places, of (peak, photo, mark)."""
-        empty = nobody(1, 3)
+        empty = no_photos(1, 3)
         peaks, photos, marks = (torch.tensor([one]) for one in zip(*entries, strict=True))
         places = photos[..., None].expand(-1, -1, 2)
-        return stronger(empty, Strongest(peaks.double(), photos, places, marks))
+        return stronger(empty, TopPhotos(peaks.double(), photos, places, marks))
 
     # photo 4 is picture 9 again, which 1 showed as strongly; 2 and 7 tie; 3 is picture 8 again, weaker than 7 showed it
     first = state([(5.0, 1, 9), (3.0, 2, 6), (2.5, 3, 8)])
@@ -230,9 +237,9 @@ def test_quantiles_are_as_near_as_stated_over_twelve_orders_of_magnitude() -> No
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(3000, 4, generator=generator, dtype=torch.float64) * torch.tensor([1e-6, 1, 1e6, 1e-30])
     values = torch.cat([values, values.abs() ** 3, torch.zeros(3000, 1), values[:, :1] + 40], 1)
-    state = unspread(values.shape[1])
+    state = empty_sketch(values.shape[1])
     for batch in torch.split(values, 70):
-        state = spread_of(state, batch, torch.ones_like(batch, dtype=torch.bool))
+        state = sketch_of(state, batch, torch.ones_like(batch, dtype=torch.bool))
     assert int(state.bins.sum()) == values.numel()
     for share in (0, *SHARES, 1):
         exact = values.sort(0).values[round(share * 2999)]
@@ -240,7 +247,7 @@ def test_quantiles_are_as_near_as_stated_over_twelve_orders_of_magnitude() -> No
         assert bool(((state.quantile(share) - exact).abs() <= allowed + 1e-40).all())
     assert pytest.approx(0.0108, abs=1e-4) == RELATIVE
     assert pytest.approx(0.0039, abs=1e-4) == ABSOLUTE
-    merged = wider(unspread(len(values[0])), state)
+    merged = merge_sketches(empty_sketch(len(values[0])), state)
     assert torch.equal(merged.bins, state.bins)
 
 
@@ -306,15 +313,15 @@ def test_photos_that_cannot_be_read_are_left_out_and_named(small_net: nn.Sequent
 def test_photos_are_fitted_as_the_network_wants_them_at_any_size() -> None:
     model = handle(nn.Sequential(nn.Conv2d(3, 2, 1)), 8, fit=Fit(resize=10, interpolation="bicubic"))
     photo = noise(1, 40)
-    asked = viewing_of(model, photo, [0], 4)
+    asked = photo_pass_of(model, photo, [0], 4)
     # at half the size the short side is 5 px, and the middle 4 px of these are shown
     assert asked.fit == Fit(resize=5, interpolation="bicubic")
     shown = asked.show(0)
-    assert isinstance(shown, viewing.Shown)
+    assert isinstance(shown, viewing.LoadedPhoto)
     small = torch.nn.functional.interpolate(photo, (5, 5), mode="bicubic", antialias=True).clamp(0, 1)
     assert torch.equal(shown.image, small[..., :4, :4])
-    plain = viewing_of(model, photo, [0]).show(0)
-    assert isinstance(plain, viewing.Shown)
+    plain = photo_pass_of(model, photo, [0]).show(0)
+    assert isinstance(plain, viewing.LoadedPhoto)
     assert torch.equal(plain.image, model.fitted(photo)[0])
 
 
@@ -412,14 +419,14 @@ def test_files_hold_all_of_it(small_net: nn.Sequential) -> None:
     assert again.about == found.about
     assert list(again) == [".0", ".3", ".4"]
     assert torch.equal(again[".4"].quantiles, found[".4"].quantiles)
-    state = reduce(merge, viewing_of(handle(small_net), noise(12), [0]).partials([0]), partial_of_nothing(6))
+    state = reduce(merge, photo_pass_of(handle(small_net), noise(12), [0]).partials([0]), partial_of_nothing(6))
     done, back = unpacked(packed(state, 5))
     assert done == 5
     assert_same_but_for_rounding(state, back)
 
 
 def partial_of_nothing(channels: int) -> Partial:
-    return viewing.nothing(channels, 9)
+    return viewing.empty_partial(channels, 9)
 
 
 @pytest.mark.usefixtures("small_lots")
@@ -449,7 +456,7 @@ def test_a_pass_that_was_stopped_goes_on_from_the_store(small_net: nn.Sequential
     photos.asked.clear()
     assert evidence(model, photos, [0, 1], top=4, store=store).files() == plain
     assert len(photos.asked) <= 3
-    assert stored(store, found.digest, sheets=False).sheets == {}
+    assert load_evidence(store, found.digest, sheets=False).sheets == {}
 
 
 @pytest.mark.usefixtures("small_lots")
@@ -539,7 +546,7 @@ def test_layers_that_do_not_fit_the_memory_together_take_turns(monkeypatch: pyte
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1))
     together = evidence(handle(net), noise(5), "*", top=2).sheets
     monkeypatch.setattr(crops, "AT_ONCE", 100_000)
-    assert list(crops.portions([4, 4, 4, 20, 1])) == [[0, 1], [2], [3], [4]]
+    assert list(crops.layer_groups([4, 4, 4, 20, 1])) == [[0, 1], [2], [3], [4]]
     assert evidence(handle(net), noise(5), "*", top=2).sheets == together
 
 
@@ -587,9 +594,9 @@ def test_the_strongest_photos_are_shown_whole_as_the_network_saw_them(
 
 @pytest.mark.usefixtures("lossless")
 def test_many_photos_go_on_several_sheets_each_whole_when_it_is_full() -> None:
-    asked = viewing_of(handle(nn.Sequential(nn.Conv2d(3, 2, 1))), photos := Painted(100), [0])
+    asked = photo_pass_of(handle(nn.Sequential(nn.Conv2d(3, 2, 1))), photos := Painted(100), [0])
     numbers = torch.arange(60).view(2, 30)
-    found = crops.Found(numbers, torch.zeros(2, 30, 2, dtype=torch.long))
+    found = crops.TopPositions(numbers, torch.zeros(2, 30, 2, dtype=torch.long))
     photos.asked.clear()
     seen = [(name, len(photos.asked)) for name, _ in crops.sheets(asked, [found])]
     # no more than one sheet of 25 is in memory at a time
@@ -598,14 +605,14 @@ def test_many_photos_go_on_several_sheets_each_whole_when_it_is_full() -> None:
 
 def test_of_too_many_photos_the_strongest_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [
-        crops.Found(torch.tensor([[7, 3, 9], [8, 7, NONE]]), torch.zeros(2, 3, 2)),
-        crops.Found(torch.tensor([[5, 1, 2]]), torch.zeros(1, 3, 2)),
+        crops.TopPositions(torch.tensor([[7, 3, 9], [8, 7, NONE]]), torch.zeros(2, 3, 2)),
+        crops.TopPositions(torch.tensor([[5, 1, 2]]), torch.zeros(1, 3, 2)),
     ]
     assert crops.whole(found) == [1, 2, 3, 5, 7, 8, 9]
     for most, expected in ((4, [3, 5, 7, 8]), (2, [7, 8]), (5, [1, 3, 5, 7, 8])):
         monkeypatch.setattr(crops, "MOST", most)
         assert crops.whole(found) == expected
-    assert crops.whole([crops.Found(torch.full((2, 3), NONE), torch.zeros(2, 3, 2))]) == []
+    assert crops.whole([crops.TopPositions(torch.full((2, 3), NONE), torch.zeros(2, 3, 2))]) == []
 
 
 def test_evidence_of_older_stores_without_whole_photos_is_read_as_it_is(
@@ -622,11 +629,11 @@ def test_evidence_of_older_stores_without_whole_photos_is_read_as_it_is(
     found = evidence(model, photos, [0], store=store)
     assert len(photos.asked) <= 3  # for the spec
     assert found.files() == old.files()
-    assert stored(store, old.digest, sheets=False).about == about
+    assert load_evidence(store, old.digest, sheets=False).about == about
 
 
 def test_batches_and_lots_depend_on_what_is_asked_alone(small_net: nn.Sequential) -> None:
-    asked = viewing_of(handle(small_net), Painted(1300), [0])
+    asked = photo_pass_of(handle(small_net), Painted(1300), [0])
     assert [asked.lot(number) for number in range(asked.lots)] == [
         range(512),
         range(512, 1024),
@@ -634,15 +641,15 @@ def test_batches_and_lots_depend_on_what_is_asked_alone(small_net: nn.Sequential
     ]
     assert asked.batch == 32
     # the largest map is 6 channels of 512×512 px in 8 bytes: 12.6 MB, of which four fit 64 MiB
-    assert viewing_of(handle(small_net), noise(1), [0], 512).batch == 4
-    many = viewing_of(handle(small_net), Painted(10**9), [0])
+    assert photo_pass_of(handle(small_net), noise(1), [0], 512).batch == 4
+    many = photo_pass_of(handle(small_net), Painted(10**9), [0])
     assert many.lots <= viewing.MOST_LOTS
     assert sum(len(many.lot(number)) for number in range(many.lots)) == 10**9
 
 
 def most_held(count: int) -> int:
     """Return the most bytes of tensors that are held while so many photos are shown."""
-    asked = viewing_of(handle(nn.Sequential(nn.Conv2d(3, 8, 3))), Painted(count), [0])
+    asked = photo_pass_of(handle(nn.Sequential(nn.Conv2d(3, 8, 3))), Painted(count), [0])
     held = []
 
     def look(more: int) -> None:
@@ -737,7 +744,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(small_net: nn.Sequential, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray")
-    from phosphene.atlases.runners.ray_photos import RayShow
+    from phosphene.atlases.runners.ray_photos import RayPhotoRunner
 
     for number in range(1100):
         torch.manual_seed(number)
@@ -746,7 +753,9 @@ def test_ray_gives_the_same_bytes(small_net: nn.Sequential, tmp_path: Path) -> N
     model = handle(small_net.float())
     here = evidence(model, tmp_path, "*", top=3)
     seen: list[int] = []
-    there = evidence(model, tmp_path, "*", top=3, show=RayShow(workers=2), watch=lambda more, total: seen.append(more))
+    there = evidence(
+        model, tmp_path, "*", top=3, show=RayPhotoRunner(workers=2), watch=lambda more, total: seen.append(more)
+    )
     assert there.files() == here.files()
     assert there.about["lost"] == 1
     assert seen == [0, 512, 512, 76]
@@ -765,8 +774,8 @@ def test_what_comes_in_any_order_is_merged_in_that_of_the_lots() -> None:
 
 
 def test_layers_come_apart_again(small_net: nn.Sequential) -> None:
-    asked = viewing_of(handle(small_net), noise(5), [0, ".4"])
+    asked = photo_pass_of(handle(small_net), noise(5), [0, ".4"])
     both = list(by_layer(asked, next(iter(asked.partials([0])))))
     assert [len(one.mean) for one in both] == [6, 8]
-    alone = viewing_of(handle(small_net), noise(5), [".4"])
+    alone = photo_pass_of(handle(small_net), noise(5), [".4"])
     assert torch.equal(both[1].photos, next(by_layer(alone, next(iter(alone.partials([0]))))).photos)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene import errors
-from phosphene.evidence.photo_dataset import Photos, open_photos
+from phosphene.evidence.photo_dataset import PhotoDataset, open_photos
 from phosphene.images.photo import read
 
 PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3  # (h, w, c)
@@ -265,6 +265,6 @@ def test_a_dataset_is_read_in_the_thread_that_asks() -> None:
             seen.append(threading.current_thread())
             return torch.zeros(3, 2, 2)
 
-    photos: Photos = open_photos(Minding())
+    photos: PhotoDataset = open_photos(Minding())
     list(photos.each(range(3), lambda index: photos[index]))
     assert set(seen) == {threading.current_thread()}

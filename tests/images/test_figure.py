@@ -12,8 +12,19 @@ import torch
 from PIL import Image
 
 from phosphene.errors import InvalidRequest
-from phosphene.images import figure
-from phosphene.images.figure import DEAD, DISPLAYS, crossed, gif, grid, picture, png, standardise, stretch, to_bytes
+from phosphene.images import captions, encode
+from phosphene.images.display import (
+    DISPLAYS,
+    apply_colormap,
+    colormap_image,
+    resized,
+    standardise,
+    standardise_map,
+    stretch,
+    to_bytes,
+)
+from phosphene.images.encode import gif, png
+from phosphene.images.grid import DEAD, EMPTY, blank_tile, cross_out, grid, mosaic, picture
 from phosphene.rendering import recipes
 
 
@@ -121,7 +132,7 @@ def test_a_grid_of_nothing_is_refused(count: int, columns: int | None) -> None:
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_a_crossed_tile_is_dark_with_a_red_cross(mode: str) -> None:
     plain = tile(200, 40, 40, mode)
-    marked = crossed(plain)
+    marked = cross_out(plain)
     assert marked.mode == "RGB"
     assert [marked.getpixel((k, k)) for k in (0, 20, 39)] == [DEAD] * 3
     assert [marked.getpixel((k, 39 - k)) for k in (0, 10, 39)] == [DEAD] * 3
@@ -135,7 +146,7 @@ def test_png_bytes_are_the_same_twice_and_carry_their_metadata() -> None:
     first = png(image, metadata)
     assert first == png(image, dict(reversed(metadata.items())))
     with Image.open(io.BytesIO(first)) as opened:
-        assert json.loads(opened.text[figure.METADATA]) == metadata  # type: ignore[attr-defined]
+        assert json.loads(opened.text[encode.METADATA]) == metadata  # type: ignore[attr-defined]
         assert np.array_equal(np.asarray(opened), np.asarray(image))
 
 
@@ -167,37 +178,37 @@ def test_a_map_is_standardised_by_r4_1() -> None:
     maps = torch.tensor([[[0.0, 0.0], [0.0, 4.0]], [[7.0, 7.0], [7.0, 7.0]]], dtype=torch.float64)
     low, high = 128 - 64 / 3**0.5, 128 + 3 * 64 / 3**0.5
     assert (int(low), int(high)) == (91, 238)
-    assert figure.standardise_map(maps).flatten().tolist() == [91, 91, 91, 238, 128, 128, 128, 128]
+    assert standardise_map(maps).flatten().tolist() == [91, 91, 91, 238, 128, 128, 128, 128]
 
 
 def test_levels_are_painted_with_the_map_s_own_entries() -> None:
     from matplotlib import colormaps
 
     levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    painted = figure.painted(levels, "viridis")
+    painted = apply_colormap(levels, "viridis")
     assert painted.shape == (16, 16, 3)
     entries = [colormaps["viridis"](entry, bytes=True)[:3] for entry in range(256)]
     assert np.array_equal(painted.view(256, 3).numpy(), np.array(entries))
     assert painted[0, 0].tolist() == [68, 1, 84]  # the published ends of viridis
     assert painted[15, 15].tolist() == [253, 231, 36]
-    assert np.array_equal(np.asarray(figure.coloured(levels / 255)), painted.numpy())
+    assert np.array_equal(np.asarray(colormap_image(levels / 255)), painted.numpy())
 
 
 def test_a_mosaic_by_hand() -> None:
     tiles = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 3) * 10
-    sheet = np.asarray(figure.mosaic(tiles, columns=2, gap=1, between=7))[..., 0]
+    sheet = np.asarray(mosaic(tiles, columns=2, gap=1, between=7))[..., 0]
     assert sheet.tolist() == [[0, 0, 7, 10, 10], [7, 7, 7, 7, 7], [20, 20, 7, 7, 7]]
 
 
 def test_resizing_averages_areas_and_repeats() -> None:
     level = torch.tensor([[[0.0, 4.0, 8.0, 8.0]]])
-    assert figure.resized(level, (2, 2)).tolist() == [[[2, 8], [2, 8]]]
-    assert figure.resized(level[..., :2], (1, 6)).tolist() == [[[0, 0, 0, 4, 4, 4]]]
+    assert resized(level, (2, 2)).tolist() == [[[2, 8], [2, 8]]]
+    assert resized(level[..., :2], (1, 6)).tolist() == [[[0, 0, 0, 4, 4, 4]]]
 
 
 def test_a_caption_leaves_the_picture_as_it_is_and_makes_room_for_its_words() -> None:
     image = tile(77, 30, 20)
-    page = figure.captioned(image, "a title that is wider than the picture", "and a note")
+    page = captions.with_caption(image, "a title that is wider than the picture", "and a note")
     pixels = np.asarray(page)
     assert (pixels[64:84, 12:42] == 77).all()
     assert (pixels[84:] == 255).all()
@@ -208,17 +219,17 @@ def test_a_caption_leaves_the_picture_as_it_is_and_makes_room_for_its_words() ->
 
 def test_labels_stand_beside_their_rows_and_above_their_columns() -> None:
     image = tile(77, 60, 60)
-    page = np.asarray(figure.ruled(image, {30: "12"}, {10: "3"}))
+    page = np.asarray(captions.with_axis_labels(image, {30: "12"}, {10: "3"}))
     left, top = page.shape[1] - 60, page.shape[0] - 60
     assert (page[top:, left:] == 77).all()
     assert np.argwhere(page[top:, :left, 0] < 200)[:, 0].mean() == pytest.approx(30, abs=2)
     assert np.argwhere(page[:top, left:, 0] < 200)[:, 1].mean() == pytest.approx(10, abs=2)
-    assert figure.ruled(image, {}).size == (60, 60)
+    assert captions.with_axis_labels(image, {}).size == (60, 60)
 
 
 def test_pictures_are_joined_in_both_directions() -> None:
     pair = [tile(10, 4, 3), tile(20, 2, 5)]
-    across, down = figure.joined(pair, gap=2), figure.joined(pair, down=True, gap=2)
+    across, down = captions.stack_images(pair, gap=2), captions.stack_images(pair, down=True, gap=2)
     assert (across.size, down.size) == ((8, 5), (4, 10))
     assert [across.getpixel(place) for place in ((3, 2), (4, 0), (6, 4), (0, 4))] == [
         (10, 10, 10), (255, 255, 255), (20, 20, 20), (255, 255, 255)
@@ -227,34 +238,34 @@ def test_pictures_are_joined_in_both_directions() -> None:
 
 
 def test_a_colour_bar_runs_from_high_at_the_top_to_low() -> None:
-    bar = figure.colour_bar(-1, 3, "viridis", 101)
-    painted = figure.painted(torch.tensor([255, 128, 0], dtype=torch.uint8)).tolist()
+    bar = captions.colour_bar(-1, 3, "viridis", 101)
+    painted = apply_colormap(torch.tensor([255, 128, 0], dtype=torch.uint8)).tolist()
     found = [bar.getpixel((5, y)) for y in (0, 50, 100)]
     assert np.abs(np.array(found) - np.array(painted)).max() <= 2
-    longer = figure.colour_bar(-1.2345e-12, 3, "viridis", 101)
+    longer = captions.colour_bar(-1.2345e-12, 3, "viridis", 101)
     assert longer.width > bar.width
 
 
 def test_a_table_keeps_its_columns_and_fills_the_width() -> None:
-    short = figure.table(("name", "kind", "number"), [("a", "b", "1")])
-    wide = figure.table(("name", "kind", "number"), [("a", "b", "1")], 900)
+    short = captions.table(("name", "kind", "number"), [("a", "b", "1")])
+    wide = captions.table(("name", "kind", "number"), [("a", "b", "1")], 900)
     assert (wide.width, wide.height) == (900, short.height)
-    taller = figure.table(("name", "kind", "number"), [("a", "b", "1"), ("c", "d", "2")])
+    taller = captions.table(("name", "kind", "number"), [("a", "b", "1"), ("c", "d", "2")])
     assert taller.height == short.height + 20
-    assert taller.getpixel((1, 45)) == figure.SHADE
+    assert taller.getpixel((1, 45)) == captions.SHADE
     last = np.argwhere(np.asarray(wide)[:20, :, 0] < 200)[:, 1].max()
     assert 870 < last < 900  # numbers end at the right
 
 
 def test_the_sign_of_a_blank_tile_is_a_ring_in_its_middle() -> None:
-    marked = np.asarray(figure.blank(40, 60))
-    ring = np.argwhere((marked != figure.EMPTY).any(2))
+    marked = np.asarray(blank_tile(40, 60))
+    ring = np.argwhere((marked != EMPTY).any(2))
     assert ring.mean(0).tolist() == pytest.approx([19.5, 29.5], abs=0.6)
-    assert tuple(marked[19, 29]) == figure.EMPTY
+    assert tuple(marked[19, 29]) == EMPTY
     assert len(ring) > 20
 
 
 def test_less_effort_gives_the_same_picture() -> None:
-    image = figure.coloured(torch.rand(50, 50, generator=torch.Generator().manual_seed(0)))
+    image = colormap_image(torch.rand(50, 50, generator=torch.Generator().manual_seed(0)))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(image, {}, effort=1)))), np.asarray(image))
     assert png(image, {}) == png(image, {}, effort=6)

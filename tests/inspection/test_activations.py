@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from phosphene import errors
-from phosphene.images import figure
+from phosphene.images import encode, grid
 from phosphene.inspection.activations import Activations, activations, as_maps, measure
 from phosphene.network.layers import Layers
 from phosphene.network.loading import load
@@ -232,9 +232,9 @@ def test_a_grid_standardises_each_channel_by_r4_and_marks_blank_ones() -> None:
         tile = tile_at(page, index, 40)
         corners = [tuple(tile[y, x]) for y, x in ((0, 0), (19, 39), (39, 0), (20, 20))]
         assert corners == [viridis(levels[place]) for place in (0, 1, 2, 3)]
-    assert tuple(tile_at(page, 2, 40)[0, 0]) == figure.EMPTY
-    assert tuple(tile_at(page, 1, 40)[0, 0]) == figure.DEAD
-    rings = np.asarray(figure.blank(40, 40))
+    assert tuple(tile_at(page, 2, 40)[0, 0]) == grid.EMPTY
+    assert tuple(tile_at(page, 1, 40)[0, 0]) == grid.DEAD
+    rings = np.asarray(grid.blank_tile(40, 40))
     assert np.array_equal(tile_at(page, 16, 40), rings)
 
 
@@ -248,7 +248,7 @@ def test_a_level_far_off_is_clipped_and_a_vector_is_standardised_together() -> N
     for index, value in enumerate(vector.tolist()[:4]):
         level = math.floor(min(255, 128 + 64 * (value - 2.4) / math.sqrt(4.24)))
         assert tuple(tile_at(page, index, 40)[0, 0]) == viridis(level)
-    assert tuple(tile_at(page, 4, 40)[0, 0]) == figure.EMPTY
+    assert tuple(tile_at(page, 4, 40)[0, 0]) == grid.EMPTY
 
 
 def test_large_maps_shrink_by_area() -> None:
@@ -287,7 +287,7 @@ def test_one_channel_is_enlarged_from_its_lowest_to_its_highest() -> None:
     top, left = 64, 12  # two lines and a border
     for (y, x), level in {(0, 0): 0, (0, 479): 128, (479, 0): 64, (479, 479): 255}.items():
         assert tuple(pixels[top + y, left + x]) == viridis(level)
-    assert tuple(np.asarray(acts.channel("one", 1))[top, left]) == figure.EMPTY
+    assert tuple(np.asarray(acts.channel("one", 1))[top, left]) == grid.EMPTY
     with pytest.raises(errors.ChannelNotFound, match="one has no channel 2: it has 0 to 1"):
         acts.channel("one", 2)
 
@@ -310,7 +310,7 @@ def test_the_summary_is_paged_and_bounded_for_a_thousand_layers() -> None:
 
 def described(path: Path) -> Any:
     with Image.open(io.BytesIO(path.read_bytes())) as opened:
-        return json.loads(opened.text[figure.METADATA])  # type: ignore[attr-defined]
+        return json.loads(opened.text[encode.METADATA])  # type: ignore[attr-defined]
 
 
 def test_saving_writes_grids_summary_and_manifest_last(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
 from phosphene.inspection.explain import default_layer, explain, explaining, heatmaps
 from phosphene.network.feature_maps import as_map, token_grid
 from phosphene.network.loading import load
-from phosphene.network.model import Model, Preprocessing
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 NETS = {  # name -> side of the image in pixels

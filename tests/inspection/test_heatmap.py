@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import ChannelNotFound, InvalidRequest, OutputRefused
-from phosphene.images.figure import METADATA
+from phosphene.images.encode import METADATA
 from phosphene.images.photo import Fit, Region
-from phosphene.inspection.heatmap import Guess, Heatmap, class_indices, probabilities
+from phosphene.inspection.heatmap import ClassScore, Heatmap, class_indices, probabilities
 
 SMALL = torch.tensor([[-1.0, 2.0], [1.0, 4.0]])
 WHOLE = Region(0.0, 0.0, 8.0, 12.0)
@@ -26,7 +26,7 @@ WHOLE = Region(0.0, 0.0, 8.0, 12.0)
 def heatmap(
     one: Tensor = SMALL, region: Region = WHOLE, size: tuple[int, int] = (8, 12), method: str = "gradcam"
 ) -> Heatmap:
-    guess = Guess(3, "tiger cat", 0.375)
+    guess = ClassScore(3, "tiger cat", 0.375)
     return Heatmap(one, method, "conv", guess, (guess,), region, size, {"model": "m", "layer": "conv"})
 
 
@@ -122,7 +122,7 @@ def test_the_legend_lies_below_the_photo_and_covers_none_of_it() -> None:
 
 def test_captions_wrap_rather_than_run_out() -> None:
     image = photo(40, 30)
-    name = Guess(3, "a very long name " * 5 + "w" * 80, 0.5)
+    name = ClassScore(3, "a very long name " * 5 + "w" * 80, 0.5)
     one = Heatmap(SMALL, "gradcam", "conv", name, (name,), Region(0, 0, 40, 30), (40, 30), {})
     sheet = pixels(one.overlay(image))
     assert sheet.shape[1] == 200

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from phosphene import errors
-from phosphene.images import figure
-from phosphene.inspection.kernels import Kernels, Sheet, kernels, numbered, scale
+from phosphene.images import captions, display, encode
+from phosphene.inspection.kernels import Kernels, KernelSheet, index_labels, kernels, scale
 from phosphene.network.loading import load
-from phosphene.network.model import Model, Preprocessing
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 TOP = 12 + 2 * 24 + 4  # border, title, note, gap: where the picture under a caption begins
 HEAD = 18  # labels of the columns
@@ -123,9 +124,9 @@ def test_depthwise_kernels_fill_a_near_square_grid_row_by_row() -> None:
 
 
 def test_rows_go_on_in_a_further_block_where_filters_see_few_channels() -> None:
-    sheet = Sheet.of(torch.zeros(64, 3, 3, 3))
+    sheet = KernelSheet.of(torch.zeros(64, 3, 3, 3))
     assert (sheet.rows, sheet.columns, len(sheet.pages)) == (16, 3, 1)
-    assert Sheet.of(torch.zeros(10, 5, 3, 3))[1:] == (10, 5, [(range(10), range(5))])
+    assert KernelSheet.of(torch.zeros(10, 5, 3, 3))[1:] == (10, 5, [(range(10), range(5))])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_rows_go_on_in_a_further_block_where_filters_see_few_channels() -> None:
 )
 def test_pages_hold_every_kernel_once_and_are_bounded(shape: tuple[int, int, int, int]) -> None:
     weights = torch.zeros(1, 1, *shape[2:]).expand(shape)
-    sheet = Sheet.of(weights)
+    sheet = KernelSheet.of(weights)
     seen = np.zeros(shape[:2], int)
     for filters, channels in sheet.pages:
         seen[filters.start : filters.stop, channels.start : channels.stop] += 1
@@ -150,7 +151,7 @@ def test_the_pages_of_a_large_layer(tmp_path: Path) -> None:
     many = made(weights)
     assert many.pages == 2
     second = np.asarray(many.grid(1))
-    height = 3 * Sheet.of(weights).factor + 1
+    height = 3 * KernelSheet.of(weights).factor + 1
     left = first_column(second, TOP + HEAD)
     assert tuple(second[TOP + HEAD + height, left]) == tuple(
         int(one) for one in colormaps["RdBu_r"](255, bytes=True)[:3]
@@ -160,13 +161,13 @@ def test_the_pages_of_a_large_layer(tmp_path: Path) -> None:
     paths = many.save(tmp_path / "conv.png")
     assert [one.name for one in paths] == ["conv.png", "conv_page2.png"]
     with Image.open(paths[1]) as opened:
-        about = json.loads(opened.text[figure.METADATA])  # type: ignore[attr-defined]
+        about = json.loads(opened.text[encode.METADATA])  # type: ignore[attr-defined]
     assert (about["layer"], about["page"]) == ("conv", 1)
 
 
 def test_labels_are_as_close_as_there_is_room() -> None:
-    assert numbered(range(5, 8), 49, 14) == {24: "5", 73: "6", 122: "7"}
-    assert list(numbered(range(6), 10, 28).values()) == ["0", "4"]
+    assert index_labels(range(5, 8), 49, 14) == {24: "5", 73: "6", 122: "7"}
+    assert list(index_labels(range(6), 10, 28).values()) == ["0", "4"]
 
 
 # --- in colour --------------------------------------------------------------------------------------------------------
@@ -206,13 +207,13 @@ def test_the_built_in_network_shows_a_green_filter_in_green() -> None:
 
 def test_the_colours_of_kernels_that_fill_several_pages_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[list[str]] = []
-    draw = figure.ruled
+    draw = captions.with_axis_labels
 
-    def note(sheet: figure.Picture, rows: dict[int, str], columns: dict[int, str] | None = None) -> figure.Picture:
+    def note(sheet: display.Picture, rows: dict[int, str], columns: dict[int, str] | None = None) -> display.Picture:
         named.append(list((columns or {}).values()))
         return draw(sheet, rows, columns)
 
-    monkeypatch.setattr(figure, "ruled", note)
+    monkeypatch.setattr(captions, "with_axis_labels", note)
     monkeypatch.setattr(sys.modules["phosphene.inspection.kernels"], "PAGE", 90)  # room for two columns of 40 px
     sheets = made(torch.rand(2, 3, 40, 40), "bgr")
     for page in range(sheets.pages):

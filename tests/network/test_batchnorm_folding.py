@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from phosphene.inspection.explain import explaining, heatmaps
-from phosphene.network.batchnorm_folding import Folding, folded
+from phosphene.network.batchnorm_folding import BatchNormFolding, fold
 from phosphene.network.layers import survey
 from phosphene.network.loading import load
 from phosphene.network.model import Model
@@ -50,7 +50,7 @@ def pairs(net: nn.Module, side: int = 8, channels: int = 2) -> list[tuple[str, s
     return [(one.convolution, one.norm) for one in found]
 
 
-def folding_of(net: nn.Module) -> Folding:
+def folding_of(net: nn.Module) -> BatchNormFolding:
     return Model(net, "net", (8, 8), channels_in=2).folding([""])
 
 
@@ -63,7 +63,7 @@ def test_a_fold_by_hand() -> None:
         norm.weight.copy_(torch.tensor([6.0, -3.0]))
         norm.bias.copy_(torch.tensor([7.0, 4.0]))
     norm.running_mean, norm.running_var = torch.tensor([5.0, 2.0]), torch.tensor([3.5, 8.5])
-    new = folded(conv, norm)
+    new = fold(conv, norm)
     assert new is not None
     assert new.weights["weight"].flatten().tolist() == [3.0, 6.0, -3.0, -4.0]
     assert new.weights["bias"].tolist() == [-5.0, 6.0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phosphene.network.capture import Place, borrowed, capture
+from phosphene.network.capture import TensorAddress, borrowed, capture
 from phosphene.network.model import Model
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -144,7 +144,7 @@ def test_reading_leaves_no_trace(ending: str, outside: str, lived_in: LivedIn, u
     model = Model(lived_in, "lived in", (8, 8), modules=dict(lived_in.named_modules()))
     image = torch.rand(1, 3, 8, 8)
     before = more_of(lived_in)
-    places = {"conv": Place("conv"), "last": Place("last")}
+    places = {"conv": TensorAddress("conv"), "last": TensorAddress("last")}
     seen = None
     with OUTSIDE[outside](), untouched(lived_in):
         stopped: AbstractContextManager[None] = (
@@ -185,7 +185,7 @@ def test_an_error_of_the_caller_passes_through_a_reading_and_leaves_no_trace(
 
 def test_the_hooks_of_the_user_still_act_while_reading(lived_in: LivedIn) -> None:
     image = torch.rand(1, 3, 8, 8)
-    with borrowed(lived_in), capture(lived_in, {"conv": lived_in.conv}, {"conv": Place("conv")}) as read:
+    with borrowed(lived_in), capture(lived_in, {"conv": lived_in.conv}, {"conv": TensorAddress("conv")}) as read:
         act = read(image)["conv"]
     doubled = 2 * nn.functional.conv2d(image, lived_in.conv.weight, lived_in.conv.bias)
     assert torch.equal(act, doubled)
@@ -203,7 +203,7 @@ def test_gradients_can_be_taken_while_everything_outside_forbids_them(small_net:
     image = noise(1, 3, 8, 8, dtype=torch.float64)
     expected = small_net[:5](image.requires_grad_())
     (slope,) = torch.autograd.grad(expected.sum(), image)
-    reading = capture(small_net, {"4": small_net[4]}, {"x": Place("4")})
+    reading = capture(small_net, {"4": small_net[4]}, {"x": TensorAddress("4")})
     with torch.inference_mode(), borrowed(small_net), reading as read:
         act = read(image)["x"]
         (mine,) = torch.autograd.grad(act.sum(), image)

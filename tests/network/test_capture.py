@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from phosphene.errors import LayerRefused
-from phosphene.network.capture import Place, capture, parts, with_part
+from phosphene.network.capture import TensorAddress, capture, tensors_in, with_part
 
 NORMS = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
@@ -80,7 +80,7 @@ def test_every_layer_reads_as_a_clone_taken_in_its_hook(name: str) -> None:
     net, image = built(name), noise(1, 3, NETS[name], NETS[name])
     truth = hooked(net, image, torch.clone)
     modules = {path: net.get_submodule(path) for path in truth}
-    with capture(net, modules, {path: Place(path) for path in truth}) as read:
+    with capture(net, modules, {path: TensorAddress(path) for path in truth}) as read:
         acts = read(image)
     assert len(acts) > 4
     for path, expected in truth.items():
@@ -95,7 +95,9 @@ def test_every_layer_reads_as_a_clone_taken_in_its_hook(name: str) -> None:
 def test_gradients_at_every_convolution_are_those_of_the_network_without_in_place_operations(name: str) -> None:
     net, image = built(name).double(), noise(2, 3, 64, 64, dtype=torch.float64).requires_grad_()
     paths = [path for path, one in net.named_modules() if isinstance(one, nn.Conv2d)]
-    with capture(net, {"": net} | readable(net), {"": Place("")} | {path: Place(path) for path in paths}) as read:
+    with capture(
+        net, {"": net} | readable(net), {"": TensorAddress("")} | {path: TensorAddress(path) for path in paths}
+    ) as read:
         acts = read(image)
         captured = gradients(acts, acts[""], image, paths)
     for module in net.modules():
@@ -138,7 +140,9 @@ def test_values_and_gradients_by_hand() -> None:
             return tripled.sum()
 
     net, x = Tiny(), torch.tensor([-1.0, 4.0], requires_grad=True)
-    with capture(net, {"double_it": net.double_it, "": net}, {"a": Place("double_it"), "b": Place("")}) as read:
+    with capture(
+        net, {"double_it": net.double_it, "": net}, {"a": TensorAddress("double_it"), "b": TensorAddress("")}
+    ) as read:
         acts = read(x)
     assert acts["a"].tolist() == [-2.0, 8.0]
     assert acts["b"].item() == 24.0
@@ -176,7 +180,7 @@ class Aliasing(nn.Module):
 def test_a_module_that_returns_what_it_was_given_reads_right() -> None:
     net, x = Aliasing(), torch.tensor([-1.0, 4.0])
     names = ("first", "shortcut", "last")
-    with capture(net, dict(net.named_modules()), {name: Place(name) for name in names}) as read:
+    with capture(net, dict(net.named_modules()), {name: TensorAddress(name) for name in names}) as read:
         acts = read(x)
     assert acts["first"].tolist() == [-2.0, 8.0]
     assert acts["shortcut"].tolist() == [-2.0, 8.0]
@@ -196,7 +200,7 @@ class Trace(nn.Module):
 def test_the_forward_pass_stops_at_the_last_layer_needed() -> None:
     steps = [Trace() for _ in range(4)]
     net = nn.Sequential(*steps)
-    with capture(net, dict(net.named_modules()), {"x": Place("1"), "y": Place("0")}) as read:
+    with capture(net, dict(net.named_modules()), {"x": TensorAddress("1"), "y": TensorAddress("0")}) as read:
         for _ in range(3):
             acts = read(torch.zeros(2))
     assert [one.ran for one in steps] == [3, 3, 0, 0]
@@ -207,18 +211,20 @@ def test_the_forward_pass_stops_at_the_last_layer_needed() -> None:
 def test_a_module_that_runs_several_times_is_read_at_the_call_asked_for() -> None:
     step = Trace()
     net = nn.Sequential(step, step, step)
-    places = {number: Place("0", number) for number in (2, 0)}
+    places = {number: TensorAddress("0", number) for number in (2, 0)}
     with capture(net, {"0": step}, places) as read:
         assert {key: act.item() for key, act in read(torch.zeros(1)).items()} == {0: 1.0, 2: 3.0}
         assert {key: act.item() for key, act in read(torch.ones(1)).items()} == {0: 2.0, 2: 4.0}
-    with capture(net, {"0": step}, {"x": Place("0", 1)}) as read:
+    with capture(net, {"0": step}, {"x": TensorAddress("0", 1)}) as read:
         assert read(torch.zeros(1))["x"].item() == 2.0
     assert step.ran == 3 + 3 + 2
 
 
 def test_two_names_for_one_place_give_one_tensor() -> None:
     net = nn.Sequential(Trace(), nn.ReLU(inplace=True), Trace())
-    with capture(net, dict(net.named_modules()), {"a": Place("0"), "b": Place("0"), "c": Place("2")}) as read:
+    with capture(
+        net, dict(net.named_modules()), {"a": TensorAddress("0"), "b": TensorAddress("0"), "c": TensorAddress("2")}
+    ) as read:
         acts = read(torch.tensor([-5.0], requires_grad=True))
     assert acts["a"] is acts["b"]
     assert (acts["a"].item(), acts["c"].item()) == (-4.0, 1.0)
@@ -315,7 +321,9 @@ def test_modules_that_return_several_tensors_are_read_and_go_on(shape: str) -> N
     net, x = Net(), torch.tensor([-1.0, 4.0], requires_grad=True)
     part = {"namedtuple": "1", "typed namedtuple": "1"}.get(shape, part)
     expected = [-2.0, 8.0]
-    with capture(net, dict(net.named_modules()), {"a": Place("two", 0, part), "b": Place("after")}) as read:
+    with capture(
+        net, dict(net.named_modules()), {"a": TensorAddress("two", 0, part), "b": TensorAddress("after")}
+    ) as read:
         acts = read(x)
     assert acts["a"].tolist() == expected
     assert acts["b"].tolist() == [0.0, 24.0]
@@ -329,15 +337,18 @@ def test_replacing_one_tensor_leaves_the_original_and_the_rest_alone() -> None:
     changed = with_part(output, "right", new)
     assert (changed.right is new, changed["right"] is new, changed.left is a) == (True, True, True)
     assert (output.right is b, output["right"] is b) == (True, True)
-    assert list(parts(changed)) == ["left", "right"]
+    assert list(tensors_in(changed)) == ["left", "right"]
     assert with_part(Record(a, b, "kept"), "left", new) == Record(new, b, "kept")
 
 
 def test_what_does_not_run_or_is_not_there_is_refused_by_name() -> None:
     net = nn.Sequential(Trace(), Trace())
-    with capture(net, {"0": net[0]}, {"x": Place("0", 1)}) as read, pytest.raises(LayerRefused, match="0 did not run"):
+    with (
+        capture(net, {"0": net[0]}, {"x": TensorAddress("0", 1)}) as read,
+        pytest.raises(LayerRefused, match="0 did not run"),
+    ):
         read(torch.zeros(1))
-    with capture(net, {"0": net[0]}, {"x": Place("0", 0, "logits")}) as read:
+    with capture(net, {"0": net[0]}, {"x": TensorAddress("0", 0, "logits")}) as read:
         for _ in range(2):
             with pytest.raises(LayerRefused, match="0 returned no tensor 'logits'"):
                 read(torch.zeros(1))
@@ -345,7 +356,7 @@ def test_what_does_not_run_or_is_not_there_is_refused_by_name() -> None:
 
 def test_nothing_read_lives_on_in_the_capture() -> None:
     net = nn.Sequential(Trace(), Trace(), Trace())
-    with capture(net, dict(net.named_modules()), {"x": Place("0"), "y": Place("1")}) as read:
+    with capture(net, dict(net.named_modules()), {"x": TensorAddress("0"), "y": TensorAddress("1")}) as read:
         acts = read(torch.zeros(1))
         alive = [weakref.ref(one) for one in acts.values()]
         del acts
@@ -357,7 +368,7 @@ def test_a_backward_pass_ends_at_a_root() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Conv2d(2, 1, 1)).double()
     image = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
-    modules, places = dict(net.named_modules()), {"a": Place("0"), "b": Place("2")}
+    modules, places = dict(net.named_modules()), {"a": TensorAddress("0"), "b": TensorAddress("2")}
     with capture(net, modules, places, roots=["a"]) as read:
         acts = read(image)
     assert acts["a"].is_leaf

@@ -18,10 +18,10 @@ from torchvision import models
 
 import phosphene
 from phosphene.errors import LayerNotFound, LayerRefused, SizeRefused
-from phosphene.network.capture import Place
+from phosphene.network.capture import TensorAddress
 from phosphene.network.layers import Layers, ReceptiveField, survey, trace
 from phosphene.network.model import Model
-from phosphene.network.receptive_field_tracer import Tracer
+from phosphene.network.receptive_field_tracer import ReceptiveFieldTracer
 
 
 def table(net: nn.Module, *shape: int) -> Layers:
@@ -98,7 +98,7 @@ def test_efficientnet_lite0_is_as_published(lite0: Layers) -> None:
 
 def test_a_module_that_runs_twice_has_a_row_a_call(lite0: Layers) -> None:
     assert [lite0.find(f"_swish@{call}").channels for call in (0, 1)] == [32, 1280]
-    assert lite0.find("_swish@1").place == Place("_swish", 1)
+    assert lite0.find("_swish@1").place == TensorAddress("_swish", 1)
     with pytest.raises(LayerRefused, match="'_swish' stands for 2 results; choose one of: _swish@0, _swish@1"):
         lite0.find("_swish")
 
@@ -244,8 +244,8 @@ def test_every_call_and_every_part_has_its_row() -> None:
         (".0#logits", 1, None),
         (".0#maps.0", 2, (2, 3)),
     ]
-    assert found.find(".0#maps.0").place == found.find("0#maps.0").place == Place("0", 0, "maps.0")
-    assert found.find("0.split#1").place == Place("0.split", 0, "1")
+    assert found.find(".0#maps.0").place == found.find("0#maps.0").place == TensorAddress("0", 0, "maps.0")
+    assert found.find("0.split#1").place == TensorAddress("0.split", 0, "1")
     for address in ("0", ".0"):
         with pytest.raises(LayerRefused, match=r"choose one of: \.0#logits, \.0#maps\.0"):
             found.find(address)
@@ -324,7 +324,9 @@ def test_the_table_without_arithmetic_is_the_table_with_it(name: str) -> None:
     net = models.get_model(name, weights=None).eval()
     modules, image = dict(net.named_modules()), torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        tables = [list(trace(net, modules, image, Tracer(image, arithmetic))) for arithmetic in (True, False)]
+        tables = [
+            list(trace(net, modules, image, ReceptiveFieldTracer(image, arithmetic))) for arithmetic in (True, False)
+        ]
     assert tables[0] == tables[1]
     assert len(tables[0]) > 40
 

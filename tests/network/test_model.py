@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from phosphene import errors
-from phosphene.network.model import Model, Preprocessing, first_line, is_out_of_memory, parse_channels
+from phosphene.errors import first_line
+from phosphene.network.channel_ranges import parse_channels
+from phosphene.network.memory import is_out_of_memory
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 

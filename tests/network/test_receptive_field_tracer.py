@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from phosphene.network.receptive_field import DOWN, RIGHT, Field
-from phosphene.network.receptive_field_tracer import Tracer
+from phosphene.network.receptive_field import DOWN, RIGHT, ReceptiveFieldState
+from phosphene.network.receptive_field_tracer import ReceptiveFieldTracer
 from positive_networks import noise, positive
 
 Function = Callable[[Tensor], Tensor]
 
 
-def traced(function: Function, image: Tensor) -> tuple[Tensor, Field | None]:
+def traced(function: Function, image: Tensor) -> tuple[Tensor, ReceptiveFieldState | None]:
     """Return what a function makes of an image and the field that the tracer says it has."""
-    tracer = Tracer(image)
+    tracer = ReceptiveFieldTracer(image)
     with torch.no_grad(), tracer:
         output = function(image)
     return output, tracer.field(output)
 
 
-def offsets(field: Field, index: tuple[int, ...]) -> tuple[int, int]:
+def offsets(field: ReceptiveFieldState, index: tuple[int, ...]) -> tuple[int, int]:
     """Return how many pixels (down, right) the field of an entry lies from that of index 0."""
     moved = [0, 0]
     for place, factors in zip(index, field.layout, strict=True):
@@ -344,7 +344,7 @@ def test_without_arithmetic_the_fields_and_shapes_are_the_same() -> None:
     image = torch.rand(1, 3, 64, 80)
     fields = []
     for arithmetic in (True, False):
-        tracer = Tracer(image, arithmetic)
+        tracer = ReceptiveFieldTracer(image, arithmetic)
         with torch.no_grad(), tracer:
             output = net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image)))))))
         fields.append((tuple(output.shape), tracer.field(output)))

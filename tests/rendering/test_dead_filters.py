@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import phosphene as ph
-from phosphene.images.figure import DEAD
-from phosphene.rendering.recipes import RECIPES, Recipe, part
-from phosphene.rendering.render import never_left, without_contrast
+from phosphene.images.grid import DEAD
+from phosphene.rendering.recipes import RECIPES, Recipe, choice
+from phosphene.rendering.render import never_moved, without_contrast
 
-QUICK = Recipe("quick", "", (16,), 2, part("pixels", low=0.3, high=0.7), part("rms", rate=2.0))
+QUICK = Recipe("quick", "", (16,), 2, choice("pixels", low=0.3, high=0.7), choice("rms", rate=2.0))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_picture_without_contrast_is_dead() -> None:
     net = nn.Sequential(nn.Conv2d(3, 1, 1)).double()
     with torch.no_grad():
         net[0].weight.fill_(1.0)  # type: ignore[operator]
-    recipe = dataclasses.replace(QUICK, step_rule=part("rms", rate=400.0))
+    recipe = dataclasses.replace(QUICK, step_rule=choice("rms", rate=400.0))
     pictures = ph.render(ph.load(net, input_size=16), ph.channel("0", 0), recipe)
     assert bool(pictures.scores[0] > pictures.start_scores[0])
     assert pictures.dead.tolist() == [True]
@@ -87,8 +87,8 @@ def test_the_first_max_steps_are_not_falsely_dead(small_net: nn.Sequential) -> N
     assert not bool(one.dead.any())
     # the signed maximum may turn a step downhill; that filter has left its start all the same
     scores = torch.tensor([[1.0, 0.0, 2.0], [0.5, 0.0, 2.0], [1.0, 0.0, 2.0 + 1e-6]])
-    assert never_left(torch.tensor([1.0, 0.0, 2.0]), scores).tolist() == [False, True, True]
+    assert never_moved(torch.tensor([1.0, 0.0, 2.0]), scores).tolist() == [False, True, True]
 
 
 def test_a_small_score_that_moves_is_not_dead() -> None:
-    assert never_left(torch.tensor([1e-9]), torch.tensor([[1.1e-9]])).tolist() == [False]
+    assert never_moved(torch.tensor([1e-9]), torch.tensor([[1.1e-9]])).tolist() == [False]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.rendering.gradient_ascent import Base, box_blur, resize
+from phosphene.rendering.gradient_ascent import StartImage, box_blur, resize
 from phosphene.rendering.objectives import OUTPUT
 from phosphene.rendering.parameterizations import PARAMETERIZATIONS
-from phosphene.rendering.recipes import RECIPES, Recipe, part
-from phosphene.rendering.step_rules import STEPS
-from phosphene.rendering.transforms import Draws
+from phosphene.rendering.recipes import RECIPES, Recipe, choice
+from phosphene.rendering.step_rules import STEP_RULES
+from phosphene.rendering.transforms import RandomDraws
 
 # modest steps, in what each tensor counts in: bytes, Fourier coefficients (which start at 0.01), radians
 RATES = {"pixels": 1.0, "fourier": 0.0005, "maco": 0.05}
@@ -38,13 +38,15 @@ def model(small_net: nn.Sequential) -> ph.Model:
     return ph.load(small_net, input_size=32)
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", STEP_RULES)
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 def test_the_score_of_every_objective_rises_within_three_steps(
     model: ph.Model, parameterization: str, step: str
 ) -> None:
     options = {"low": 0.3, "high": 0.7} if parameterization == "pixels" else {}
-    recipe = Recipe("test", "", (24,), 3, part(parameterization, **options), part(step, rate=RATES[parameterization]))
+    recipe = Recipe(
+        "test", "", (24,), 3, choice(parameterization, **options), choice(step, rate=RATES[parameterization])
+    )
     for name, objective in OBJECTIVES.items():
         pictures = ph.render(model, objective(), recipe)
         assert bool((pictures.scores > pictures.start_scores).all()), (name, pictures.start_scores, pictures.scores)
@@ -112,7 +114,7 @@ def test_weight_decay_pulls_the_tensor_towards_zero() -> None:
     with torch.no_grad():
         net[0].weight.fill_(3.0)  # type: ignore[operator]
     recipe = Recipe(
-        "test", "", (2,), 1, part("pixels", unit="one", low=0.5, high=0.5), part("momentum", rate=1.0, keep=0.0),
+        "test", "", (2,), 1, choice("pixels", unit="one", low=0.5, high=0.5), choice("momentum", rate=1.0, keep=0.0),
         weight_decay=2.0,
     )  # fmt: skip
     # the score is the mean of 3x over four pixels: 0.75 a pixel; less 2 · 0.5; divided by its size, -1
@@ -163,15 +165,15 @@ def test_a_network_without_gradient_is_refused(small_net: nn.Sequential) -> None
 
 
 def test_base_keeps_the_proportions_of_a_photo() -> None:
-    assert Base(3).shape(20) == (3, 20, 20)
-    assert Base(3, torch.zeros(1, 3, 40, 60)).shape(20) == (3, 20, 30)
-    assert Base(1, sides=(64, 32)).shape(32) == (1, 64, 32)
+    assert StartImage(3).shape(20) == (3, 20, 20)
+    assert StartImage(3, torch.zeros(1, 3, 40, 60)).shape(20) == (3, 20, 30)
+    assert StartImage(1, sides=(64, 32)).shape(32) == (1, 64, 32)
 
 
 def test_over_a_photo_only_what_was_added_is_enlarged() -> None:
     generator = torch.Generator().manual_seed(0)
     photo = torch.rand(1, 3, 24, 36, generator=generator, dtype=torch.float64)
-    base, draws = Base(3, photo), Draws([0])
+    base, draws = StartImage(3, photo), RandomDraws([0])
     _, first = base.start(12, None, 0, draws)
     assert isinstance(first, Tensor)
     assert torch.equal(first, resize(photo, (3, 12, 18)))

@@ -149,7 +149,7 @@ def test_whole_numbers_of_numpy_and_torch_are_channels() -> None:
 @pytest.mark.parametrize("wrong", [[], -1, [0, -2], True, [True], 1.0, [0.5], "3", None, [[0]], np.array([0.5])])
 @pytest.mark.parametrize("make", [ph.logit, lambda chosen: ph.channel("map", chosen)])
 def test_what_is_no_index_is_refused_at_once(make: Callable[[object], Objective], wrong: object) -> None:
-    with pytest.raises(InvalidRequest, match=r"is a whole number from 0, not|was chosen; give at least one"):
+    with pytest.raises(InvalidRequest, match=r"is a whole number of at least 0, not|was chosen; give at least one"):
         make(wrong)
 
 
@@ -170,7 +170,7 @@ def anything(value: Any) -> Any:
         (lambda: ph.direction("map", [1.0, float("nan")]), "finite numbers"),
         (lambda: ph.direction("map", torch.ones(2, 3, 3)), r"a vector \(c,\) or a table \(n, c\)"),
         (lambda: ph.neuron("map", 0, (1, 2, 3)), r"\(row, column\), not \(1, 2, 3\)"),  # type: ignore[arg-type]
-        (lambda: ph.neuron("map", 0, (-1, 0)), "a row or column is a whole number from 0, not -1"),
+        (lambda: ph.neuron("map", 0, (-1, 0)), "a row or column is a whole number of at least 0, not -1"),
     ],
 )
 def test_wrong_requests_are_refused_at_once(make: Callable[[], object], said: str) -> None:

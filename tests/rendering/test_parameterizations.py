@@ -24,7 +24,7 @@ from phosphene.rendering.parameterizations import (
     units,
     with_edges,
 )
-from phosphene.rendering.transforms import Draws
+from phosphene.rendering.transforms import RandomDraws
 
 LIKE = torch.empty(0, dtype=torch.float64)
 SHAPES = [(2, 3, 16, 16), (2, 1, 17, 15), (1, 7, 12, 21), (1, 3, 15, 10)]
@@ -52,7 +52,7 @@ def logits(image: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("low", "high"), [(128 / 255, 129 / 255), (0.2, 0.7)])
 def test_pixels_start_uniform(low: float, high: float) -> None:
-    image = pixels((2, 3, 40, 40), Draws([1, 2]), LIKE, low, high).image()
+    image = pixels((2, 3, 40, 40), RandomDraws([1, 2]), LIKE, low, high).image()
     assert low <= image.min().item() < low + 0.01 * (high - low)
     assert high - 0.01 * (high - low) < image.max().item() < high
     assert image.mean().item() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
@@ -60,7 +60,7 @@ def test_pixels_start_uniform(low: float, high: float) -> None:
 
 
 def test_pixels_can_start_from_whole_bytes() -> None:
-    image = pixels((1, 3, 60, 60), Draws([1]), LIKE, 150 / 255, 180 / 255, "imagenet", whole=True).image() * 255
+    image = pixels((1, 3, 60, 60), RandomDraws([1]), LIKE, 150 / 255, 180 / 255, "imagenet", whole=True).image() * 255
     assert (image - image.round()).abs().max().item() < 1e-12 * 255
     assert set(image.round().flatten().tolist()) == set(range(150, 180))
 
@@ -113,7 +113,7 @@ def test_frequencies_by_hand() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fourier_starts_almost_grey_and_stays_in_range(shape: tuple[int, int, int, int]) -> None:
-    start = fourier(shape, Draws(range(shape[0])), LIKE)
+    start = fourier(shape, RandomDraws(range(shape[0])), LIKE)
     image = start.image()
     assert image.shape == shape
     assert (image - 0.5).abs().max().item() < 0.1
@@ -158,7 +158,7 @@ def test_fourier_gives_back_the_image_it_starts_from(shape: tuple[int, int, int,
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (3, 33, 31), (1, 32, 31), (7, 31, 32)])
 def test_fourier_can_fit_a_photo(channels: int, height: int, width: int) -> None:
     target = photo_like(channels, height, width)
-    start = fourier(target.shape, Draws([0]), LIKE)  # type: ignore[arg-type]
+    start = fourier(target.shape, RandomDraws([0]), LIKE)  # type: ignore[arg-type]
     optimiser = torch.optim.Adam([start.tensor], lr=0.1)
 
     def loss() -> Tensor:
@@ -215,7 +215,7 @@ def test_waves_slower_than_the_stored_ones_are_not_weaker() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_maco_keeps_the_magnitude_exactly_while_phases_change(shape: tuple[int, int, int, int]) -> None:
-    start = maco(shape, Draws(range(shape[0])), LIKE)
+    start = maco(shape, RandomDraws(range(shape[0])), LIKE)
     magnitude = natural_magnitude(*shape[1:])
 
     def spectrum(image: Tensor) -> Tensor:
@@ -256,15 +256,15 @@ def test_the_edges_of_a_real_spectrum_hold_everything_twice() -> None:
 # --- all of them
 
 
-def build(name: str, shape: tuple[int, int, int, int], start: Tensor | Draws) -> Parameterization:
+def build(name: str, shape: tuple[int, int, int, int], start: Tensor | RandomDraws) -> Parameterization:
     return PARAMETERIZATIONS[name](shape, start, LIKE)
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 @pytest.mark.parametrize("size", [(16, 16), (15, 22)])
 def test_an_image_of_a_batch_is_the_image_alone(name: str, size: tuple[int, int]) -> None:
-    together = build(name, (3, 3, *size), Draws([4, 5, 6]))
-    alone = build(name, (1, 3, *size), Draws([5]))
+    together = build(name, (3, 3, *size), RandomDraws([4, 5, 6]))
+    alone = build(name, (1, 3, *size), RandomDraws([5]))
     assert torch.equal(alone.tensor[0], together.tensor[1])
     assert torch.allclose(alone.image()[0], together.image()[1], rtol=0, atol=1e-15)
 
@@ -272,7 +272,7 @@ def test_an_image_of_a_batch_is_the_image_alone(name: str, size: tuple[int, int]
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 def test_the_tensor_is_a_leaf_of_the_networks_kind(name: str) -> None:
     for dtype in (torch.float32, torch.float64):
-        for start in (Draws([0]), photo_like(3, 8, 8)):
+        for start in (RandomDraws([0]), photo_like(3, 8, 8)):
             made = PARAMETERIZATIONS[name]((1, 3, 8, 8), start, torch.empty(0, dtype=dtype))
             assert made.tensor.is_leaf
             assert made.tensor.requires_grad
@@ -282,7 +282,7 @@ def test_the_tensor_is_a_leaf_of_the_networks_kind(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 @pytest.mark.parametrize("shape", [(1, 3, 6, 6), (1, 2, 5, 7)])
 def test_gradients_agree_with_finite_differences(name: str, shape: tuple[int, int, int, int]) -> None:
-    made = build(name, shape, Draws([3]))
+    made = build(name, shape, RandomDraws([3]))
     weights = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradient = torch.autograd.grad((made.image() * weights).sum(), made.tensor)[0]
     direction = torch.randn(made.tensor.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

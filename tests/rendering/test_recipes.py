@@ -10,7 +10,7 @@ import pytest
 
 import phosphene as ph
 from phosphene.errors import InvalidRequest, RecipeNotFound
-from phosphene.rendering.recipes import DEFAULT, RECIPES, Recipe, find_recipe, growing, part
+from phosphene.rendering.recipes import DEFAULT, RECIPES, Recipe, choice, find_recipe, growing
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -36,15 +36,15 @@ def test_the_digest_is_of_what_changes_pictures() -> None:
         {"weight_decay": 1e-6},
         {"cooldown": 0.5},
         {"transforms": ()},
-        {"step_rule": part("adam", rate=0.05)},
-        {"parameterization": part("fourier", decay=1.5)},
+        {"step_rule": choice("adam", rate=0.05)},
+        {"parameterization": choice("fourier", decay=1.5)},
     ]
     digests = {dataclasses.replace(recipe, **change).digest for change in changes}
     assert len(digests | {recipe.digest}) == len(changes) + 1
 
 
 def test_the_order_of_options_does_not_matter() -> None:
-    assert part("affine", pixels=1.0, scale=0.1) == part("affine", scale=0.1, pixels=1.0)
+    assert choice("affine", pixels=1.0, scale=0.1) == choice("affine", scale=0.1, pixels=1.0)
 
 
 def test_at_scales_a_whole_schedule() -> None:
@@ -84,8 +84,8 @@ PLAIN: dict[str, Any] = {
     "source": "",
     "sizes": (8,),
     "steps": 1,
-    "parameterization": part("pixels"),
-    "step_rule": part("rms", rate=1.0),
+    "parameterization": choice("pixels"),
+    "step_rule": choice("rms", rate=1.0),
 }
 
 
@@ -102,15 +102,18 @@ PLAIN: dict[str, Any] = {
         ({"cooldown": 1.5}, "0 to 1, not 1.5"),
         ({"blur": 16}, "a blur of 16 px is too wide for a picture of 8 px"),
         ({"display": "bright"}, "no part 'bright'; there are clip, stretch, standardise"),
-        ({"parameterization": part("wavelets")}, "no part 'wavelets'; there are pixels, fourier, maco"),
-        ({"step_rule": part("sgd", rate=1.0)}, "no part 'sgd'; there are max, std, rms"),
-        ({"transforms": (part("shear"),)}, "no part 'shear'; there are affine, jitter"),
-        ({"parameterization": part("pixels", hight=0.5)}, r"'pixels'.*'hight'; its options are low, high, unit, whole"),
-        ({"parameterization": part("maco", unit="byte")}, r"'maco'.*'unit'"),
-        ({"parameterization": part("pixels", start=3)}, r"'pixels'.*'start'"),
-        ({"step_rule": part("rms", rate=1.0, momentum=0.9)}, r"'rms'.*'momentum'; its options are rate, epsilon"),
-        ({"step_rule": part("rms")}, r"'rms'.*'rate'; its options are rate, epsilon"),
-        ({"transforms": (part("jitter", pixel=3),)}, r"'jitter'.*'pixel'; its options are pixels"),
+        ({"parameterization": choice("wavelets")}, "no part 'wavelets'; there are pixels, fourier, maco"),
+        ({"step_rule": choice("sgd", rate=1.0)}, "no part 'sgd'; there are max, std, rms"),
+        ({"transforms": (choice("shear"),)}, "no part 'shear'; there are affine, jitter"),
+        (
+            {"parameterization": choice("pixels", hight=0.5)},
+            r"'pixels'.*'hight'; its options are low, high, unit, whole",
+        ),
+        ({"parameterization": choice("maco", unit="byte")}, r"'maco'.*'unit'"),
+        ({"parameterization": choice("pixels", start=3)}, r"'pixels'.*'start'"),
+        ({"step_rule": choice("rms", rate=1.0, momentum=0.9)}, r"'rms'.*'momentum'; its options are rate, epsilon"),
+        ({"step_rule": choice("rms")}, r"'rms'.*'rate'; its options are rate, epsilon"),
+        ({"transforms": (choice("jitter", pixel=3),)}, r"'jitter'.*'pixel'; its options are pixels"),
     ],
 )
 def test_what_no_recipe_can_be_is_refused_at_once(change: dict[str, Any], said: str) -> None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.images import figure
-from phosphene.rendering.recipes import part
+from phosphene.images import display
+from phosphene.rendering.recipes import choice
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64).view(1, 3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64).view(1, 3, 1, 1)
@@ -113,7 +113,7 @@ def test_r1_is_reproduced(network: tuple[ph.Model, str, Features], recipe: str) 
     assert float(result.scores[0]) == pytest.approx(features(x / 255)[0, 3].mean().item(), rel=1e-9)
 
     stretched = ((x - x.min()) / (x.max() - x.min()))[0]
-    shown = figure.DISPLAYS["stretch"](result.images)[0]
+    shown = display.DISPLAYS["stretch"](result.images)[0]
     assert float((shown - stretched).abs().max()) < 1e-9
     assert np.array_equal(np.asarray(result.pictures[0]), np.rint(stretched.permute(1, 2, 0).numpy() * 255))
 
@@ -169,7 +169,7 @@ def test_r4_filter_patterns_are_reproduced(network: tuple[ph.Model, str, Feature
     pattern = x[0].permute(1, 2, 0).numpy()
     pattern = (pattern - pattern.mean()) / (pattern.std() + 1e-5) * 0.1 + 0.5
     pattern = np.clip(pattern, 0, 1)
-    shown = figure.DISPLAYS["standardise"](result.images)[0].permute(1, 2, 0).numpy()
+    shown = display.DISPLAYS["standardise"](result.images)[0].permute(1, 2, 0).numpy()
     assert np.abs(shown - pattern).max() < 1e-9
     # the original cuts the fraction off (astype("uint8")); phosphene rounds, so a byte is the same or one more
     ours, cut = np.asarray(result.pictures[0]).astype(int), (pattern * 255).astype("uint8").astype(int)
@@ -179,10 +179,10 @@ def test_r4_filter_patterns_are_reproduced(network: tuple[ph.Model, str, Feature
 
 def test_the_recipes_carry_the_published_numbers() -> None:
     r1, r3, r4 = (ph.RECIPES[name] for name in ("max-step", "multi-scale", "rms"))
-    assert (r1.sizes, r1.steps, r1.step_rule, r1.display) == ((224,), 150, part("max", rate=2.0), "stretch")
-    assert (r4.sizes, r4.steps, r4.step_rule, r4.display) == ((150,), 40, part("rms", rate=1.0), "standardise")
+    assert (r1.sizes, r1.steps, r1.step_rule, r1.display) == ((224,), 150, choice("max", rate=2.0), "stretch")
+    assert (r4.sizes, r4.steps, r4.step_rule, r4.display) == ((150,), 40, choice("rms", rate=1.0), "standardise")
     assert r3.sizes == (56, 67, 80, 96, 115, 138, 165, 198, 237, 284, 340, 408)
-    assert (r3.steps, r3.step_rule, r3.weight_decay) == (20, part("adam", rate=0.1), 1e-6)
+    assert (r3.steps, r3.step_rule, r3.weight_decay) == (20, choice("adam", rate=0.1), 1e-6)
 
 
 def test_the_r4_sheet_is_eight_by_eight_pictures_of_64_px_with_margins_of_5() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.rendering.relu_gradients import SLOPE, Leaky
+from phosphene.rendering.relu_gradients import SLOPE, LeakyReluGradients
 
 SEEN = [-3.0, -1.0, 0.0, 0.5, 4.0, 9.0]
 L = SLOPE
@@ -39,7 +39,7 @@ def test_values_stay_and_slopes_pass_where_they_are_cut_off_below(name: str) -> 
     rectifier, values, slopes = RECTIFIERS[name]
     leaf = torch.tensor(SEEN, dtype=torch.float64, requires_grad=True)
     weights = torch.tensor([2.0, 3, 5, 7, 11, 13], dtype=torch.float64)
-    with Leaky():
+    with LeakyReluGradients():
         result = rectifier(leaf.clone())
         (slope,) = torch.autograd.grad((weights * result).sum(), leaf)
     assert result.tolist() == values
@@ -48,7 +48,7 @@ def test_values_stay_and_slopes_pass_where_they_are_cut_off_below(name: str) -> 
 
 def test_other_functions_are_left_alone() -> None:
     leaf = torch.tensor(SEEN, requires_grad=True)
-    with Leaky():
+    with LeakyReluGradients():
         silent = torch.autograd.grad(F.gelu(leaf).sum() + leaf.clamp(min=0).sum() + leaf.exp().sum(), leaf)[0]
     expected = torch.autograd.grad(F.gelu(leaf).sum() + leaf.clamp(min=0).sum() + leaf.exp().sum(), leaf)[0]
     assert torch.equal(silent, expected)

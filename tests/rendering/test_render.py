@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.rendering.recipes import RECIPES, Recipe, part
-from phosphene.rendering.render import falls_due
+from phosphene.rendering.recipes import RECIPES, Recipe, choice
+from phosphene.rendering.render import is_film_frame
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
-QUICK = Recipe("quick", "", (16,), 2, part("pixels", low=0.3, high=0.7), part("rms", rate=2.0))
+QUICK = Recipe("quick", "", (16,), 2, choice("pixels", low=0.3, high=0.7), choice("rms", rate=2.0))
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ class Overflowing(nn.Module):
 def test_a_score_that_overflows_is_an_error_with_the_layers_name(limit: float, untouched: Untouched) -> None:
     net = Overflowing(limit)  # from the start, on the way, and only in the finished picture
     frames: list[ph.Frame] = []
-    recipe = Recipe("test", "", (4,), 2, part("pixels", low=0.5, high=0.5), part("rms", rate=2.0))
+    recipe = Recipe("test", "", (4,), 2, choice("pixels", low=0.5, high=0.5), choice("rms", rate=2.0))
     with untouched(net), pytest.raises(ph.errors.LayerRefused, match="the score of filter_1 at 'tail' became NaN"):
         ph.render(ph.load(net, input_size=4), ph.channel("tail", 1), recipe, watch=frames.append)
     assert len(frames) == (0 if limit == 0.1 else 3)
@@ -357,7 +357,7 @@ def test_the_global_random_state_decides_nothing(model: ph.Model) -> None:
 def test_a_film_keeps_the_start_and_evenly_spread_moments(model: ph.Model) -> None:
     frames: list[ph.Frame] = []
     pictures = ph.render(model, ph.channel("4", [0, 1]), "rms", size=16, steps=9, film=3, watch=frames.append)
-    assert [frame.step for frame in frames if falls_due(frame, 3)] == [0, 3, 6, 9]
+    assert [frame.step for frame in frames if is_film_frame(frame, 3)] == [0, 3, 6, 9]
     assert [torch.equal(pictures.moments[k], frames[3 * k].image) for k in range(4)] == [True] * 4
     every = ph.render(model, ph.channel("4", 0), "rms", size=16, steps=3, film=50)
     assert len(every.moments) == 4

@@ -14,8 +14,10 @@ from PIL import Image
 from torch import nn
 
 import phosphene as ph
-from phosphene.images.figure import METADATA, to_bytes
-from phosphene.rendering.result import Rendered, file_prefix
+from phosphene.images.display import to_bytes
+from phosphene.images.encode import METADATA
+from phosphene.network.layers import file_prefix
+from phosphene.rendering.result import Rendered
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest
 from phosphene.rendering.step_rules import (
-    STEPS,
+    STEP_RULES,
     State,
     StepRule,
     adam,
@@ -121,10 +121,10 @@ def test_a_window_is_an_odd_number(window: int) -> None:
         normalised_adam(0.1, window=window)
 
 
-@pytest.mark.parametrize("name", [*STEPS, "windowed"])
+@pytest.mark.parametrize("name", [*STEP_RULES, "windowed"])
 @pytest.mark.parametrize("shape", [(5, 3, 16, 16), (5, 3, 17, 9, 2), (5, 3, 150, 150)])
 def test_an_image_steps_alone_exactly_as_in_a_batch(name: str, shape: tuple[int, ...]) -> None:
-    rule = normalised_adam(0.3, window=5) if name == "windowed" else STEPS[name](rate=0.3)
+    rule = normalised_adam(0.3, window=5) if name == "windowed" else STEP_RULES[name](rate=0.3)
     generator = torch.Generator().manual_seed(9)
     gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
     together = updates(rule, gradients)
@@ -133,11 +133,11 @@ def test_an_image_steps_alone_exactly_as_in_a_batch(name: str, shape: tuple[int,
         assert all(torch.equal(one, other[rows]) for one, other in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", STEP_RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_gradient_means_no_step(name: str, dtype: torch.dtype) -> None:
     windowed = [normalised_adam(2.0, window=3)] if name == "normalised-adam" else []
-    for rule in (STEPS[name](rate=2.0), *windowed):
+    for rule in (STEP_RULES[name](rate=2.0), *windowed):
         for update in updates(rule, [torch.zeros(2, 3, 4, 4, dtype=dtype)] * 2):
             assert not update.any()
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phosphene.rendering.transforms import TRANSFORMS, Draws, affine, blur, jitter, pad, resample, rotate, scale
+from phosphene.rendering.transforms import TRANSFORMS, RandomDraws, affine, blur, jitter, pad, resample, rotate, scale
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -108,7 +108,7 @@ def test_shift_turn_and_scaling_together_on_any_shape(height: int, width: int) -
 
 
 def test_affine_draws_within_its_limits_and_all_of_them() -> None:
-    out = affine(pixels=3.0, degrees=10.0, scale=0.1)(coordinates(200, 30, 36), Draws(range(200)))
+    out = affine(pixels=3.0, degrees=10.0, scale=0.1)(coordinates(200, 30, 36), RandomDraws(range(200)))
     found = np.array(measured(out))
     for column, low, high in zip(found.T, (-3, -3, -10, 0.9), (3, 3, 10, 1.1), strict=True):
         span = high - low
@@ -121,7 +121,7 @@ def test_affine_draws_within_its_limits_and_all_of_them() -> None:
 def test_affine_moves_at_least_by_the_share_it_is_told() -> None:
     transform = affine(pixels=3.0, degrees=8.0, scale=0.1, least=0.5)
     shift, turn, factor = np.split(
-        np.array(measured(transform(coordinates(400, 30, 36), Draws(range(400))))), [2, 3], 1
+        np.array(measured(transform(coordinates(400, 30, 36), RandomDraws(range(400))))), [2, 3], 1
     )
     assert abs(shift).min() < 0.1  # shifts are of any size
     for found, most in ((turn, 8.0), (factor - 1, 0.1)):
@@ -133,11 +133,11 @@ def test_affine_moves_at_least_by_the_share_it_is_told() -> None:
 
 
 def test_scale_and_rotate_do_what_they_say_alone() -> None:
-    scaled = np.array(measured(scale(0.8, 1.3)(coordinates(50, 30, 24), Draws(range(50)))))
+    scaled = np.array(measured(scale(0.8, 1.3)(coordinates(50, 30, 24), RandomDraws(range(50)))))
     assert abs(scaled[:, :3]).max() < 1e-9
     assert 0.8 <= scaled[:, 3].min() < 0.85
     assert 1.25 < scaled[:, 3].max() < 1.3
-    turned = np.array(measured(rotate(20.0)(coordinates(50, 30, 24), Draws(range(50)))))
+    turned = np.array(measured(rotate(20.0)(coordinates(50, 30, 24), RandomDraws(range(50)))))
     assert abs(turned[:, [0, 1]]).max() < 1e-9
     assert turned[:, 3] == pytest.approx(np.ones(50))
     assert -20 <= turned[:, 2].min() < -17
@@ -146,7 +146,7 @@ def test_scale_and_rotate_do_what_they_say_alone() -> None:
 
 def test_jitter_rolls_by_whole_pixels() -> None:
     image = noise(1, 2, 7, 9).expand(300, -1, -1, -1)
-    out = jitter(2)(image, Draws(range(300)))
+    out = jitter(2)(image, RandomDraws(range(300)))
     moves = set()
     for one in out:
         fitting = [
@@ -162,7 +162,7 @@ def test_jitter_rolls_by_whole_pixels() -> None:
 
 def test_pad_puts_a_constant_around() -> None:
     image = noise(2, 3, 4, 5)
-    out = pad(3, 0.25)(image, Draws([0, 1]))
+    out = pad(3, 0.25)(image, RandomDraws([0, 1]))
     assert out.shape == (2, 3, 10, 11)
     assert torch.equal(out[..., 3:7, 3:8], image)
     assert out.sum().item() == pytest.approx(image.sum().item() + 0.25 * 2 * 3 * (10 * 11 - 4 * 5))
@@ -171,7 +171,7 @@ def test_pad_puts_a_constant_around() -> None:
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 def test_blur_is_a_convolution_with_the_bell_curve(sigma: float) -> None:
     image = noise(2, 3, 13, 11)
-    out = blur(sigma)(image, Draws([0, 1]))
+    out = blur(sigma)(image, RandomDraws([0, 1]))
     radius = math.ceil(3 * sigma)
     at = np.arange(-radius, radius + 1)
     bell = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * sigma**2))
@@ -182,16 +182,16 @@ def test_blur_is_a_convolution_with_the_bell_curve(sigma: float) -> None:
             expected += weight * padded[..., down : down + 13, right : right + 11]
     assert out.numpy() == pytest.approx(expected, abs=1e-12)
     flat = torch.full((1, 1, 13, 11), 0.3, dtype=torch.float64)
-    assert torch.allclose(blur(sigma)(flat, Draws([0])), flat, atol=1e-14)
+    assert torch.allclose(blur(sigma)(flat, RandomDraws([0])), flat, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_what_is_drawn_for_an_image_does_not_depend_on_its_batch(name: str) -> None:
     options = {"affine": {"pixels": 2.0, "degrees": 10.0, "scale": 0.1}}.get(name, {})
     transform = TRANSFORMS[name](**options)
-    images, draws = noise(3, 3, 16, 16), Draws([5, 6, 7])
+    images, draws = noise(3, 3, 16, 16), RandomDraws([5, 6, 7])
     together = [transform(images, draws), transform(images, draws)]
-    alone_draws = Draws([6])
+    alone_draws = RandomDraws([6])
     for both in together:  # the second time too
         assert torch.equal(transform(images[1:2], alone_draws), both[1:2])
     if name not in ("pad", "blur"):
@@ -203,11 +203,11 @@ def test_gradients_flow_through(name: str) -> None:
     options = {"affine": {"pixels": 2.0, "degrees": 10.0, "scale": 0.1}}.get(name, {})
     transform = TRANSFORMS[name](**options)
     image = noise(1, 1, 8, 7).requires_grad_()
-    assert torch.autograd.gradcheck(lambda image: transform(image, Draws([3])), image)
+    assert torch.autograd.gradcheck(lambda image: transform(image, RandomDraws([3])), image)
 
 
 def test_draws_are_what_their_seed_says_and_of_the_wanted_spread() -> None:
-    draws = Draws([11, 12])
+    draws = RandomDraws([11, 12])
     first = draws.uniform(-2, 3, (1000,))
     assert first.shape == (2, 1000)
     alone = torch.rand(1000, generator=torch.Generator().manual_seed(12), dtype=torch.float64) * 5 - 2
@@ -221,7 +221,7 @@ def test_draws_are_what_their_seed_says_and_of_the_wanted_spread() -> None:
 
 
 def test_a_number_of_either_sign_by_hand() -> None:
-    drawn, generator = Draws([11]), torch.Generator().manual_seed(11)
+    drawn, generator = RandomDraws([11]), torch.Generator().manual_seed(11)
     for least in (0.0, 0.25, 1.0):
         share = 2 * torch.rand((), generator=generator, dtype=torch.float64).item() - 1
         expected = math.copysign(6 * (least + (1 - least) * abs(share)), share)

@@ -57,13 +57,13 @@ def test_a_manifest_at_hand_is_not_read_again(tmp_path: Path, monkeypatch: pytes
     store, read = open_store(tmp_path, create=True), list[str]()
     store.put("jobs", "ab", {"a": b"1", "b": b"22"}, {})
     manifest = store.manifest("jobs", "ab")
-    plain = places.Folder.read
+    plain = places.LocalFolder.read
 
-    def noted(self: places.Folder, name: str) -> bytes:
+    def noted(self: places.LocalFolder, name: str) -> bytes:
         read.append(name)
         return plain(self, name)
 
-    monkeypatch.setattr(places.Folder, "read", noted)
+    monkeypatch.setattr(places.LocalFolder, "read", noted)
     assert [store.get("jobs", "ab", name, manifest) for name in "ab"] == [b"1", b"22"]
     assert read == ["jobs/ab/a", "jobs/ab/b"]
     read.clear()
@@ -124,13 +124,13 @@ def test_until_a_replacement_is_whole_there_is_no_entry(tmp_path: Path, monkeypa
     store = open_store(tmp_path, create=True)
     filled(store)
     seen = []
-    write = places.Folder.write
+    write = places.LocalFolder.write
 
-    def watched(self: places.Folder, name: str, content: bytes) -> None:
+    def watched(self: places.LocalFolder, name: str, content: bytes) -> None:
         seen.append(store.has("jobs", "00ab"))
         write(self, name, content)
 
-    monkeypatch.setattr(places.Folder, "write", watched)
+    monkeypatch.setattr(places.LocalFolder, "write", watched)
     store.put("jobs", "00ab", {"a.png": b"1"}, {})
     store.put("jobs", "00ab", {"a.png": b"1"}, {})
     assert seen == [False, False, True, True]  # the same once more takes nothing away

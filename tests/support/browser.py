@@ -27,15 +27,15 @@ from fake_training_record import gradient, record_of
 from phosphene.atlases.plan import atlas
 from phosphene.atlases.run import run
 from phosphene.cli.web import trainings
-from phosphene.images import figure
+from phosphene.images import encode
 from phosphene.network.loading import load
 from phosphene.storage.atomic import write_file
 from phosphene.web.export import export
-from phosphene.web.live.render_queue import Studio
+from phosphene.web.live.render_queue import RenderQueue
 from phosphene.web.live.routes import live_routes
-from phosphene.web.server import Serving, application, configured, listening
+from phosphene.web.server import Server, application, configured, listening
 from phosphene.web.site import Site
-from phosphene.web.store_reader import Gallery, found_at
+from phosphene.web.store_reader import StoreReader, stores_and_records_at
 from tiny_atlas import Here
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
@@ -50,7 +50,7 @@ class Served(NamedTuple):
 
     base: str
     place: Path
-    studio: Studio
+    studio: RenderQueue
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +109,13 @@ def forming(count: int, channels: int, side: int, epoch: int) -> Tensor:
 @pytest.fixture(scope="module")
 def served(place: Path) -> Iterator[Served]:
     """Return a server with all that the page can do."""
-    stores, histories, _ = found_at(place)
-    gallery = Gallery(stores)
-    studio = Studio(gallery)
+    stores, histories, _ = stores_and_records_at(place)
+    gallery = StoreReader(stores)
+    studio = RenderQueue(gallery)
     site = Site(gallery, trainings(histories), live=True)
     shown = application(site, live_routes(studio), on_shutdown=studio.close)
     at, ready = listening("127.0.0.1", 0), threading.Event()
-    server = Serving(configured(shown), ready.set, studio.close)
+    server = Server(configured(shown), ready.set, studio.close)
     thread = threading.Thread(target=server.run, args=([at],), daemon=True)
     thread.start()
     assert ready.wait(20)
@@ -128,9 +128,9 @@ def served(place: Path) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return where the same is as plain files."""
-    stores, histories, _ = found_at(place)
+    stores, histories, _ = stores_and_records_at(place)
     folder = tmp_path_factory.mktemp("exported") / "site"
-    export(Site(Gallery(stores), trainings(histories)), folder)
+    export(Site(StoreReader(stores), trainings(histories)), folder)
     return f"{folder.as_uri()}/"
 
 
@@ -198,5 +198,5 @@ def look(page: Page, name: str) -> None:
     """Check that all can use a view; keep a picture of it where PHOSPHENE_SCREENSHOTS names a folder, as docs/page."""
     check_access(page)
     if folder := os.environ.get("PHOSPHENE_SCREENSHOTS"):
-        picture = figure.opened(page.screenshot(full_page=True)).convert("RGB")
-        write_file(Path(folder) / f"{name}.webp", figure.webp(picture, 85))  # as PNG a photo would take megabytes
+        picture = encode.decode_image(page.screenshot(full_page=True)).convert("RGB")
+        write_file(Path(folder) / f"{name}.webp", encode.webp(picture, 85))  # as PNG a photo would take megabytes

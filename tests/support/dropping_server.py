@@ -10,7 +10,7 @@ import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
 from phosphene.errors import OutputRefused, StoreRefused
-from phosphene.storage.filesystem import Folder, Remote
+from phosphene.storage.filesystem import LocalFolder, RemoteFiles
 from phosphene.storage.store import Store, open_store
 
 ENTRIES = {
@@ -112,10 +112,10 @@ def drop(fault: Callable[[str], str | Exception | None]) -> None:
 
 def contents(store: Store) -> dict[str, bytes]:
     """Return all files of a store, hidden ones too."""
-    if isinstance(store.place, Folder):
+    if isinstance(store.place, LocalFolder):
         root = store.place.path
         return {str(one.relative_to(root)): one.read_bytes() for one in root.rglob("*") if one.is_file()}
-    assert isinstance(store.place, Remote)
+    assert isinstance(store.place, RemoteFiles)
     held, root_name = store.place.files.store, store.place.root + "/"
     return {name.removeprefix(root_name): one.getvalue() for name, one in held.items() if name.startswith(root_name)}
 

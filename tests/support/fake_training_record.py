@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phosphene.rendering.result import Rendered
 from phosphene.training.gradient_statistics import EXPONENTS, Gradient
-from phosphene.training.history import Entry, History, continued, kernels_of
+from phosphene.training.history import EpochRecord, History, kernels_of, resume_or_create
 
 
 def record_of(
@@ -41,10 +41,10 @@ def record_of(
         "every": 1,
         "versions": {"phosphene": "0"},
     }
-    history = continued(folder, facts)
+    history = resume_or_create(folder, facts)
     for epoch in range(max([len(gradients), *map(len, kernels.values()), *([len(pictures[1])] if pictures else [])])):
         history.write(
-            Entry(
+            EpochRecord(
                 epoch=epoch,
                 metrics=metrics[epoch] if metrics else {},
                 kernels={path: kernels_of(path, several[epoch], facts, epoch) for path, several in kernels.items()},

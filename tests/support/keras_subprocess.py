@@ -25,7 +25,7 @@ import keras  # noqa: E402
 
 from phosphene.errors import InvalidRequest  # noqa: E402
 from phosphene.record_keras import KerasRecorder  # noqa: E402
-from phosphene.training.keras_adapter import subject_of_keras  # noqa: E402
+from phosphene.training.keras_adapter import keras_network  # noqa: E402
 
 assert ph.__name__ == "phosphene"
 assert keras.config.backend() == BACKEND
@@ -179,7 +179,7 @@ def check(folder: Path) -> None:
     for one, other in zip(state_of(alone), state_of(net), strict=True):
         assert np.array_equal(one, other)
 
-    subject = subject_of_keras(net)
+    subject = keras_network(net)
     before = state_of(net)
     mine = subject.total_gradient((images, classes), lambda outputs, targets: keras.ops.mean((outputs - targets) ** 2))
     assert any(bool(one.any()) for one in mine.values())

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from phosphene.atlases.plan import Job, atlas
-from phosphene.atlases.render_job import Film, files_of, manifest_of, shrunk, with_film
+from phosphene.atlases.render_job import JobFilm, files_of, manifest_of, shrunk, with_film
 from phosphene.atlases.run import Summary, run
 from phosphene.atlases.runners.pool import Outcome
 from phosphene.atlases.verdicts import Measured
-from phosphene.images.figure import DISPLAYS, picture
+from phosphene.images.display import DISPLAYS
+from phosphene.images.grid import picture
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.rendering.objectives import channel
@@ -95,7 +96,7 @@ def painted(model: Model, job: Job, size: int) -> tuple[dict[str, bytes], dict[s
     dead = scores == 0
     history = torch.linspace(0, 1, job.recipe.steps)[:, None] * scores
     rendered = Rendered(images, scores, start, history, dead, channel(job.layer, job.channels).names, spec)
-    film = Film(DISPLAYS[job.recipe.display])
+    film = JobFilm(DISPLAYS[job.recipe.display])
     film.steps = job.recipe.steps
     grey = picture(torch.full((3, size, size), 128, dtype=torch.uint8))
     tiles = dict(enumerate(shrunk(one) for one in rendered.displayed()))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from phosphene.atlases.plan import Atlas, Job, atlas
-from phosphene.atlases.runners.pool import Outcome, attempt
+from phosphene.atlases.runners.pool import Outcome, try_job
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 
@@ -57,6 +57,6 @@ class Here:
         try:
             for job in jobs:
                 self.done.append(job)
-                yield Outcome(job, error="it failed") if job.digest in self.failing else attempt(model, job)
+                yield Outcome(job, error="it failed") if job.digest in self.failing else try_job(model, job)
         finally:
             self.closed = True

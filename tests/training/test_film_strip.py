@@ -18,8 +18,18 @@ from torch import Tensor
 
 from fake_training_record import record_of
 from phosphene import errors
-from phosphene.images import figure
-from phosphene.training.film_strip import STRIP, course, evenly, film, frame_plan, number, save_film, strip, strip_plan
+from phosphene.images import display, encode, grid
+from phosphene.training.film_strip import (
+    STRIP,
+    evenly,
+    film,
+    frame_plan,
+    layer_strip,
+    number,
+    save_film,
+    strip,
+    strip_plan,
+)
 from phosphene.training.history import History
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
@@ -39,7 +49,7 @@ def history(tmp_path: Path) -> History:
     return record_of(tmp_path / "run", {"conv1": several}, metrics)
 
 
-def pixels(picture: figure.Picture) -> Pixels:
+def pixels(picture: display.Picture) -> Pixels:
     return np.asarray(picture.convert("RGB"))
 
 
@@ -96,14 +106,14 @@ def test_a_first_layer_s_filters_are_in_colour(tmp_path: Path) -> None:
         for out, y, x in ((0, 0, 0), (4, 2, 1), (2, 1, 2)):
             spot = page[top + epoch * (96 + 8) + y * 32, left + out * 97 + x * 32]
             assert tuple(spot) == tuple(level(float(one), -end, end) for one in several[epoch][out, :, y, x])
-    grey = course(history, "conv1", "grey")
+    grey = layer_strip(history, "conv1", "grey")
     assert grey.look.shape == (5, 3, 3, 3)  # R2.2b: a kernel a channel
 
 
 def test_a_strip_of_rendered_filters_shows_the_pictures_themselves(tmp_path: Path) -> None:
     shown = [torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(epoch)) for epoch in range(4)]
     history = record_of(tmp_path / "run", {"conv1": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", shown))
-    found = course(history, "conv2")
+    found = layer_strip(history, "conv2")
     assert (found.look.noun, found.look.names, found.look.shape) == ("filters", ["3", "4", "5"], (3, 1, 64, 64))
     page = pixels(found.strip())
     top, left = first_tile(page, 4 * 64 + 3 * 8)
@@ -111,19 +121,19 @@ def test_a_strip_of_rendered_filters_shows_the_pictures_themselves(tmp_path: Pat
         for index in range(3):
             tile = page[top + epoch * 72 : top + epoch * 72 + 64, left + index * 65 : left + index * 65 + 64]
             assert np.array_equal(tile, (shown[epoch][index] * 255).round().byte().permute(1, 2, 0).numpy())
-    assert course(history, "conv1").look.noun == "kernels"
+    assert layer_strip(history, "conv1").look.noun == "kernels"
     both = record_of(tmp_path / "both", {"conv2": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", shown))
-    assert [course(both, layer).look.noun for layer in ("conv2", 0)] == ["filters", "filters"]
+    assert [layer_strip(both, layer).look.noun for layer in ("conv2", 0)] == ["filters", "filters"]
 
 
 def test_kernels_with_nan_are_crossed_out_and_do_not_spoil_the_scale(tmp_path: Path) -> None:
     sound, spoilt = random(4, 2, 3, 3), random(4, 2, 3, 3)
     spoilt[1, 0, 2, 2] = float("nan")
     history = record_of(tmp_path / "run", {"conv1": [sound, spoilt]})
-    found = course(history, "conv1")
+    found = layer_strip(history, "conv1")
     page = pixels(found.strip())
     top, left = first_tile(page, 2 * 97 + 8)
-    cross = pixels(figure.crossed(figure.blank(48, 48)))
+    cross = pixels(grid.cross_out(grid.blank_tile(48, 48)))
     down = top + 2 * 49 - 1 + 8
     assert np.array_equal(page[down : down + 48, left + 49 : left + 49 + 48], cross)
     assert not np.array_equal(page[down : down + 48, left : left + 48], cross)
@@ -136,7 +146,7 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
     history = record_of(tmp_path / "run", {"conv1": [random(300, 40, 3, 3)]})
     for epoch in range(1, 150):
         history.place(epoch).symlink_to(history.place(0))
-    found = course(history, "conv1")
+    found = layer_strip(history, "conv1")
     plan = strip_plan(found.look)
     said = found.said(plan, "column", "line", "row")
     assert said[0] == "the first 123 of 300 filters, one a column"  # 123 tiles of 13 pixels
@@ -174,7 +184,7 @@ def test_kernels_that_are_all_zero_are_white(tmp_path: Path) -> None:
 
 
 def test_metadata_says_run_layer_and_epochs(history: History, tmp_path: Path) -> None:
-    path, facts = course(history, "conv1").save(tmp_path / "s.png")
+    path, facts = layer_strip(history, "conv1").save(tmp_path / "s.png")
     with Image.open(path) as image:
         told = json.loads(image.text["phosphene"])  # type: ignore[attr-defined]
     assert told == json.loads(json.dumps(facts))
@@ -215,7 +225,7 @@ def test_an_mp4_read_back_is_what_was_drawn(
     history: History, tmp_path: Path, fallback: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fallback:  # an ffmpeg without libx264
-        monkeypatch.setattr(figure, "CODECS", (("-c:v", "lib-there-is-not"), figure.CODECS[1]))
+        monkeypatch.setattr(encode, "CODECS", (("-c:v", "lib-there-is-not"), encode.CODECS[1]))
     frames = [
         one.crop((0, 0, one.width // 2 * 2 - 1, one.height // 2 * 2 - 1)) for one in film(history, "conv1")
     ]  # odd

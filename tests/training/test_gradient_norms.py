@@ -16,7 +16,7 @@ from PIL import Image
 
 from fake_training_record import gradient, record_of
 from phosphene import errors
-from phosphene.training.gradient_norms import PLOT, Sizes, curves, is_layered, verdicts
+from phosphene.training.gradient_norms import PLOT, GradientNorms, curves, is_layered, verdicts
 from phosphene.training.gradient_statistics import Gradient
 from phosphene.training.history import History
 
@@ -177,7 +177,7 @@ def test_a_legend_of_160_weights_names_some_and_says_so(tmp_path: Path, monkeypa
 def test_metadata_and_rows_are_sound_json(tmp_path: Path) -> None:
     nan = float("nan")
     history = made(tmp_path / "run", {"a.weight": gradient(nan, mean_abs=nan, nonfinite=1, first=0)}, weight_norm=0.5)
-    sizes = Sizes.of(history)
+    sizes = GradientNorms.of(history)
     with Image.open(sizes.save(tmp_path / "c.png")) as image:
         told = json.loads(image.text["phosphene"])  # type: ignore[attr-defined]
     assert (told["run"], told["epochs"], told["verdicts"]) == (str(history.folder), [0], verdicts(history))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phosphene.training.gradient_statistics import RunningGradients, SinceLast, counted, counted_together, of_one
+from phosphene.training.gradient_statistics import RunningGradients, SinceLast, counted, counted_together, single_batch
 
 
 def counts(histogram: Tensor) -> dict[int, int]:
@@ -53,7 +53,7 @@ def test_a_histogram_counts_powers_of_two_in_every_dtype_and_order_of_memory(dty
         exponent = math.frexp(one)[1] - 1 if one else -127
         expected[exponent] = expected.get(exponent, 0) + 1
     for laid in (values, values.to(memory_format=torch.channels_last), values.transpose(0, 3)):
-        assert counts(of_one(laid).histogram) == expected
+        assert counts(single_batch(laid).histogram) == expected
 
 
 def test_a_gpu_s_way_of_counting_gives_the_same() -> None:
@@ -77,7 +77,7 @@ def test_sparse_gradients_are_taken_whole() -> None:
     table = nn.Embedding(4, 2, sparse=True)
     torch.autograd.backward(table(torch.tensor([1, 1])).sum())
     assert table.weight.grad is not None
-    assert of_one(table.weight.grad).mean.tolist() == [[0, 0], [2, 2], [0, 0], [0, 0]]
+    assert single_batch(table.weight.grad).mean.tolist() == [[0, 0], [2, 2], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("to_none", [True, False])

@@ -21,7 +21,7 @@ from phosphene.errors import InvalidRequest, LayerNotFound, ModelRefused
 from phosphene.network.loading import load
 from phosphene.network.loading.keras import import_keras
 from phosphene.training.history import History
-from phosphene.training.keras_adapter import loss_scale, subject_of_keras
+from phosphene.training.keras_adapter import keras_network, loss_scale
 
 keras: Any = import_keras()  # on torch, before anything imports it otherwise
 from phosphene.record_keras import KerasRecorder  # noqa: E402
@@ -292,7 +292,7 @@ def test_a_gradient_leaves_everything_as_it_was(untouched: Callable[..., Any]) -
     network, _ = noisy(None, *data)
     for one in network.trainable_weights:
         one.value.grad = torch.ones_like(one.value)
-    subject = subject_of_keras(network)
+    subject = keras_network(network)
     values, losses = values_of(network), [id(one) for one in network.losses[:1]]
     with untouched(network):
         found = subject.total_gradient(data, None)
@@ -332,7 +332,7 @@ def test_the_total_loss_is_that_which_was_compiled_with_all_that_regularises() -
     regularisers = 0.25 * kernel.square().sum() + 0.5 * bias.abs().sum()
     expected = torch.autograd.grad(errors.mean() + regularisers, wanted, retain_graph=True)
     weighted = torch.autograd.grad((errors * torch.from_numpy(rng_weights)).mean() + regularisers, wanted)
-    subject = subject_of_keras(network)
+    subject = keras_network(network)
     batches = [(images[:5], classes[:5]), (torch.from_numpy(images[5:]), torch.from_numpy(classes[5:]))]
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*map(torch.from_numpy, (images, classes))), 3)
 
@@ -356,7 +356,7 @@ def test_a_loss_that_is_given_is_all_of_the_loss() -> None:
     wanted = [one.value for one in network.trainable_weights]
     outputs, targets = network(torch.from_numpy(images), training=False), torch.from_numpy(classes)
     expected = torch.autograd.grad((outputs.softmax(1).log() * targets).sum() / -7, wanted)
-    subject = subject_of_keras(network)
+    subject = keras_network(network)
 
     def entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs, targets)
@@ -368,7 +368,7 @@ def test_a_loss_that_is_given_is_all_of_the_loss() -> None:
 
 def test_data_or_a_loss_that_will_not_do_is_refused() -> None:
     network, (images, classes) = regular(), pictures(4, 6)
-    subject = subject_of_keras(network)
+    subject = keras_network(network)
     with pytest.raises(InvalidRequest, match="regular is not compiled with a loss: compile it, or give loss="):
         subject.total_gradient((images, classes), None)
     network.compile("sgd", "mse")
@@ -404,7 +404,7 @@ def test_nested_networks_frozen_layers_and_weights_of_one_path(tmp_path: Path) -
     recorder = KerasRecorder(tmp_path / "run")
     network.fit(*pictures(6, 10), batch_size=3, epochs=1, verbose=0, callbacks=[recorder])
     history, model = the_record(recorder), load(network)
-    assert history.layers == list(subject_of_keras(network).kernels)
+    assert history.layers == list(keras_network(network).kernels)
     assert set(history.layers) == {one.path for one in model.layers().convolutions}
     assert history.layers == ["inner/deep", "a/twin", "a_/twin", "a_/wide"]
     for path in history.layers:
@@ -429,9 +429,9 @@ def test_two_weights_of_one_path_have_names_of_their_own() -> None:
     network = keras.Model(photo, nested(value))
     assert [one.path for one in network.trainable_weights].count("same/kernel") == 2
     names = ["same/kernel", "same/bias", "same/kernel@2", "same/bias@2"]
-    assert list(subject_of_keras(network).weights()) == names
+    assert list(keras_network(network).weights()) == names
     network.layers[1].trainable = False
-    assert list(subject_of_keras(network).weights()) == names[2:]
+    assert list(keras_network(network).weights()) == names[2:]
 
 
 def test_a_training_goes_on_with_its_record(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_a_training_goes_on_with_its_record(tmp_path: Path) -> None:
 
 def test_a_network_without_weights_is_refused() -> None:
     with pytest.raises(ModelRefused, match="has no weights yet; build it"):
-        subject_of_keras(keras.Sequential([K.Conv2D(2, 3)], name="empty"))
+        keras_network(keras.Sequential([K.Conv2D(2, 3)], name="empty"))
 
 
 # --- other backends ---------------------------------------------------------------------------------------------------
@@ -474,6 +474,4 @@ def test_on_another_backend(backend: str, tmp_path: Path) -> None:
 def test_without_keras_the_missing_extra_is_named() -> None:
     code = "import sys; sys.modules['keras'] = None; import phosphene, phosphene.record_keras"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (
-        "ExtraMissing: watching a Keras training needs the keras extra: pip install 'phosphene[keras]'" in done.stderr
-    )
+    assert "ExtraMissing: keras is not installed; install it with: pip install 'phosphene[keras]'" in done.stderr

@@ -531,7 +531,7 @@ def test_what_cannot_be_recorded_is_refused_before_the_training(tmp_path: Path) 
         ({"layers": "block9*"}, r"no convolution matches 'block9\*'; there are: .0, .4, .8"),
         ({"gradients": "all"}, "gradients is 'running', 'epoch' or None, not 'all'"),
         ({"gradients": "epoch"}, "gradients='epoch' needs data="),
-        ({"every": 0}, "every is a whole number from 1 on, not 0"),
+        ({"every": 0}, "every is a whole number of at least 1, not 0"),
         ({"filters": ".4:0:9"}, "there is no channel 8"),
         ({"filters": "conv9:0:1"}, "conv9"),
         ({"filters": "9:0:1"}, "9"),
@@ -539,7 +539,7 @@ def test_what_cannot_be_recorded_is_refused_before_the_training(tmp_path: Path) 
         ({"recipe": "x"}, "x"),
         ({"layers": ["0"]}, "layers is of the kind str"),
         ({"cap": "1GB"}, "cap is of the kind int, not '1GB'"),
-        ({"epochs": -1}, "epochs is a whole number from 0 on, not -1"),
+        ({"epochs": -1}, "epochs is a whole number of at least 0, not -1"),
         ({"writer": 3}, "a writer is a SummaryWriter"),
     )
     for wrong, sentence in cases:
@@ -563,7 +563,7 @@ def test_what_cannot_be_recorded_on_the_way_says_so(tmp_path: Path) -> None:
     recorder.after_backward()
     with pytest.raises(errors.InvalidRequest, match="no weight has a new gradient"):
         recorder.after_backward()
-    with pytest.raises(errors.InvalidRequest, match="whole number from 0 on, not -1"):
+    with pytest.raises(errors.InvalidRequest, match="whole number of at least 0, not -1"):
         recorder.end_epoch(-1)
     with pytest.raises(errors.InvalidRequest, match="a metric is one number, and loss is 'low'"):
         recorder.end_epoch(0, loss="low")  # type: ignore[arg-type]

@@ -22,8 +22,8 @@ from phosphene import errors
 from phosphene.inspection.kernels import Kernels
 from phosphene.rendering.result import Rendered
 from phosphene.training import writers as live
-from phosphene.training.gradient_statistics import Gradient, of_one
-from phosphene.training.history import Entry
+from phosphene.training.gradient_statistics import Gradient, single_batch
+from phosphene.training.history import EpochRecord
 
 # |g|: 0.75 is in [2^-1, 2^0), 0.25 and -0.375 in [2^-2, 2^-1), 3 in [2^1, 2^2); [2^0, 2^1) stays empty; two zeros
 SLOPES = torch.tensor([[0.75, 0.25, -0.375], [3.0, 0.0, 0.0]])
@@ -42,15 +42,15 @@ def rendered(seed: int) -> Rendered:
     return Rendered(images, zeros, zeros, zeros[None], zeros.bool(), ("filter_0", "filter_5"), spec)
 
 
-def entry(epoch: int, slopes: Tensor = SLOPES, **changes: Any) -> Entry:
+def entry(epoch: int, slopes: Tensor = SLOPES, **changes: Any) -> EpochRecord:
     known: dict[str, Any] = {
         "metrics": {"loss": 0.5 / (epoch + 1), "accuracy": 0.25 * epoch},
         "kernels": {"conv1": kernels_of(epoch)},
-        "gradients": {"conv1.weight": of_one(slopes)},
+        "gradients": {"conv1.weight": single_batch(slopes)},
         "weight_norms": {"conv1.weight": 1.0},
         "facts": {"kind": "running"},
     }
-    return Entry(epoch=epoch, **(known | changes))
+    return EpochRecord(epoch=epoch, **(known | changes))
 
 
 def pixels(encoded: bytes) -> np.ndarray[Any, Any]:
@@ -172,7 +172,7 @@ def test_what_is_not_finite_is_a_number_of_its_own_and_notes_are_shown(board: An
 
 def test_every_entry_lies_in_the_bin_that_the_logarithm_names() -> None:
     slopes = torch.randn(5000, generator=torch.Generator().manual_seed(0)).exp() * 1e-4
-    bins = live.log_bins(of_one(slopes))
+    bins = live.log_bins(single_batch(slopes))
     assert bins is not None
     counts, edges = bins
     assert np.array_equal(counts, np.histogram(np.log2(slopes.double().numpy()), edges)[0])
@@ -309,17 +309,17 @@ def test_anything_else_is_refused_and_both_named(wrong: Any) -> None:
 def test_the_package_without_a_run_is_refused() -> None:
     wandb = pytest.importorskip("wandb")
     with pytest.raises(errors.InvalidRequest, match="the module wandb, in which no run goes on"):
-        live.checked(wandb)
+        live.matched_writers(wandb)
 
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(errors.ExtraMissing, match=r"pip install 'phosphene\[wandb\]'"):
-        live.checked(Spy())
+        live.matched_writers(Spy())
 
 
 def test_no_writer_is_none() -> None:
-    assert live.checked(None) == live.checked([]) == []
+    assert live.matched_writers(None) == live.matched_writers([]) == []
     live.publish(None, entry(0))
 
 

@@ -17,16 +17,16 @@ from cli_runner import command_line
 from page_store import FIRST, SECOND, filled
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound
-from phosphene.images.figure import opened
+from phosphene.images.encode import decode_image
 from phosphene.inspection.kernels import BLUE, ORANGE, kernels
 from phosphene.network.layers import Layer
 from phosphene.rendering.recipes import find_recipe
 from phosphene.storage.store import open_store
-from phosphene.web.cache import Shelf
-from phosphene.web.store_reader import Filter, Gallery
-from phosphene.web.urls import Tile, tile_of
+from phosphene.web.cache import SizedCache
+from phosphene.web.store_reader import Filter, StoreReader
+from phosphene.web.urls import SpriteTile, tile_of
 from phosphene.web.views.atlas import card, cards, labelled, layer_view, neighbours, network_view, parts_of, told_drawn
-from phosphene.web.views.filter import box_of, command, figures, filter_view, layer_of, nowhere, seen
+from phosphene.web.views.filter import box_of, command, figures, filter_view, layer_of, seen, unrendered_view
 from tiny_atlas import NETS, tiny_atlas, tiny_model
 
 FACTS: dict[str, Any] = {
@@ -42,19 +42,19 @@ FACTS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
-    return Gallery([filled(tmp_path_factory.mktemp("views"))])
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
+    return StoreReader([filled(tmp_path_factory.mktemp("views"))])
 
 
 @pytest.fixture(scope="module")
-def d(gallery: Gallery) -> str:
+def d(gallery: StoreReader) -> str:
     return gallery.atlases()[0].d
 
 
 @pytest.fixture(scope="module")
-def cut(gallery: Gallery, d: str) -> Callable[[Tile], np.ndarray]:
+def cut(gallery: StoreReader, d: str) -> Callable[[SpriteTile], np.ndarray]:
     """Return what gives the pixels of a tile, out of the file that it names."""
-    read = Shelf[Image.Image](1000)
+    read = SizedCache[Image.Image](1000)
 
     def content(path: str) -> bytes:
         match path.split("/"):
@@ -69,16 +69,16 @@ def cut(gallery: Gallery, d: str) -> Callable[[Tile], np.ndarray]:
                 return gallery.file_of_evidence(digest, name)
         raise AssertionError(path)
 
-    def pixels(tile: Tile) -> np.ndarray:
-        image = read.get(tile.file, lambda _: (opened(content(tile.file)).convert("RGB"), 1))
+    def pixels(tile: SpriteTile) -> np.ndarray:
+        image = read.get(tile.file, lambda _: (decode_image(content(tile.file)).convert("RGB"), 1))
         assert image.size == tile.whole
         return np.asarray(image.crop((tile.x, tile.y, tile.x + tile.width, tile.y + tile.height)), dtype=float)
 
     return pixels
 
 
-def picture(gallery: Gallery, d: str, path: str, n: int) -> np.ndarray:
-    return np.asarray(opened(gallery.file_of_job(d, path, n, f"filter_{n}.png")).convert("RGB"), dtype=float)
+def picture(gallery: StoreReader, d: str, path: str, n: int) -> np.ndarray:
+    return np.asarray(decode_image(gallery.file_of_job(d, path, n, f"filter_{n}.png")).convert("RGB"), dtype=float)
 
 
 def nearest_of(image: np.ndarray, many: list[np.ndarray]) -> int:
@@ -86,7 +86,7 @@ def nearest_of(image: np.ndarray, many: list[np.ndarray]) -> int:
 
 
 def test_a_tile_is_counted_row_by_row() -> None:
-    assert tile_of("f", (10, 6), 4, 11, 6) == Tile("f", 20, 6, 10, 6, (40, 18))
+    assert tile_of("f", (10, 6), 4, 11, 6) == SpriteTile("f", 20, 6, 10, 6, (40, 18))
 
 
 def test_parts_stand_side_by_side_on_a_bar_of_100() -> None:
@@ -97,7 +97,9 @@ def test_parts_stand_side_by_side_on_a_bar_of_100() -> None:
     assert [one.share for one in parts_of({})] == [0, 0, 0, 0]
 
 
-def test_each_cell_of_a_layer_shows_its_own_filter(gallery: Gallery, d: str, cut: Callable[[Tile], np.ndarray]) -> None:
+def test_each_cell_of_a_layer_shows_its_own_filter(
+    gallery: StoreReader, d: str, cut: Callable[[SpriteTile], np.ndarray]
+) -> None:
     for path, count in ((FIRST, 6), (SECOND, 8)):
         cells = layer_view(gallery, d, path)["cells"]
         pictures = [picture(gallery, d, path, n) for n in range(count)]
@@ -105,13 +107,13 @@ def test_each_cell_of_a_layer_shows_its_own_filter(gallery: Gallery, d: str, cut
         assert [nearest_of(cut(one.tile), pictures) for one in cells] == list(range(count))
 
 
-def test_a_cell_has_the_figures_of_its_verdict(gallery: Gallery, d: str) -> None:
+def test_a_cell_has_the_figures_of_its_verdict(gallery: StoreReader, d: str) -> None:
     for one, verdict in zip(layer_view(gallery, d, SECOND)["cells"], gallery.verdicts(d, SECOND), strict=True):
         assert (one.excitation, one.stability, one.score) == (verdict.excitation, verdict.stability, verdict.score)
         assert one.said == f"filter {verdict.channel}, {verdict.verdict}, excitation {verdict.excitation:.1f}"
 
 
-def test_strips_show_their_filters(gallery: Gallery, d: str, cut: Callable[[Tile], np.ndarray]) -> None:
+def test_strips_show_their_filters(gallery: StoreReader, d: str, cut: Callable[[SpriteTile], np.ndarray]) -> None:
     for row in network_view(gallery, d)["rows"]:
         pictures = [picture(gallery, d, row.path, n) for n in range(6 if row.path == FIRST else 8)]
         assert row.faces
@@ -123,7 +125,7 @@ def test_strips_show_their_filters(gallery: Gallery, d: str, cut: Callable[[Tile
     assert {one.path for one in faces} == {FIRST, SECOND}
 
 
-def test_the_network_view_tells_what_the_atlas_is(gallery: Gallery, d: str) -> None:
+def test_the_network_view_tells_what_the_atlas_is(gallery: StoreReader, d: str) -> None:
     view = network_view(gallery, d)
     assert view["facts"]["filters"] == "14, of 2 layers"
     assert view["facts"]["photos"] == "4"
@@ -136,14 +138,14 @@ def test_the_network_view_tells_what_the_atlas_is(gallery: Gallery, d: str) -> N
     assert view["drawn"] == ""
 
 
-def test_atlases_of_one_network_are_told_apart(gallery: Gallery, d: str, tmp_path: Path) -> None:
+def test_atlases_of_one_network_are_told_apart(gallery: StoreReader, d: str, tmp_path: Path) -> None:
     """By their layers, size and photos; those that differ in what the card does not tell by their addresses."""
     store = open_store(shutil.copytree(gallery.stores[0].url, tmp_path / "store"))
     manifest = store.manifest("atlases", store.done("atlases").pop())
     store.put("atlases", "1" * 32, {}, {**manifest, "precision": "bf16"})
     store.put("atlases", "2" * 32, {}, {**manifest, "evidence": None, "layers": manifest["layers"][:1], "size": 64})
     store.put("atlases", "3" * 32, {}, {**manifest, "evidence": "0" * 32})
-    told = {one.href.split("/")[1]: one.told for one in cards(Gallery([store]))}
+    told = {one.href.split("/")[1]: one.told for one in cards(StoreReader([store]))}
     assert told == {
         d: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {d}",
         "1" * 12: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {'1' * 12}",
@@ -157,7 +159,9 @@ def test_how_many_filters_are_drawn_is_said_where_not_all_are() -> None:
     assert told_drawn(80, 80) == told_drawn(0, 80) == ""
 
 
-def test_a_film_ends_in_the_filter_s_own_picture(gallery: Gallery, d: str, cut: Callable[[Tile], np.ndarray]) -> None:
+def test_a_film_ends_in_the_filter_s_own_picture(
+    gallery: StoreReader, d: str, cut: Callable[[SpriteTile], np.ndarray]
+) -> None:
     pictures = [picture(gallery, d, SECOND, n) for n in range(8)]
     for n in range(8):
         film = filter_view(gallery, d, SECOND, n)["film"]
@@ -168,7 +172,7 @@ def test_a_film_ends_in_the_filter_s_own_picture(gallery: Gallery, d: str, cut: 
 
 
 def test_strong_photos_are_framed_where_the_filter_answers(
-    gallery: Gallery, d: str, cut: Callable[[Tile], np.ndarray]
+    gallery: StoreReader, d: str, cut: Callable[[SpriteTile], np.ndarray]
 ) -> None:
     (folder,) = Path(gallery.stores[0].url).parent.glob("photos")
     names = ["a.png", "b.png", "c.png", "d.png"]
@@ -192,12 +196,12 @@ def test_strong_photos_are_framed_where_the_filter_answers(
 
 
 def test_a_frame_is_scaled_with_its_photo_and_held_inside_it() -> None:
-    layer, tile = layer_of(FACTS), Tile("f", 12, 0, 12, 12, (24, 12))
+    layer, tile = layer_of(FACTS), SpriteTile("f", 12, 0, 12, 12, (24, 12))
     assert box_of(layer, (0, 3), (24, 24), tile) == (12.5, 0, 2.5, 1.5)  # rows -2 to 2, columns 1 to 5
     assert box_of(layer_of({**FACTS, "receptive_field": None}), (0, 3), (24, 24), tile) == (12, 0, 12, 12)
 
 
-def test_it_is_said_at_which_size_the_network_saw_the_photos(gallery: Gallery, d: str) -> None:
+def test_it_is_said_at_which_size_the_network_saw_the_photos(gallery: StoreReader, d: str) -> None:
     """The frame is told where it is a part of the photo."""
     assert filter_view(gallery, d, SECOND, 0)["seen"] == (
         "The network saw these photos at 16×16 px, the size of the picture; the frame is the 5×5 px that the filter "
@@ -219,7 +223,7 @@ def test_a_layer_is_read_as_it_was_written() -> None:
     assert (layer.size, layer.receptive_field.size, str(layer.receptive_field)) == ((24, 24), (5, 5), "5 / 1 / 2")
 
 
-def test_kernels_are_the_weights(gallery: Gallery, d: str, cut: Callable[[Tile], np.ndarray]) -> None:
+def test_kernels_are_the_weights(gallery: StoreReader, d: str, cut: Callable[[SpriteTile], np.ndarray]) -> None:
     weights = kernels(tiny_model(), SECOND).weights.double().numpy()  # (8, 6, 3, 3)
     for n in (0, 5):
         view = filter_view(gallery, d, SECOND, n)["kernels"]
@@ -242,24 +246,24 @@ def test_neighbours() -> None:
     assert [neighbours([3, 5, 8], one) for one in (3, 5, 8)] == [(None, 5), (3, 8), (5, None)]
 
 
-def test_a_filter_leads_to_those_beside_it_and_its_layer(gallery: Gallery, d: str) -> None:
+def test_a_filter_leads_to_those_beside_it_and_its_layer(gallery: StoreReader, d: str) -> None:
     first, last = filter_view(gallery, d, FIRST, 0), filter_view(gallery, d, FIRST, 5)
     assert (first["before"], first["after"]) == (False, (1, f"atlas/{d}/~2E0/1.html"))
     assert (last["before"], last["after"]) == ((4, f"atlas/{d}/~2E0/4.html"), False)
     assert first["layer"] == f"atlas/{d}/~2E0/index.html"
 
 
-def test_what_was_not_drawn_is_known_by_its_layer_alone(gallery: Gallery, d: str) -> None:
-    view = nowhere(gallery, d, "elsewhere", 7)
+def test_what_was_not_drawn_is_known_by_its_layer_alone(gallery: StoreReader, d: str) -> None:
+    view = unrendered_view(gallery, d, "elsewhere", 7)
     assert (view["made"], view["layer"], view["recipe"]["name"]) == (False, None, "fourier")
     assert view["after"] == (8, f"atlas/{d}/elsewhere/8.html")
     with pytest.raises(EntryNotFound, match=r"there is no filter 6 in \.0: it has 0 to 5"):
-        nowhere(gallery, d, FIRST, 6)
+        unrendered_view(gallery, d, FIRST, 6)
     smaller = Fewer(gallery.stores)  # of the same weights, and it has the first layer alone
-    assert nowhere(smaller, "1" * 12, SECOND, 7)["after"] is False
-    assert nowhere(smaller, "1" * 12, SECOND, 7)["layer"] is None
+    assert unrendered_view(smaller, "1" * 12, SECOND, 7)["after"] is False
+    assert unrendered_view(smaller, "1" * 12, SECOND, 7)["layer"] is None
     with pytest.raises(EntryNotFound, match=r"there is no filter 8 in \.2: it has 0 to 7"):
-        nowhere(smaller, "1" * 12, SECOND, 8)
+        unrendered_view(smaller, "1" * 12, SECOND, 8)
     with pytest.raises(EntryNotFound, match=r"no picture of filter 6 of \.0; it has 6"):
         filter_view(gallery, d, FIRST, 6)
 
@@ -276,7 +280,7 @@ def test_figures_that_there_are_not_are_left_out() -> None:
     assert THRESHOLDS.excitation == 0.75
 
 
-def test_a_store_of_before_has_no_film_strip_or_kernels(gallery: Gallery, d: str) -> None:
+def test_a_store_of_before_has_no_film_strip_or_kernels(gallery: StoreReader, d: str) -> None:
     older = Older(gallery.stores)
     view = filter_view(older, d, SECOND, 3)
     assert (view["film"], view["kernels"]) == ([], None)
@@ -285,7 +289,7 @@ def test_a_store_of_before_has_no_film_strip_or_kernels(gallery: Gallery, d: str
     assert card(older.atlases()[0], "").faces == []
 
 
-class Fewer(Gallery):
+class Fewer(StoreReader):
     """A gallery with one more atlas, 111111111111, which has only the first layer of the other."""
 
     def atlas(self, d: str) -> Any:
@@ -295,7 +299,7 @@ class Fewer(Gallery):
         return {**whole, "layers": whole["layers"][:1]}
 
 
-class Older(Gallery):
+class Older(StoreReader):
     """A gallery over stores that were written before there were films, strips, kernels and whole photos."""
 
     def atlas(self, d: str) -> Any:
@@ -318,7 +322,7 @@ class Older(Gallery):
 
 def test_a_layer_whose_job_failed_shows_the_rest_and_says_so(tmp_path: Path) -> None:
     failing = tiny_atlas(tiny_model()).jobs[1].digest
-    gallery = Gallery([filled(tmp_path, failing, names=())])
+    gallery = StoreReader([filled(tmp_path, failing, names=())])
     (atlas,) = gallery.atlases()
     view = layer_view(gallery, atlas.d, FIRST)
     assert [one.n for one in view["cells"]] == [0, 1, 2, 3]
@@ -341,7 +345,7 @@ def test_the_command_draws_the_same_picture_again(
     options = ("--size", "16", "--steps", "4", "--seed", "3", "--precision", "fp32", "--workers", "0", "--quiet")
     how = (*loading.split(), *options)
     run("atlas", "nets_again:tiny", "--store", "s", "--layers", ".2", "--recipe", "fast", *how)
-    gallery = Gallery([open_store("s")])
+    gallery = StoreReader([open_store("s")])
     (atlas,) = gallery.atlases()
     typed = filter_view(gallery, atlas.d, SECOND, 5)["command"]
     assert typed == (
@@ -353,7 +357,7 @@ def test_the_command_draws_the_same_picture_again(
     assert np.abs(again - picture(gallery, atlas.d, SECOND, 5)).max() <= 1
 
 
-def test_no_command_is_told_that_would_draw_another_picture(gallery: Gallery, d: str) -> None:
+def test_no_command_is_told_that_would_draw_another_picture(gallery: StoreReader, d: str) -> None:
     found, recipe = gallery.filter(d, FIRST, 1), find_recipe("fast").at(steps=3)
     facts = {**recipe.as_dict(), "digest": recipe.digest}
     atlas = {"model": "timm/a b", "recipe": facts, "size": None}

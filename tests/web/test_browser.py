@@ -30,24 +30,24 @@ from browser import (
     visiting,
 )
 from phosphene.atlases.verdicts import Verdict
-from phosphene.web.store_reader import Gallery, found_at
+from phosphene.web.store_reader import StoreReader, stores_and_records_at
 
 __all__ = ["chromium", "exported", "place", "served"]
 NETWORK = "builtin/efficientnet-lite0"
 
 
 @pytest.fixture(scope="module")
-def gallery(place: Path) -> Gallery:
+def gallery(place: Path) -> StoreReader:
     """Return what the store says, which the page is to show."""
-    return Gallery(found_at(place)[0])
+    return StoreReader(stores_and_records_at(place)[0])
 
 
-def atlas_at(base: str, gallery: Gallery) -> str:
+def atlas_at(base: str, gallery: StoreReader) -> str:
     """Return the address of the atlas."""
     return f"{base}atlas/{gallery.atlases()[0].d}/"
 
 
-def verdicts(gallery: Gallery, path: str) -> list[Verdict]:
+def verdicts(gallery: StoreReader, path: str) -> list[Verdict]:
     return gallery.verdicts(gallery.atlases()[0].d, path)
 
 
@@ -74,7 +74,7 @@ def until(there: Callable[[], bool], seconds: float = 15) -> None:
         time.sleep(0.02)
 
 
-def walk_by_mouse(page: Page, base: str, gallery: Gallery) -> None:
+def walk_by_mouse(page: Page, base: str, gallery: StoreReader) -> None:
     """Go from the index to a filter and back again."""
     path, atlas = LAYERS[0], atlas_at(base, gallery)
     page.goto(f"{base}index.html")
@@ -95,7 +95,7 @@ def walk_by_mouse(page: Page, base: str, gallery: Gallery) -> None:
         expect(page.get_by_role("heading", level=1)).to_have_text(heading)
 
 
-def see_filter(page: Page, base: str, gallery: Gallery) -> None:
+def see_filter(page: Page, base: str, gallery: StoreReader) -> None:
     """See all there is of a filter, by its address alone."""
     page.goto(f"{atlas_at(base, gallery)}{LAYERS[1]}/5.html")
     one = verdicts(gallery, LAYERS[1])[5]
@@ -121,7 +121,7 @@ def most_excited(one: Verdict) -> float:
     return math.inf if one.excitation is None else -one.excitation
 
 
-def sort_and_filter(page: Page, base: str, gallery: Gallery) -> None:
+def sort_and_filter(page: Page, base: str, gallery: StoreReader) -> None:
     """Sort and filter a layer; what is chosen stands in the address, and goes with the back button."""
     path = LAYERS[0]
     layer, known = f"{atlas_at(base, gallery)}{path}/index.html", verdicts(gallery, path)
@@ -155,7 +155,7 @@ def sort_and_filter(page: Page, base: str, gallery: Gallery) -> None:
     assert shown(page) == list(range(FILTERS))[::-1]
 
 
-def leaf_through(page: Page, base: str, gallery: Gallery) -> None:
+def leaf_through(page: Page, base: str, gallery: StoreReader) -> None:
     """Go from filter to filter in the order of the grid, and back to it; from elsewhere by number."""
     path = LAYERS[0]
     layer, known = f"{atlas_at(base, gallery)}{path}/index.html", verdicts(gallery, path)
@@ -182,7 +182,7 @@ def leaf_through(page: Page, base: str, gallery: Gallery) -> None:
     expect(around.locator("a")).to_have_text([re.compile("filter 0$"), re.compile("^filter 2 ")])
 
 
-def walk_by_keyboard(page: Page, base: str, gallery: Gallery) -> None:
+def walk_by_keyboard(page: Page, base: str, gallery: StoreReader) -> None:
     """Go from the index to a filter, and on from there, by keys alone."""
     page.goto(f"{base}index.html")
     tab_to(page, lambda one: one.inner_text() == NETWORK)
@@ -210,7 +210,7 @@ def walk_by_keyboard(page: Page, base: str, gallery: Gallery) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at} of {LAYERS[0]}")
 
 
-def see_training(page: Page, base: str, gallery: Gallery) -> None:
+def see_training(page: Page, base: str, gallery: StoreReader) -> None:
     """Go through the epochs of a training run by slider, list, address, back button, and by itself."""
     page.goto(f"{base}index.html")
     page.get_by_role("link", name="flowers").click()
@@ -245,22 +245,22 @@ def see_training(page: Page, base: str, gallery: Gallery) -> None:
 
 
 BROWSING = (walk_by_mouse, see_filter, sort_and_filter, leaf_through, walk_by_keyboard, see_training)
-Visit = Callable[[Page, str, Gallery], None]
+Visit = Callable[[Page, str, StoreReader], None]
 
 
 @pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
-def test_a_visit(visit: Visit, chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_a_visit(visit: Visit, chromium: Browser, served: Served, gallery: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
         visit(page, served.base, gallery)
 
 
 @pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
-def test_a_visit_to_plain_files(visit: Visit, chromium: Browser, exported: str, gallery: Gallery) -> None:
+def test_a_visit_to_plain_files(visit: Visit, chromium: Browser, exported: str, gallery: StoreReader) -> None:
     with visiting(chromium, exported) as page:
         visit(page, exported, gallery)
 
 
-def test_a_visit_without_scripts(chromium: Browser, exported: str, gallery: Gallery) -> None:
+def test_a_visit_without_scripts(chromium: Browser, exported: str, gallery: StoreReader) -> None:
     with visiting(chromium, exported, script=False) as page:
         walk_by_mouse(page, exported, gallery)
         see_filter(page, exported, gallery)
@@ -297,7 +297,7 @@ def test_a_visit_that_something_is_wrong_with_fails(broken: str, said: str, chro
         visit()
 
 
-def views(base: str, gallery: Gallery) -> dict[str, str]:
+def views(base: str, gallery: StoreReader) -> dict[str, str]:
     """Return the address of each view."""
     atlas = atlas_at(base, gallery)
     return {
@@ -309,14 +309,14 @@ def views(base: str, gallery: Gallery) -> dict[str, str]:
     }
 
 
-def test_every_view_is_for_all(chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_every_view_is_for_all(chromium: Browser, served: Served, gallery: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
         for name, address in views(served.base, gallery).items():
             page.goto(address, wait_until="networkidle")
             look(page, name)
 
 
-def test_every_view_in_the_dark_on_a_telephone(chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_every_view_in_the_dark_on_a_telephone(chromium: Browser, served: Served, gallery: StoreReader) -> None:
     with visiting(chromium, served.base, width=390, dark=True) as page:
         atlas = atlas_at(served.base, gallery)
         for address in (*views(served.base, gallery).values(), f"{atlas}photo.html"):
@@ -325,7 +325,7 @@ def test_every_view_in_the_dark_on_a_telephone(chromium: Browser, served: Served
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, address
 
 
-def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
         page.goto(f"{atlas_at(served.base, gallery)}index.html")
         page.get_by_role("link", name="Show it a photo of yours").click()
@@ -366,7 +366,7 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Gal
 
 
 def test_a_photo_that_cannot_be_read_leaves_the_one_before(
-    chromium: Browser, served: Served, gallery: Gallery, tmp_path: Path
+    chromium: Browser, served: Served, gallery: StoreReader, tmp_path: Path
 ) -> None:
     broken, empty = tmp_path / "bro<b>ken.png", tmp_path / "empty.png"
     broken.write_bytes(b"\x89PNG and nothing more")
@@ -401,7 +401,7 @@ def test_a_photo_that_cannot_be_read_leaves_the_one_before(
         visit()
 
 
-def test_any_filter_of_any_layer(chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_any_filter_of_any_layer(chromium: Browser, served: Served, gallery: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
         page.goto(f"{atlas_at(served.base, gallery)}index.html")
         form = page.locator("#any")
@@ -424,7 +424,7 @@ def test_any_filter_of_any_layer(chromium: Browser, served: Served, gallery: Gal
         expect(page.get_by_role("heading", level=1)).to_have_text("Filter 7 of _conv_stem")
 
 
-def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served, gallery: StoreReader) -> None:
     def visit() -> None:
         with visiting(chromium, served.base) as page:
             page.route("**/layers.json", lambda one: one.fulfill(status=409, json={"error": "tinynet is not loaded"}))
@@ -439,7 +439,7 @@ def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served,
         visit()
 
 
-def places_of_live_use(served: Served, gallery: Gallery) -> dict[str, str]:
+def places_of_live_use(served: Served, gallery: StoreReader) -> dict[str, str]:
     """Return the address of each live control, by where on the page it is."""
     atlas = atlas_at(served.base, gallery)
     return {
@@ -450,7 +450,7 @@ def places_of_live_use(served: Served, gallery: Gallery) -> dict[str, str]:
 
 
 def test_what_cannot_be_opened_is_said_before_anything_is_clicked(
-    chromium: Browser, served: Served, gallery: Gallery
+    chromium: Browser, served: Served, gallery: StoreReader
 ) -> None:
     told = "start the server with: phosphene serve PLACE --model tinynet:make, where that network can be imported."
     with visiting(chromium, served.base) as page:
@@ -462,7 +462,7 @@ def test_what_cannot_be_opened_is_said_before_anything_is_clicked(
             check_access(page)
 
 
-def test_live_use_without_scripts(chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_live_use_without_scripts(chromium: Browser, served: Served, gallery: StoreReader) -> None:
     with visiting(chromium, served.base, script=False) as page:
         for control, address in places_of_live_use(served, gallery).items():
             page.goto(address)
@@ -470,7 +470,7 @@ def test_live_use_without_scripts(chromium: Browser, served: Served, gallery: Ga
             assert re.search("<noscript>.*needs JavaScript", page.content())  # which this browser hides all the same
 
 
-def begin_render(page: Page, base: str, gallery: Gallery, steps: int) -> None:
+def begin_render(page: Page, base: str, gallery: StoreReader, steps: int) -> None:
     """Ask for a filter that the atlas has no picture of, and count the pictures that come."""
     page.goto(f"{atlas_at(base, gallery)}{LAYERS[0]}/20.html")
     expect(page.get_by_text("This filter has no picture in the atlas yet.")).to_be_visible()
@@ -487,7 +487,7 @@ def updates(page: Page) -> int:
     return int(page.evaluate("window.pictures.size"))
 
 
-def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served, gallery: Gallery) -> None:
+def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served, gallery: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
         begin_render(page, served.base, gallery, 60)
         expect(page.locator("#render .said")).to_contain_text("Done: score", timeout=30_000)
@@ -499,7 +499,7 @@ def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served,
 
 
 def test_leaving_the_page_ends_a_render_and_the_next_one_begins(
-    chromium: Browser, served: Served, gallery: Gallery
+    chromium: Browser, served: Served, gallery: StoreReader
 ) -> None:
     line = served.studio.line
     with visiting(chromium, served.base) as first, visiting(chromium, served.base) as second:

@@ -7,13 +7,13 @@ import threading
 import pytest
 
 from phosphene.web import cache as shelf
-from phosphene.web.cache import Shelf
+from phosphene.web.cache import SizedCache
 
 
 def test_it_reads_once_until_the_time_is_over_and_then_with_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(shelf, "monotonic", lambda: now[0])
-    kept, given = Shelf[str](10, seconds=3), list[str | None]()
+    kept, given = SizedCache[str](10, seconds=3), list[str | None]()
 
     def read(before: str | None) -> tuple[str, int]:
         given.append(before)
@@ -28,7 +28,7 @@ def test_it_reads_once_until_the_time_is_over_and_then_with_what_was_there(monke
 
 
 def test_what_was_asked_for_longest_ago_goes_first_and_one_thing_always_stays() -> None:
-    kept = Shelf[str](10)
+    kept = SizedCache[str](10)
     for key in "abc":
         kept.get(key, lambda _: ("", 4))
     assert list(kept.held) == ["b", "c"]
@@ -40,14 +40,14 @@ def test_what_was_asked_for_longest_ago_goes_first_and_one_thing_always_stays() 
 
 
 def test_a_failed_reading_keeps_nothing() -> None:
-    kept = Shelf[str](10)
+    kept = SizedCache[str](10)
     with pytest.raises(ZeroDivisionError):
         kept.get("a", lambda _: (str(1 / 0), 1))
     assert kept.get("a", lambda before: (str(before), 1)) == "None"
 
 
 def test_threads_share_one() -> None:
-    kept, wrong = Shelf[int](50), list[int]()
+    kept, wrong = SizedCache[int](50), list[int]()
 
     def use(start: int) -> None:
         for number in range(2000):

@@ -13,13 +13,13 @@ from phosphene.storage.store import open_store
 from phosphene.web import export as module
 from phosphene.web.export import MARK, export
 from phosphene.web.site import Content, Site
-from phosphene.web.store_reader import Gallery
+from phosphene.web.store_reader import StoreReader
 from tiny_atlas import contents
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site(Gallery([filled(tmp_path_factory.mktemp("export"), layers=FIRST)]), [])
+    return Site(StoreReader([filled(tmp_path_factory.mktemp("export"), layers=FIRST)]), [])
 
 
 def test_all_of_the_site_is_written_and_the_index_last(
@@ -53,7 +53,7 @@ def test_it_may_be_written_over_and_beside_hidden_files(site: Site, tmp_path: Pa
 
 def test_what_the_earlier_export_had_and_this_one_has_not_is_taken_away(site: Site, tmp_path: Path) -> None:
     out, more = tmp_path / "out", filled(tmp_path)
-    export(Site(Gallery([more]), []), out)
+    export(Site(StoreReader([more]), []), out)
     mine, far = out / "atlas/notes.txt", tmp_path / "far"
     mine.write_text("mine")
     far.mkdir()
@@ -77,7 +77,7 @@ def test_an_export_that_was_cut_off_is_tidied_by_the_next(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    whole = Site(Gallery([filled(tmp_path)]), [])
+    whole = Site(StoreReader([filled(tmp_path)]), [])
     damaged = Site(whole.gallery, [])
     last = [one for one in whole.paths() if one.endswith(".html")][-2]
 
@@ -115,5 +115,5 @@ def test_damage_leaves_no_index(tmp_path: Path) -> None:
     for one in Path(store.url).glob("jobs/*/filter_3.png"):
         one.write_bytes(b"x")
     with pytest.raises(StoreRefused, match=r"filter_3\.png is damaged"):
-        export(Site(Gallery([open_store(store.url)]), []), tmp_path / "out")
+        export(Site(StoreReader([open_store(store.url)]), []), tmp_path / "out")
     assert not (tmp_path / "out/index.html").exists()

@@ -22,13 +22,13 @@ from starlette.testclient import TestClient
 from fake_training_record import record_of
 from large_store import generated
 from phosphene.network.loading import load
-from phosphene.web.live.render_queue import Studio
+from phosphene.web.live.render_queue import RenderQueue
 from phosphene.web.live.routes import live_routes
 from phosphene.web.security import HEADERS
 from phosphene.web.server import application
 from phosphene.web.site import Site
-from phosphene.web.store_reader import Gallery, found_at
-from phosphene.web.views.training import Training
+from phosphene.web.store_reader import StoreReader, stores_and_records_at
+from phosphene.web.views.training import TrainingView
 
 SECRET = "kept beside the store"
 HERE = "http://127.0.0.1:8000"
@@ -63,10 +63,10 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         (folder / "secret.txt").write_text(SECRET)
         (folder / "secret.png").write_text(SECRET)
         (folder / "secret.webp").write_text(SECRET)
-    stores, histories, _ = found_at(place)
-    gallery = Gallery(stores)
-    studio = Studio(gallery, "cpu", load("large_store:narrow", input_size=64))
-    site = Site(gallery, [Training(one, "run~201") for one in histories], live=True)
+    stores, histories, _ = stores_and_records_at(place)
+    gallery = StoreReader(stores)
+    studio = RenderQueue(gallery, "cpu", load("large_store:narrow", input_size=64))
+    site = Site(gallery, [TrainingView(one, "run~201") for one in histories], live=True)
     d = gallery.atlases()[0].d
     live = ["photo", "activations", "excited", "render", "layers.json", "photo.html"]
     paths = [*site.paths(), "healthz", "", *(f"atlas/{d}/{one}" for one in live)]

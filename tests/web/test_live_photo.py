@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from phosphene.atlases.run import run
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, LayerRefused, PhotoRefused
-from phosphene.images import figure
+from phosphene.images import encode
 from phosphene.inspection.activations import activations
 from phosphene.inspection.attribution_methods import CAUTIONS
 from phosphene.inspection.explain import explain
@@ -29,14 +29,14 @@ from phosphene.web.live import photo as visitor
 from phosphene.web.live.photo import (
     activation_sheet,
     by_pictures,
-    excited,
     explained,
     maps_of,
     photo_of,
     strongest,
+    top_filters,
     webp_bytes,
 )
-from phosphene.web.store_reader import Gallery
+from phosphene.web.store_reader import StoreReader
 from tiny_atlas import Here, tiny_atlas, tiny_model
 
 LABELS = ("ant", "bee", "cat", "dog", "elk", "fox")
@@ -83,12 +83,12 @@ def photo(seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=["with photos", "without"])
-def gallery(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+def gallery(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     """An atlas of both convolutions, pictures of 16 px, whereas the network's own size is 24."""
     folder = tmp_path_factory.mktemp("store")
     photos = [picture(seed=seed) for seed in range(1, 9)] if request.param == "with photos" else None
     run(tiny_atlas(classifying()), folder, Here(), photos=photos)
-    return Gallery([open_store(folder)])
+    return StoreReader([open_store(folder)])
 
 
 def of(uri: str) -> bytes:
@@ -114,7 +114,7 @@ def test_classes_and_map_are_those_of_explain(
     assert found["strongest"] == float(heat.evidence.max())
     assert found["caption"] == heat.caption()
     assert found["caution"] == CAUTIONS.get(method, "")
-    assert of(found["picture"]) == figure.webp(heat.overlay(photo(), legend=False), 80)
+    assert of(found["picture"]) == encode.webp(heat.overlay(photo(), legend=False), 80)
 
 
 def test_a_method_that_looks_at_the_image_takes_no_layer() -> None:
@@ -133,7 +133,7 @@ def test_a_network_without_classes_says_so_and_shows_the_photo() -> None:
     found = explained(tiny_model(), photo(), "gradcam", None, None)
     assert found["classes"] == []
     assert "names no classes" in found["note"]
-    assert of(found["picture"]) == figure.webp(picture(), 80)
+    assert of(found["picture"]) == encode.webp(picture(), 80)
 
 
 def test_what_cannot_be_shown_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_layers_with_maps_are_listed() -> None:
 
 def test_the_activations_are_those_of_the_library() -> None:
     model = classifying()
-    assert activation_sheet(model, photo(), "conv2") == figure.webp(
+    assert activation_sheet(model, photo(), "conv2") == encode.webp(
         activations(model, photo(), ["conv2"]).grid("conv2"), 80
     )
 
@@ -181,10 +181,10 @@ def at_16(image: Tensor) -> Tensor:
     return small[..., 2:18]
 
 
-def test_excitations_are_those_of_a_plain_loop(gallery: Gallery, untouched: Untouched) -> None:
+def test_excitations_are_those_of_a_plain_loop(gallery: StoreReader, untouched: Untouched) -> None:
     model, d = classifying(), gallery.atlases()[0].d
     with untouched(model.module):
-        found = excited(model, photo(), gallery, d)
+        found = top_filters(model, photo(), gallery, d)
     assert found["size"] == [16, 16]
     means = plain_means(at_16(photo()))
     evidence = gallery.evidence(d)
@@ -215,16 +215,16 @@ def test_excitations_are_those_of_a_plain_loop(gallery: Gallery, untouched: Unto
     assert first["picture"] == f"{first['layer']}/filter_{first['channel']}.png"
 
 
-def test_a_photo_of_the_evidence_is_as_strong_as_the_evidence_says(gallery: Gallery) -> None:
+def test_a_photo_of_the_evidence_is_as_strong_as_the_evidence_says(gallery: StoreReader) -> None:
     d = gallery.atlases()[0].d
     if gallery.evidence(d) is None:
         pytest.skip("there is no evidence")
-    layers = [excited(classifying(), photo(seed), gallery, d)["layers"][0]["filters"] for seed in range(1, 9)]
+    layers = [top_filters(classifying(), photo(seed), gallery, d)["layers"][0]["filters"] for seed in range(1, 9)]
     best = {n: max(one["excitation"] for few in layers for one in few if one["channel"] == n) for n in range(6)}
     assert list(best.values()) == pytest.approx([1.0] * 6, abs=1e-3)  # of each filter one of the photos is strongest
 
 
-def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(gallery: Gallery) -> None:
+def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(gallery: StoreReader) -> None:
     verdicts = gallery.verdicts(gallery.atlases()[0].d, "conv1")
     scores = torch.tensor([one.score for one in sorted(verdicts, key=lambda one: one.channel)]).double()
     grey = scores - torch.tensor([1.0, 2, 4, 0, -1, 5])  # of the fourth the picture does nothing, of the fifth less
@@ -233,7 +233,7 @@ def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(gallery: Gall
     assert ratios[[3, 4]].isnan().all()
 
 
-def test_dead_filters_and_unknown_ratios_are_left_out(gallery: Gallery) -> None:
+def test_dead_filters_and_unknown_ratios_are_left_out(gallery: StoreReader) -> None:
     verdicts = gallery.verdicts(gallery.atlases()[0].d, "conv1")
     dead = {one.channel for one in verdicts if one.verdict == "dead"}
     ratios = torch.tensor([0.1, torch.nan, 0.3, 0.3, 0.05, 0.2])
@@ -242,7 +242,7 @@ def test_dead_filters_and_unknown_ratios_are_left_out(gallery: Gallery) -> None:
     assert strongest("base/conv", ratios, verdicts)[0]["page"] == f"base~2Fconv/{shown[0]}.html"
 
 
-def test_filters_that_are_not_excited_are_left_out_unless_none_is(gallery: Gallery) -> None:
+def test_filters_that_are_not_excited_are_left_out_unless_none_is(gallery: StoreReader) -> None:
     verdicts = [one for one in gallery.verdicts(gallery.atlases()[0].d, "conv1") if one.verdict != "dead"]
     numbers = [one.channel for one in verdicts][:4]
     ratios = torch.full((6,), -1.0)
@@ -258,7 +258,7 @@ def test_what_is_sent_is_small_whatever_the_photo(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(visitor, "MOST", 30_000)
     content = webp_bytes(noise)
     assert 10_000 < len(content) <= 30_000
-    width, height = figure.opened(content).size
+    width, height = encode.decode_image(content).size
     assert width / height == pytest.approx(1.5, abs=0.02)
 
 
@@ -276,7 +276,7 @@ def test_the_trained_network_knows_the_cat() -> None:
     found = explained(model, photo_of(content, model), "gradcam", None, None)
     assert [one["name"] for one in found["classes"][:3]] == ["tiger cat", "Egyptian cat", "tabby"]
     assert found["classes"][0]["probability"] == pytest.approx(0.386, abs=0.01)
-    shown = np.asarray(figure.opened(of(found["picture"])).convert("RGB")).astype(int)
+    shown = np.asarray(encode.decode_image(of(found["picture"])).convert("RGB")).astype(int)
     assert shown.shape == (300, 451, 3)
     # warm where the cat's cheek and eye are, grey where there is nothing of it
     warmth = shown[..., 0] - shown[..., 2]

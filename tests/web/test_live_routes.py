@@ -28,17 +28,17 @@ from starlette.testclient import TestClient
 from test_live_photo import classifying, photo, picture, png
 
 from phosphene.atlases.run import run
-from phosphene.images import figure
+from phosphene.images import encode
 from phosphene.inspection.activations import activations
 from phosphene.inspection.explain import explain
 from phosphene.network.model import Model
 from phosphene.storage.store import open_store
 from phosphene.web.live import routes as live
-from phosphene.web.live.render_queue import VISITORS, Studio
+from phosphene.web.live.render_queue import VISITORS, RenderQueue
 from phosphene.web.live.routes import live_routes
 from phosphene.web.server import application
 from phosphene.web.site import Site
-from phosphene.web.store_reader import Gallery
+from phosphene.web.store_reader import StoreReader
 from tiny_atlas import Here, tiny_atlas
 
 HERE = "http://127.0.0.1:8000"
@@ -46,20 +46,20 @@ CHELSEA = Path(__file__).parents[2] / "src/phosphene/data/chelsea.jpg"
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     folder = tmp_path_factory.mktemp("store")
     run(tiny_atlas(classifying(), recipe="fast"), folder, Here(), photos=[picture(seed=seed) for seed in range(1, 5)])
-    return Gallery([open_store(folder)])
+    return StoreReader([open_store(folder)])
 
 
 @pytest.fixture(scope="module")
-def at(gallery: Gallery) -> str:
+def at(gallery: StoreReader) -> str:
     return f"/atlas/{gallery.atlases()[0].d}"
 
 
 @pytest.fixture(scope="module")
-def client(gallery: Gallery) -> Iterator[TestClient]:
-    studio = Studio(gallery, model=classifying())
+def client(gallery: StoreReader) -> Iterator[TestClient]:
+    studio = RenderQueue(gallery, model=classifying())
     shown = application(Site(gallery, [], live=True), live_routes(studio))
     with TestClient(shown, HERE, raise_server_exceptions=False) as client:
         yield client
@@ -67,9 +67,9 @@ def client(gallery: Gallery) -> Iterator[TestClient]:
 
 
 @contextmanager
-def serving(gallery: Gallery) -> Iterator[tuple[Studio, int]]:
+def serving(gallery: StoreReader) -> Iterator[tuple[RenderQueue, int]]:
     """Serve on a free port, and yield the studio and the port."""
-    studio = Studio(gallery, model=classifying())
+    studio = RenderQueue(gallery, model=classifying())
     routes = live_routes(studio)
     with closing(socket.create_server(("127.0.0.1", 0))) as at:
         shown = application(Site(gallery, [], live=True), routes)
@@ -109,7 +109,7 @@ def until(true: Any, seconds: float = 10.0) -> bool:
     return bool(true())
 
 
-def test_a_render_comes_as_events_over_a_real_connection(gallery: Gallery, at: str) -> None:
+def test_a_render_comes_as_events_over_a_real_connection(gallery: StoreReader, at: str) -> None:
     with serving(gallery) as (_, port):
         wish = {"layer": "conv1", "channel": 2, "recipe": "fast", "size": 24, "steps": 30, "seed": 1}
         connection, answer = ask(port, f"{at}/render", wish)
@@ -122,12 +122,12 @@ def test_a_render_comes_as_events_over_a_real_connection(gallery: Gallery, at: s
     frames = [facts for name, facts in told if name == "frame"]
     assert len({one["image"] for one in frames}) >= 5
     assert [one["step"] for one in frames] == sorted({one["step"] for one in frames})
-    first = figure.opened(base64.b64decode(frames[0]["image"].partition(",")[2]))
+    first = encode.decode_image(base64.b64decode(frames[0]["image"].partition(",")[2]))
     assert (first.format or "WEBP", first.size) == ("WEBP", (24, 24))
     assert told[-1][1]["image"].startswith("data:image/png;base64,")
 
 
-def test_going_away_ends_the_render_and_the_line_moves_up(gallery: Gallery, at: str) -> None:
+def test_going_away_ends_the_render_and_the_line_moves_up(gallery: StoreReader, at: str) -> None:
     with serving(gallery) as (studio, port):
         wish = {"layer": "conv1", "channel": 0, "size": 24, "steps": 2048}
         connections = []
@@ -154,7 +154,7 @@ def test_going_away_ends_the_render_and_the_line_moves_up(gallery: Gallery, at: 
         assert sum(len(one._forward_hooks) for one in model.module.modules()) == 0
 
 
-def test_a_comment_comes_where_nothing_happens(gallery: Gallery, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comment_comes_where_nothing_happens(gallery: StoreReader, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "HEARTBEAT", 0.05)
     with serving(gallery) as (studio, port):
         wish = {"layer": "conv1", "channel": 0, "size": 24, "steps": 2048}
@@ -185,13 +185,13 @@ def test_a_photo_gets_what_explain_says(client: TestClient, at: str) -> None:
     found = answer.json()
     assert found["classes"] == [asdict(one) for one in heat.top]
     assert found["target"] == asdict(heat.target)
-    assert base64.b64decode(found["picture"].partition(",")[2]) == figure.webp(heat.overlay(photo(), legend=False), 80)
+    assert base64.b64decode(found["picture"].partition(",")[2]) == encode.webp(heat.overlay(photo(), legend=False), 80)
 
 
 def test_activations_come_as_a_picture(client: TestClient, at: str) -> None:
     answer = client.post(f"{at}/activations?layer=conv2", content=png(picture()), headers={"Origin": HERE})
     assert answer.headers["content-type"] == "image/webp"
-    assert answer.content == figure.webp(activations(classifying(), photo(), ["conv2"]).grid("conv2"), 80)
+    assert answer.content == encode.webp(activations(classifying(), photo(), ["conv2"]).grid("conv2"), 80)
 
 
 def test_excited_filters_come_with_their_views(client: TestClient, at: str) -> None:
@@ -272,8 +272,8 @@ def test_too_many_bytes_or_pixels_are_refused(client: TestClient, at: str) -> No
     assert "more than 40 million pixels" in wide.json()["error"]
 
 
-def test_a_crowd_is_told_to_come_again(gallery: Gallery, at: str) -> None:
-    studio = Studio(gallery, model=classifying())
+def test_a_crowd_is_told_to_come_again(gallery: StoreReader, at: str) -> None:
+    studio = RenderQueue(gallery, model=classifying())
     studio.visitors = VISITORS
     shown = application(Site(gallery, [], live=True), live_routes(studio))
     with TestClient(shown, HERE) as client:
@@ -284,7 +284,7 @@ def test_a_crowd_is_told_to_come_again(gallery: Gallery, at: str) -> None:
 
 
 def test_a_photo_whose_sender_has_gone_is_not_looked_at(
-    gallery: Gallery, at: str, monkeypatch: pytest.MonkeyPatch
+    gallery: StoreReader, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bytes] = []
 
@@ -348,8 +348,8 @@ def test_an_atlas_that_is_not_there_is_not_found(client: TestClient) -> None:
         assert client.get(f"/atlas/none/{name}").status_code == 404
 
 
-def test_a_network_that_cannot_be_loaded_is_a_conflict(gallery: Gallery, at: str) -> None:
-    studio = Studio(gallery)
+def test_a_network_that_cannot_be_loaded_is_a_conflict(gallery: StoreReader, at: str) -> None:
+    studio = RenderQueue(gallery)
     shown = application(Site(gallery, [], live=True), live_routes(studio))
     with TestClient(shown, HERE) as client:
         answer = client.post(f"{at}/photo", content=png(picture()), headers={"Origin": HERE})

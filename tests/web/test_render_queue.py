@@ -31,7 +31,7 @@ from phosphene.errors import (
     ModelRefused,
     RecipeNotFound,
 )
-from phosphene.images import figure
+from phosphene.images import encode
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.rendering.gradient_ascent import Frame
@@ -40,25 +40,25 @@ from phosphene.rendering.recipes import RECIPES
 from phosphene.rendering.render import render
 from phosphene.storage.store import open_store
 from phosphene.web.live import render_queue as studio_file
-from phosphene.web.live.model_pool import KEPT, Bench, Identity, opened, refusal, second
-from phosphene.web.live.render_queue import LEAST, OFTEN, WAITING, Event, Full, Left, Rendering, Studio
-from phosphene.web.live.render_request import Wish, channels_of, framed, recipes_for
-from phosphene.web.store_reader import Gallery
+from phosphene.web.live.model_pool import KEPT, Identity, ModelThread, opened, refusal, second
+from phosphene.web.live.render_queue import LEAST, OFTEN, WAITING, Event, QueueFull, RenderQueue, RenderTask, ViewerGone
+from phosphene.web.live.render_request import RenderRequest, channels_of, frame_event, recipes_for
+from phosphene.web.store_reader import StoreReader
 from tiny_atlas import Here, tiny_atlas, tiny_model
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
-WISH = Wish(".0", 1, "fast", 24, 40)
+WISH = RenderRequest(".0", 1, "fast", 24, 40)
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     folder = tmp_path_factory.mktemp("store")
     run(tiny_atlas(tiny_model(), recipe="fast", channels="0:4"), folder, Here())
-    return Gallery([open_store(folder)])
+    return StoreReader([open_store(folder)])
 
 
 @pytest.fixture
-def d(gallery: Gallery) -> str:
+def d(gallery: StoreReader) -> str:
     return gallery.atlases()[0].d
 
 
@@ -66,7 +66,7 @@ def live(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 60))
 
 
-async def told(one: Rendering) -> list[Event]:
+async def told(one: RenderTask) -> list[Event]:
     """Return everything that is told of a render, to its end."""
     events = [await one.events.get()]
     while events[-1].name not in ("done", "failed"):
@@ -78,19 +78,19 @@ def bytes_of(uri: str) -> bytes:
     return base64.b64decode(uri.partition(",")[2])
 
 
-def network_of(studio: Studio) -> nn.Module:
+def network_of(studio: RenderQueue) -> nn.Module:
     """Return the network that renders are made with."""
     (model,) = studio.renders.models.values()
     return model.module
 
 
 def test_a_render_is_seen_as_it_forms_and_ends_as_the_library_renders_it(
-    gallery: Gallery, d: str, untouched: Untouched
+    gallery: StoreReader, d: str, untouched: Untouched
 ) -> None:
     model = tiny_model()
 
     async def look_on() -> list[Event]:
-        studio = Studio(gallery, model=model)
+        studio = RenderQueue(gallery, model=model)
         events = await told(await studio.begin(d, WISH))
         studio.close()
         return events
@@ -107,17 +107,17 @@ def test_a_render_is_seen_as_it_forms_and_ends_as_the_library_renders_it(
     seen: list[Frame] = []
     own = render(model, channel(".0", [1]), RECIPES["fast"].at(24, 40), size=24, batch=1, watch=seen.append)
     done = events[-1].facts
-    assert bytes_of(done["image"]) == figure.png(own.pictures[0], own.metadata(0))
-    assert frames[-1]["image"] == framed(seen[-1], "clip")["image"]
+    assert bytes_of(done["image"]) == encode.png(own.pictures[0], own.metadata(0))
+    assert frames[-1]["image"] == frame_event(seen[-1], "clip")["image"]
     assert (done["score"], done["start_score"]) == (float(own.scores[0]), float(own.start_scores[0]))
     assert done["dead"] is False
     by_step = {one.step: float(one.scores[0]) for one in seen}
     assert all(one["score"] == by_step[one["step"]] for one in frames)
 
 
-def test_whoever_leaves_ends_the_render_and_the_next_one_is_as_ever(gallery: Gallery, d: str) -> None:
-    async def look_on() -> tuple[Studio, list[Event], list[Event]]:
-        studio = Studio(gallery, model=tiny_model())
+def test_whoever_leaves_ends_the_render_and_the_next_one_is_as_ever(gallery: StoreReader, d: str) -> None:
+    async def look_on() -> tuple[RenderQueue, list[Event], list[Event]]:
+        studio = RenderQueue(gallery, model=tiny_model())
         long = await studio.begin(d, replace(WISH, steps=2048))
         while (await long.events.get()).name != "frame":
             pass
@@ -136,12 +136,12 @@ def test_whoever_leaves_ends_the_render_and_the_next_one_is_as_ever(gallery: Gal
     _, rest, after = live(look_on())
     assert not [one for one in rest if one.name in ("done", "failed")]
     fresh = render(tiny_model(), channel(".0", [1]), RECIPES["fast"].at(24, 40), size=24, batch=1)
-    assert bytes_of(after[-1].facts["image"]) == figure.png(fresh.pictures[0], fresh.metadata(0))
+    assert bytes_of(after[-1].facts["image"]) == encode.png(fresh.pictures[0], fresh.metadata(0))
 
 
-def test_each_is_told_the_place_in_the_line_whenever_it_changes(gallery: Gallery, d: str) -> None:
+def test_each_is_told_the_place_in_the_line_whenever_it_changes(gallery: StoreReader, d: str) -> None:
     async def look_on() -> list[list[int]]:
-        studio = Studio(gallery, model=tiny_model())
+        studio = RenderQueue(gallery, model=tiny_model())
         line = [await studio.begin(d, replace(WISH, steps=2048 if number == 0 else 3)) for number in range(4)]
         assert studio.line == line
         studio.leave(line[1])  # gives up before its turn: the two behind move up
@@ -153,25 +153,25 @@ def test_each_is_told_the_place_in_the_line_whenever_it_changes(gallery: Gallery
 
     places: list[list[int]] = [[] for _ in range(4)]
 
-    async def told_last(one: Rendering) -> None:
+    async def told_last(one: RenderTask) -> None:
         await told(one)
 
-    original = Rendering.stand
+    original = RenderTask.stand
 
-    def stand(self: Rendering, place: int) -> None:
+    def stand(self: RenderTask, place: int) -> None:
         if place != self.place:
             places[seen.setdefault(id(self), len(seen))].append(place)
         original(self, place)
 
     seen: dict[int, int] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rendering, "stand", stand)
+        patch.setattr(RenderTask, "stand", stand)
         assert live(look_on()) == [[0], [1], [2, 1, 0], [3, 2, 1, 0]]
 
 
-def test_only_one_renders_at_a_time(gallery: Gallery, d: str) -> None:
+def test_only_one_renders_at_a_time(gallery: StoreReader, d: str) -> None:
     async def look_on() -> None:
-        studio = Studio(gallery, model=tiny_model())
+        studio = RenderQueue(gallery, model=tiny_model())
         line = [await studio.begin(d, replace(WISH, channel=number)) for number in range(3)]
         for one in line:
             events = await told(one)
@@ -184,22 +184,22 @@ def test_only_one_renders_at_a_time(gallery: Gallery, d: str) -> None:
         studio.close()
 
     log: list[tuple[int, int]] = []
-    original = Rendering.watch
+    original = RenderTask.watch
 
-    def watch(self: Rendering, frame: Frame, display: str) -> None:
+    def watch(self: RenderTask, frame: Frame, display: str) -> None:
         log.append((self.wish.channel, frame.step))
         original(self, frame, display)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rendering, "watch", watch)
+        patch.setattr(RenderTask, "watch", watch)
         live(look_on())
 
 
-def test_the_line_has_an_end(gallery: Gallery, d: str) -> None:
+def test_the_line_has_an_end(gallery: StoreReader, d: str) -> None:
     async def crowd() -> None:
-        studio = Studio(gallery, model=tiny_model())
+        studio = RenderQueue(gallery, model=tiny_model())
         line = [await studio.begin(d, replace(WISH, steps=2048)) for _ in range(WAITING + 1)]
-        with pytest.raises(Full, match="20 renders wait already; try again when some of them are done"):
+        with pytest.raises(QueueFull, match="20 renders wait already; try again when some of them are done"):
             await studio.begin(d, WISH)
         studio.leave(line[5])
         last = await studio.begin(d, WISH)
@@ -216,7 +216,7 @@ def test_frames_come_at_most_eight_times_a_second_but_at_least_twelve_times(monk
     monkeypatch.setattr(studio_file, "monotonic", lambda: now[0])
 
     async def steps(each: float, slow: bool = False) -> list[int]:
-        one = Rendering({}, WISH)
+        one = RenderTask({}, WISH)
         shown = []
         for step in range(101):
             now[0] = step * each
@@ -237,28 +237,28 @@ def test_frames_come_at_most_eight_times_a_second_but_at_least_twelve_times(monk
 
 def test_a_render_that_nobody_sees_stops() -> None:
     async def leave() -> None:
-        one = Rendering({}, WISH)
+        one = RenderTask({}, WISH)
         one.gone.set()
-        with pytest.raises(Left):
+        with pytest.raises(ViewerGone):
             one.watch(Frame(1, 2, torch.tensor([0]), torch.zeros(1), torch.zeros(1, 3, 4, 4)), "clip")
 
     live(leave())
 
 
-def test_what_the_network_has_not_is_refused_before_the_line(gallery: Gallery, d: str) -> None:
-    async def ask(wish: Wish, of: str = d) -> None:
-        studio = Studio(gallery, model=tiny_model())
+def test_what_the_network_has_not_is_refused_before_the_line(gallery: StoreReader, d: str) -> None:
+    async def ask(wish: RenderRequest, of: str = d) -> None:
+        studio = RenderQueue(gallery, model=tiny_model())
         try:
             await studio.begin(of, wish)
         finally:
             studio.close()
 
-    refusals: list[tuple[type[Exception], str, Wish]] = [
-        (ChannelNotFound, "no channel 6: .0 has 0 to 5", Wish(".0", 6)),
-        (LayerNotFound, "no layer 'conv9'", Wish("conv9", 0)),
-        (ChannelNotFound, "no channel 6: .1 has 0 to 5", Wish(".1", 6)),  # a layer that the atlas has not
-        (RecipeNotFound, "no recipe 'nice'", Wish(".0", 0, "nice")),
-        (InvalidRequest, "more work than a server does", Wish(".0", 0, size=512, steps=513)),
+    refusals: list[tuple[type[Exception], str, RenderRequest]] = [
+        (ChannelNotFound, "no channel 6: .0 has 0 to 5", RenderRequest(".0", 6)),
+        (LayerNotFound, "no layer 'conv9'", RenderRequest("conv9", 0)),
+        (ChannelNotFound, "no channel 6: .1 has 0 to 5", RenderRequest(".1", 6)),  # a layer that the atlas has not
+        (RecipeNotFound, "no recipe 'nice'", RenderRequest(".0", 0, "nice")),
+        (InvalidRequest, "more work than a server does", RenderRequest(".0", 0, size=512, steps=513)),
     ]
     for kind, words, wish in refusals:
         with pytest.raises(kind, match=words):
@@ -274,15 +274,15 @@ def test_a_layer_without_maps_has_no_filters() -> None:
 
 
 def test_a_failure_on_the_way_is_a_sentence_and_the_next_begins(
-    gallery: Gallery, d: str, monkeypatch: pytest.MonkeyPatch
+    gallery: StoreReader, d: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*given: Any) -> dict[str, Any]:
         raise RuntimeError("secret of the house")
 
     async def look_on() -> None:
-        studio = Studio(gallery, model=tiny_model())
+        studio = RenderQueue(gallery, model=tiny_model())
         with monkeypatch.context() as patch:
-            patch.setattr(studio_file, "drawn", fail)
+            patch.setattr(studio_file, "render_response", fail)
             last = (await told(await studio.begin(d, WISH)))[-1]
         assert last == Event("failed", {"error": "something failed here; the server's log says what"})
         assert (await told(await studio.begin(d, WISH)))[-1].name == "done"
@@ -332,14 +332,14 @@ def test_the_given_network_is_taken_where_it_is_the_right_one() -> None:
 
 
 def test_a_bench_keeps_networks_of_different_input_sizes_apart() -> None:
-    bench = Bench("test", lambda atlas: load(nn.Conv2d(3, 2, 3), input_size=tuple(atlas["input_size"])))
+    bench = ModelThread("test", lambda atlas: load(nn.Conv2d(3, 2, 3), input_size=tuple(atlas["input_size"])))
     here = {"model": "m", "fingerprint": "f"}
     sizes = [bench.network({**here, "input_size": [side, 9]}).input_size for side in (8, 9, 8)]
     assert (sizes, len(bench.models)) == ([(8, 9), (9, 9), (8, 9)], 2)
     bench.close()
 
 
-def test_what_cannot_be_opened_is_said_before_anything_is_loaded(gallery: Gallery, d: str) -> None:
+def test_what_cannot_be_opened_is_said_before_anything_is_loaded(gallery: StoreReader, d: str) -> None:
     here = {"fingerprint": "0" * 16}
     lead = "To look at photos and to render, start the server with: phosphene serve PLACE --model "
     for name, more in {
@@ -361,14 +361,14 @@ def test_what_cannot_be_opened_is_said_before_anything_is_loaded(gallery: Galler
         told = refusal({**here, "model": "torchvision/vgg11", "options": options}, None)
         assert told == f"{lead}torchvision/vgg11 {words}"
     for model, refused in ((tiny_model(), False), (None, True)):
-        studio = Studio(gallery, model=model)
+        studio = RenderQueue(gallery, model=model)
         assert (studio.refusal(gallery.atlas(d)) is not None) == refused
         studio.close()
 
 
-def test_the_two_threads_share_no_module(gallery: Gallery, d: str) -> None:
+def test_the_two_threads_share_no_module(gallery: StoreReader, d: str) -> None:
     async def both() -> None:
-        studio = Studio(gallery, model=tiny_model())
+        studio = RenderQueue(gallery, model=tiny_model())
         await told(await studio.begin(d, WISH))
         photos = await studio.look(d, lambda model: {id(one) for one in model.module.modules()})
         assert not photos & {id(one) for one in network_of(studio).modules()}
@@ -394,10 +394,10 @@ class Unique(nn.Conv2d):
         raise RuntimeError("there is only one of me")
 
 
-def test_a_network_that_cannot_be_copied_is_used_by_one_thread_alone(gallery: Gallery) -> None:
+def test_a_network_that_cannot_be_copied_is_used_by_one_thread_alone(gallery: StoreReader) -> None:
     model = load(nn.Sequential(Unique(3, 4, 3)), input_size=8)
     assert second(model) is None
-    studio = Studio(gallery, model=model)
+    studio = RenderQueue(gallery, model=model)
     assert studio.renders is studio.photos
     studio.close()
 
@@ -409,7 +409,7 @@ def test_a_thread_keeps_the_networks_used_last() -> None:
         made.append(atlas["model"])
         return tiny_model()
 
-    bench = Bench("test", open_network)
+    bench = ModelThread("test", open_network)
     for name in "abcaded":
         bench.network({"model": name, "fingerprint": ""})
     bench.close()
@@ -450,22 +450,22 @@ def test_a_thread_keeps_the_networks_used_last() -> None:
 )
 def test_a_wish_that_makes_no_sense_is_refused_in_a_sentence(given: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        Wish.of(given)
+        RenderRequest.of(given)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
 
 
-def test_what_is_left_open_is_as_in_the_atlas(gallery: Gallery, d: str) -> None:
+def test_what_is_left_open_is_as_in_the_atlas(gallery: StoreReader, d: str) -> None:
     facts = gallery.atlas(d)
-    own, size = Wish.of({"layer": ".0", "channel": 0}).settings(facts)
+    own, size = RenderRequest.of({"layer": ".0", "channel": 0}).settings(facts)
     assert (own.name, own.steps, own.seed, size) == ("fast", 3, 0, 16)
-    own, size = Wish.of({"layer": ".0", "channel": 0, "recipe": "fast", "steps": 9, "seed": 4}).settings(facts)
+    own, size = RenderRequest.of({"layer": ".0", "channel": 0, "recipe": "fast", "steps": 9, "seed": 4}).settings(facts)
     assert (own.digest, size) == (RECIPES["fast"].at(steps=9, seed=4).digest, 16)
-    other, size = Wish.of({"layer": ".0", "channel": 0, "recipe": "rms", "steps": None}).settings(facts)
+    other, size = RenderRequest.of({"layer": ".0", "channel": 0, "recipe": "rms", "steps": None}).settings(facts)
     assert (other, size) == (RECIPES["rms"], None)
 
 
-def test_the_recipes_to_choose_from_are_told_with_their_settings(gallery: Gallery, d: str) -> None:
+def test_the_recipes_to_choose_from_are_told_with_their_settings(gallery: StoreReader, d: str) -> None:
     told = json.loads(json.dumps(recipes_for(gallery.atlas(d))))
     assert told["own"] == "fast"
     assert told["recipes"]["fast"] == {"size": 16, "steps": 3, "seed": 0}
@@ -478,22 +478,22 @@ def test_the_command_makes_the_very_picture(
 ) -> None:
     model = load("builtin/efficientnet-lite0")
     run(atlas(model, "_conv_stem", "0:2", "fast", size=32, steps=2), tmp_path / "store")
-    gallery = Gallery([open_store(tmp_path / "store")])
+    gallery = StoreReader([open_store(tmp_path / "store")])
 
     async def look_on() -> Event:
-        studio = Studio(gallery)  # which loads the network by itself
-        events = await told(await studio.begin(gallery.atlases()[0].d, Wish("_conv_stem", 5, steps=4, seed=3)))
+        studio = RenderQueue(gallery)  # which loads the network by itself
+        events = await told(await studio.begin(gallery.atlases()[0].d, RenderRequest("_conv_stem", 5, steps=4, seed=3)))
         studio.close()
         return events[-1]
 
     done = live(look_on())
     words = shlex.split(done.facts["command"])
     assert words[:4] == ["phosphene", "filters", "builtin/efficientnet-lite0", "_conv_stem"]
-    took = json.loads(figure.opened(bytes_of(done.facts["image"])).info["phosphene"])["precision"]
+    took = json.loads(encode.decode_image(bytes_of(done.facts["image"])).info["phosphene"])["precision"]
     assert words[words.index("--precision") + 1] == took
     assert command_line(monkeypatch, capsys, tmp_path, "")(*words[1:], "--device", "cpu", "--quiet").code == 0
-    made = figure.opened((tmp_path / words[-1]).read_bytes())
-    shown = figure.opened(bytes_of(done.facts["image"]))
+    made = encode.decode_image((tmp_path / words[-1]).read_bytes())
+    shown = encode.decode_image(bytes_of(done.facts["image"]))
     assert made.tobytes() == shown.tobytes()
     assert shown.size == (32, 32)
 
@@ -502,11 +502,11 @@ def test_a_recipe_without_a_name_has_no_command(tmp_path: Path) -> None:
     model = tiny_model()
     own = replace(RECIPES["fast"].at(16, 3), blur=3, name="mine")
     run(tiny_atlas(model, recipe=own), tmp_path, Here())
-    gallery = Gallery([open_store(tmp_path)])
+    gallery = StoreReader([open_store(tmp_path)])
 
     async def look_on() -> list[Event]:
-        studio = Studio(gallery, model=model)
-        events = await told(await studio.begin(gallery.atlases()[0].d, Wish(".0", 0)))
+        studio = RenderQueue(gallery, model=model)
+        events = await told(await studio.begin(gallery.atlases()[0].d, RenderRequest(".0", 0)))
         studio.close()
         return events
 

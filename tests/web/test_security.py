@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from phosphene.web import security as guard
-from phosphene.web.security import HEADERS, Guard, bounded_body, host_of
+from phosphene.web.security import HEADERS, SecurityMiddleware, bounded_body, host_of
 
 HERE = "http://127.0.0.1:8000"
 
@@ -38,7 +38,7 @@ def client(names: list[str] | None = None, token: str | None = None) -> TestClie
     routes = [Route("/size", size, methods=["POST"]), Route("/{path:path}", hello, methods=["GET", "POST"])]
     made = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, names=names, token=token)],
+        middleware=[Middleware(SecurityMiddleware, names=names, token=token)],
         exception_handlers={HTTPException: failed},
     )
     return TestClient(made, HERE, follow_redirects=False)

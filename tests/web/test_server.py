@@ -322,7 +322,7 @@ class running:  # noqa: N801, a context
         at = listening("127.0.0.1", 0)
         shown: Any = self.site
         ready = threading.Event()
-        self.made = server.Serving(server.configured(application(shown, self.live)), ready.set, lambda: None)
+        self.made = server.Server(server.configured(application(shown, self.live)), ready.set, lambda: None)
         self.thread = threading.Thread(target=self.made.run, args=([at],))
         self.thread.start()
         assert ready.wait(10)

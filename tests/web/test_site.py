@@ -20,14 +20,13 @@ from fake_training_record import record_of
 from page_store import SECOND, filled
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound, PhospheneError, StoreRefused
-from phosphene.images.sprites import sheets
+from phosphene.images.sprites import sprite_sheets
 from phosphene.storage.store import digest_of, open_store
 from phosphene.web.site import Site
-from phosphene.web.slugs import layer_slug
-from phosphene.web.store_reader import Gallery
+from phosphene.web.store_reader import StoreReader
 from phosphene.web.templating import link
-from phosphene.web.urls import filter_href
-from phosphene.web.views.training import Training
+from phosphene.web.urls import filter_href, layer_slug
+from phosphene.web.views.training import TrainingView
 
 EVIL = "a\"'><script>alert(1)</script>&amp;{{ 7 * 7 }}"
 
@@ -60,7 +59,7 @@ class Page(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("site")
     history = record_of(folder / "run", {"conv": [torch.ones(2, 3, 3, 3)] * 2}, [{"loss": 2.0}, {"loss": 1.5}])
-    return Site(Gallery([filled(folder)]), [Training(history, "run")])
+    return Site(StoreReader([filled(folder)]), [TrainingView(history, "run")])
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +211,7 @@ def test_a_server_has_a_page_of_what_is_not_drawn_yet(site: Site, d: str) -> Non
 
 def test_a_page_is_kept_until_its_manifest_changes(site: Site, d: str, tmp_path: Path) -> None:
     store = open_store(shutil.copytree(site.gallery.stores[0].url, tmp_path / "copy"))
-    changing = Site(Gallery([store], seconds=0), [])
+    changing = Site(StoreReader([store], seconds=0), [])
     here = f"atlas/{d}/~2E2/index.html"
     before = changing.get(here)
     assert changing.get(here) is before
@@ -228,7 +227,7 @@ def test_a_page_is_kept_until_its_manifest_changes(site: Site, d: str, tmp_path:
 
 def test_damage_is_said_and_not_shown(site: Site, d: str, tmp_path: Path) -> None:
     copy = shutil.copytree(site.gallery.stores[0].url, tmp_path / "copy")
-    damaged = Site(Gallery([open_store(copy)], seconds=0), [])
+    damaged = Site(StoreReader([open_store(copy)], seconds=0), [])
     for one in copy.glob("jobs/*/filter_2.png"):
         one.write_bytes(b"")
     with pytest.raises(StoreRefused, match=r"filter_2\.png is damaged: it has 0 bytes of"):
@@ -244,7 +243,7 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     store = filled(tmp_path, layers=SECOND, names=(name, "b.png"))
     evil = open_store(tmp_path / "evil", create=True)
     told = put_evil(evil)
-    site = Site(Gallery([store, evil]), [])
+    site = Site(StoreReader([store, evil]), [])
     for here in ("index.html", f"atlas/{told}/index.html", f"atlas/{told}/{layer_slug(EVIL)}/index.html"):
         page = Page(site.get(here).body)
         assert EVIL in page.words
@@ -263,7 +262,7 @@ def put_evil(store: Any) -> str:
         **{"receptive_field": None, "sees": "whole"},
     }
     verdicts = [Verdict(n, f"filter_{n}", "vivid", 1.0, None, 1.0, 1, None, None) for n in range(2)]
-    (sheet,) = sheets([Image.new("RGB", (8, 8))] * 2, [0, 1])
+    (sheet,) = sprite_sheets([Image.new("RGB", (8, 8))] * 2, [0, 1])
     pictures = [{"channel": n, "picture": f"filter_{n}", "score": 1.0, "job": "0" * 32} for n in range(2)]
     common = {"model": EVIL, "missing": [EVIL], "evidence": None}
     manifest = {
@@ -284,7 +283,7 @@ def put_evil(store: Any) -> str:
 
 
 def test_an_empty_gallery_says_so() -> None:
-    assert "There is no finished atlas here yet" in Page(Site(Gallery([]), []).get("index.html").body).words
+    assert "There is no finished atlas here yet" in Page(Site(StoreReader([]), []).get("index.html").body).words
 
 
 def test_the_index_shows_a_card_an_atlas_and_a_training(site: Site) -> None:
@@ -301,7 +300,7 @@ def test_an_atlas_that_is_being_made_is_told_of_by_a_server(site: Site, tmp_path
     assert "being made here" not in Page(alive(site).get("index.html").body).words
     shutil.rmtree(copy / "atlases")
     for live in (True, False):
-        words = Page(Site(Gallery([open_store(copy)]), [], live=live).get("index.html").body).words
+        words = Page(Site(StoreReader([open_store(copy)]), [], live=live).get("index.html").body).words
         assert (said in words) is live
 
 
@@ -337,7 +336,7 @@ def test_an_atlas_whose_photos_are_gone_is_shown_without_them(site: Site, d: str
     copy = tmp_path / "store"
     shutil.copytree(site.gallery.store_of(d).url, copy)
     shutil.rmtree(copy / "evidence")
-    without = Site(Gallery([open_store(copy)], seconds=0), [])
+    without = Site(StoreReader([open_store(copy)], seconds=0), [])
     atlas = without.gallery.atlas(d)
     path = atlas["layers"][0]["path"]
     n = without.gallery.layer(d, path)["pictures"][0]["channel"]
@@ -355,9 +354,9 @@ def test_a_damaged_atlas_leaves_the_others_their_first_page(site: Site, d: str, 
     shutil.copytree(site.gallery.store_of(d).url, copy)
     (digest,) = [one.name for one in (copy / "atlases").iterdir() if one.name.startswith(d)]
     (copy / "atlases" / digest / "manifest.json").write_text("")
-    both = Site(Gallery([site.gallery.store_of(d), open_store(copy)], seconds=0), [])
+    both = Site(StoreReader([site.gallery.store_of(d), open_store(copy)], seconds=0), [])
     assert both.gallery.damaged() == []  # of two that are called alike the first counts
-    alone = Site(Gallery([open_store(copy)], seconds=0), [], live=True)
+    alone = Site(StoreReader([open_store(copy)], seconds=0), [], live=True)
     text = alone.get("index.html").body.decode()
     assert "Not shown: " in text
     assert "manifest.json is damaged: it is no longer JSON; delete" in text

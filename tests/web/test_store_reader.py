@@ -13,7 +13,7 @@ from fake_training_record import record_of
 from page_store import FIRST, SECOND, filled
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, WeightsRefused
 from phosphene.storage.store import Store, open_store
-from phosphene.web.store_reader import Gallery, found_at, layer_path, layer_slug
+from phosphene.web.store_reader import StoreReader, layer_path, layer_slug, stores_and_records_at
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def copy(store: Store, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store.url, tmp_path / "copy"))
 
 
-def atlas_of(gallery: Gallery) -> str:
+def atlas_of(gallery: StoreReader) -> str:
     return gallery.atlases()[0].d
 
 
 def test_an_atlas_and_its_layers_are_what_the_store_says(store: Store) -> None:
-    gallery = Gallery([store])
+    gallery = StoreReader([store])
     (digest,) = store.done("atlases")
     ((d, manifest),) = gallery.atlases()
     assert d == digest[:12]
@@ -44,7 +44,7 @@ def test_an_atlas_and_its_layers_are_what_the_store_says(store: Store) -> None:
 
 
 def test_a_filter_comes_with_its_verdict_and_its_job(store: Store) -> None:
-    gallery = Gallery([store])
+    gallery = StoreReader([store])
     d = atlas_of(gallery)
     for n in range(8):
         found = gallery.filter(d, SECOND, n)
@@ -56,7 +56,7 @@ def test_a_filter_comes_with_its_verdict_and_its_job(store: Store) -> None:
 
 
 def test_evidence_has_the_statistics_and_none_of_the_crops(store: Store) -> None:
-    gallery = Gallery([store])
+    gallery = StoreReader([store])
     found = gallery.evidence(atlas_of(gallery))
     assert found is not None
     assert list(found) == [FIRST, SECOND]
@@ -67,13 +67,13 @@ def test_evidence_has_the_statistics_and_none_of_the_crops(store: Store) -> None
 
 
 def test_without_photos_there_is_no_evidence(tmp_path: Path) -> None:
-    gallery = Gallery([filled(tmp_path, names=(), layers=FIRST)])
+    gallery = StoreReader([filled(tmp_path, names=(), layers=FIRST)])
     assert gallery.evidence(atlas_of(gallery)) is None
     assert gallery.photos(atlas_of(gallery)) is None
 
 
 def test_what_there_is_not_is_said_in_a_sentence(store: Store) -> None:
-    gallery = Gallery([store])
+    gallery = StoreReader([store])
     d = atlas_of(gallery)
     for message, asked in (
         ("there is no atlas 'abc' here; there are: " + d, lambda: gallery.atlas("abc")),
@@ -88,7 +88,7 @@ def test_what_there_is_not_is_said_in_a_sentence(store: Store) -> None:
 
 def test_a_store_that_grows_shows_it_after_a_while(store: Store, tmp_path: Path) -> None:
     growing = open_store(tmp_path / "growing", create=True)
-    gallery, slow = Gallery([growing], seconds=0), Gallery([growing], seconds=60)
+    gallery, slow = StoreReader([growing], seconds=0), StoreReader([growing], seconds=60)
     assert gallery.atlases() == slow.atlases() == []
     shutil.copytree(store.url, growing.url, dirs_exist_ok=True)
     assert len(gallery.atlases()) == 1
@@ -96,24 +96,24 @@ def test_a_store_that_grows_shows_it_after_a_while(store: Store, tmp_path: Path)
 
 
 def test_jobs_that_belong_to_no_atlas_are_counted(store: Store, copy: Path) -> None:
-    assert Gallery([store]).unfinished() == 0
+    assert StoreReader([store]).unfinished() == 0
     jobs = sorted((copy / "jobs").iterdir())
     shutil.copytree(jobs[0], copy / "jobs" / ("0" * 32))
-    grown = Gallery([open_store(copy)], seconds=0)
+    grown = StoreReader([open_store(copy)], seconds=0)
     assert grown.unfinished() == 1
     shutil.rmtree(copy / "atlases")
-    assert grown.unfinished() == Gallery([store, open_store(copy)]).unfinished() == len(jobs) + 1
-    assert Gallery([]).unfinished() == 0
+    assert grown.unfinished() == StoreReader([store, open_store(copy)]).unfinished() == len(jobs) + 1
+    assert StoreReader([]).unfinished() == 0
 
 
 def test_channels_are_known_from_any_atlas_of_the_same_weights(store: Store) -> None:
-    gallery = Gallery([store])
+    gallery = StoreReader([store])
     d = atlas_of(gallery)
     assert [gallery.channels(d, path) for path in (FIRST, SECOND, "elsewhere")] == [6, 8, None]
 
 
 def test_a_manifest_that_is_replaced_is_read_again_and_another_is_not_parsed_again(copy: Path) -> None:
-    gallery = Gallery([open_store(copy)], seconds=0)
+    gallery = StoreReader([open_store(copy)], seconds=0)
     d = atlas_of(gallery)
     before, mark = gallery.layer(d, FIRST), gallery.mark(d, FIRST)
     assert gallery.layer(d, FIRST) is before
@@ -127,7 +127,7 @@ def test_a_manifest_that_is_replaced_is_read_again_and_another_is_not_parsed_aga
 
 
 def test_what_is_damaged_is_said_and_not_shown(copy: Path) -> None:
-    gallery = Gallery([open_store(copy)], seconds=0)
+    gallery = StoreReader([open_store(copy)], seconds=0)
     d = atlas_of(gallery)
     sheet = copy / "layers" / gallery.row(d, FIRST)["digest"] / "sheet.webp"
     sheet.write_bytes(b"x" + sheet.read_bytes()[1:])
@@ -140,7 +140,7 @@ def test_what_is_damaged_is_said_and_not_shown(copy: Path) -> None:
 
 
 def test_the_first_of_two_stores_with_one_atlas_shows_it(store: Store, copy: Path) -> None:
-    gallery = Gallery([store, open_store(copy)])
+    gallery = StoreReader([store, open_store(copy)])
     assert len(gallery.atlases()) == 1
     assert gallery.store_of(atlas_of(gallery)) == store
 
@@ -159,11 +159,11 @@ def test_a_place_is_a_store_a_training_or_a_folder_of_them(store: Store, tmp_pat
     (folder / "empty").mkdir(parents=True)
     record_of(folder / "run", kernels)
     shutil.copytree(store.url, folder / "an atlas")
-    assert found_at(store.url)[0] == [store]
-    found = found_at(folder)
+    assert stores_and_records_at(store.url)[0] == [store]
+    found = stores_and_records_at(folder)
     assert [one.url for one in found.stores] == [str(folder / "an atlas")]
     assert [one.folder for one in found.histories] == [folder / "run"]
-    alone = found_at(folder / "run")
+    alone = stores_and_records_at(folder / "run")
     assert (alone.stores, [one.folder for one in alone.histories], alone.damaged) == ([], [folder / "run"], [])
 
 
@@ -174,20 +174,20 @@ def test_what_cannot_be_read_leaves_the_rest_and_is_told(store: Store, tmp_path:
     record_of(tmp_path / "run", {"conv": [torch.zeros(2, 3, 3, 3)]})
     manifest = tmp_path / "run/manifest.json"
     manifest.write_text(manifest.read_text()[:-9])
-    found = found_at(tmp_path)
+    found = stores_and_records_at(tmp_path)
     assert ([one.url for one in found.stores], found.histories) == ([str(tmp_path / "an atlas")], [])
     newer, cut = found.damaged
     assert "has format 99" in newer
     assert "manifest.json is damaged" in cut
     with pytest.raises(WeightsRefused, match="is damaged"):
-        found_at(tmp_path / "run")
+        stores_and_records_at(tmp_path / "run")
 
 
 def test_another_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="holds no store and no record of a training"):
-        found_at(tmp_path)
+        stores_and_records_at(tmp_path)
     with pytest.raises(InvalidRequest, match="cannot be read: No such file or directory; give a store"):
-        found_at(tmp_path / "nowhere")
+        stores_and_records_at(tmp_path / "nowhere")
     (tmp_path / "store.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(StoreRefused, match="has format 99"):
-        found_at(tmp_path)
+        stores_and_records_at(tmp_path)

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from fake_training_record import gradient, record_of
 from phosphene.errors import EntryNotFound, WeightsRefused
-from phosphene.images.figure import opened, same_size
-from phosphene.training.film_strip import Course, film
-from phosphene.training.film_strip import course as course_of
+from phosphene.images.encode import decode_image, same_size
+from phosphene.training.film_strip import LayerStrip, film
+from phosphene.training.film_strip import layer_strip as course_of
 from phosphene.training.gradient_norms import verdicts
 from phosphene.training.history import History
-from phosphene.web.slugs import layer_path, layer_slug
-from phosphene.web.templating import page
+from phosphene.web.templating import render_template
+from phosphene.web.urls import layer_path, layer_slug
 from phosphene.web.views import training as trainings
-from phosphene.web.views.training import CHART, Training, belongs, chart, figures
+from phosphene.web.views.training import CHART, TrainingView, belongs, chart, figures
 
 LAYERS = ("conv1", "deep/conv2")
 LOSSES = (2.0, 1.0, 0.5)
@@ -52,12 +52,12 @@ def three_epochs(folder: Path, norms: Sequence[float] = (0.5, 0.25, 0.125)) -> H
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Training:
-    return Training(three_epochs(tmp_path / "run"), "a~20b")
+def training(tmp_path: Path) -> TrainingView:
+    return TrainingView(three_epochs(tmp_path / "run"), "a~20b")
 
 
 def pixels(content: bytes) -> np.ndarray[Any, Any]:
-    return np.asarray(opened(content).convert("RGB"))
+    return np.asarray(decode_image(content).convert("RGB"))
 
 
 def test_slugs_can_be_read_again() -> None:
@@ -68,7 +68,7 @@ def test_slugs_can_be_read_again() -> None:
     assert layer_slug("größe/1") == "gr~C3~B6~C3~9Fe~2F1"
 
 
-def test_the_view_holds_the_record_s_numbers(training: Training) -> None:
+def test_the_view_holds_the_record_s_numbers(training: TrainingView) -> None:
     view = training.view()
     assert view["epochs"] == [0, 1, 2]
     assert view["weights"] == ["conv1.weight", "scores.weight"]
@@ -104,7 +104,7 @@ def test_a_weight_belongs_to_the_layer_it_is_of() -> None:
     assert not belongs("block.conv1.weight", "block")
 
 
-def test_kernels_are_the_frames_of_a_film(training: Training) -> None:
+def test_kernels_are_the_frames_of_a_film(training: TrainingView) -> None:
     frames = list(same_size(film(training.history, "deep/conv2")))
     for epoch, frame in enumerate(frames):
         content, kind = training.file(f"deep~2Fconv2/kernels_{epoch}.png")
@@ -113,7 +113,7 @@ def test_kernels_are_the_frames_of_a_film(training: Training) -> None:
         assert (pixels(content)[-100:, : below.shape[1]] == below).all()
 
 
-def test_rendered_filters_and_kernels_of_one_layer_are_apart(training: Training) -> None:
+def test_rendered_filters_and_kernels_of_one_layer_are_apart(training: TrainingView) -> None:
     course = course_of(training.history, "conv1")
     assert course.look.noun == "filters"
     kernels, rendered = (training.file(f"conv1/{noun}_1.png")[0] for noun in ("kernels", "filters"))
@@ -125,7 +125,7 @@ def test_rendered_filters_and_kernels_of_one_layer_are_apart(training: Training)
     assert (pixels(training.file("card.png")[0])[: sides[0], : sides[1]] == np.asarray(stored)).all()
 
 
-def test_the_table_of_gradients(training: Training) -> None:
+def test_the_table_of_gradients(training: TrainingView) -> None:
     content, kind = training.file("gradients.csv")
     rows = list(csv.reader(io.StringIO(content.decode())))
     assert kind.startswith("text/csv")
@@ -137,7 +137,7 @@ def test_the_table_of_gradients(training: Training) -> None:
     assert len(rows) == 7
 
 
-def test_every_file_is_there_and_nothing_else(training: Training) -> None:
+def test_every_file_is_there_and_nothing_else(training: TrainingView) -> None:
     names = list(training.files())
     assert len(names) == len(set(names)) == 3 + (3 + 3 + 1) + (3 + 1)
     for name in names:
@@ -151,7 +151,7 @@ def test_every_file_is_there_and_nothing_else(training: Training) -> None:
             training.file(name)
 
 
-def test_pictures_are_made_once_and_few_are_kept(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_made_once_and_few_are_kept(training: TrainingView, monkeypatch: pytest.MonkeyPatch) -> None:
     first = training.file("conv1/kernels_0.png")
     assert training.file("conv1/kernels_0.png") is first
     monkeypatch.setattr(trainings, "KEPT", len(first[0]))
@@ -160,7 +160,7 @@ def test_pictures_are_made_once_and_few_are_kept(training: Training, monkeypatch
     assert training.file("conv1/kernels_0.png") == first  # made again, the same
 
 
-def test_a_run_that_goes_on_is_read_anew(tmp_path: Path, training: Training) -> None:
+def test_a_run_that_goes_on_is_read_anew(tmp_path: Path, training: TrainingView) -> None:
     tag, before = training.tag(), training.file("deep~2Fconv2/kernels_0.png")[0]
     shutil.rmtree(training.history.place(2))  # as if it had not come so far
     assert training.tag() != tag
@@ -169,7 +169,7 @@ def test_a_run_that_goes_on_is_read_anew(tmp_path: Path, training: Training) -> 
     assert training.card()["metrics"] == [("loss", "1")]
 
 
-def test_the_card(training: Training) -> None:
+def test_the_card(training: TrainingView) -> None:
     assert training.card() == {
         "name": "a~20b",
         "model": "net",
@@ -188,7 +188,7 @@ def test_a_long_run_is_shown_in_part_and_says_so(tmp_path: Path) -> None:
     history = record_of(
         tmp_path / "run", {"conv": [weights] * 130}, metrics=[{"loss": 1 / (one + 1)} for one in range(130)]
     )
-    training = Training(history, "long")
+    training = TrainingView(history, "long")
     view = training.view()
     assert len(view["epochs"]) == 100
     assert view["epochs"] == [round(index * 129 / 99) for index in range(100)]
@@ -199,15 +199,15 @@ def test_a_long_run_is_shown_in_part_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_without_epochs(tmp_path: Path) -> None:
-    training = Training(record_of(tmp_path / "run", {"conv1": []}), "young")
+    training = TrainingView(record_of(tmp_path / "run", {"conv1": []}), "young")
     assert list(training.files()) == []
     assert training.card()["epochs"] == 0
     assert training.card()["picture"] is None
-    text = page("run.html", "runs/young/index.html", live=False, **training.view()).decode()
+    text = render_template("run.html", "runs/young/index.html", live=False, **training.view()).decode()
     assert "No epoch is finished yet" in text
 
 
-def test_a_damaged_epoch_is_left_out_and_named(training: Training) -> None:
+def test_a_damaged_epoch_is_left_out_and_named(training: TrainingView) -> None:
     (training.history.place(1) / "manifest.json").write_text("{")
     view = training.view()
     assert "damaged" in view["verdicts"][0]
@@ -221,8 +221,8 @@ def test_a_damaged_epoch_is_left_out_and_named(training: Training) -> None:
 def test_the_page_escapes_names_and_links_relatively(tmp_path: Path) -> None:
     name = '<b>"x"</b>'
     history = record_of(tmp_path / "run", {name: [random(2, 2, 3, 3)]}, metrics=[{"<i>": 1.0}])
-    training = Training(history, "odd")
-    text = page("run.html", "runs/odd/index.html", live=False, **training.view()).decode()
+    training = TrainingView(history, "odd")
+    text = render_template("run.html", "runs/odd/index.html", live=False, **training.view()).decode()
     assert "<b>" not in text.replace('<b class="which">', "").replace('<b data-metric="0">', "")
     assert "<i>" not in text
     assert "style=" not in text
@@ -230,4 +230,4 @@ def test_the_page_escapes_names_and_links_relatively(tmp_path: Path) -> None:
     assert 'src="../../static/run.js" defer' in text
     slug = layer_slug(name).replace("~", "~")
     assert f'src="{slug}/kernels_0.png"' in text
-    assert isinstance(training.course(name), Course)
+    assert isinstance(training.course(name), LayerStrip)

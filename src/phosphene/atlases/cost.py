@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from phosphene.atlases.plan import Atlas, Job
-from phosphene.atlases.render_job import work
+from phosphene.atlases.render_job import render_job
 from phosphene.network.model import Model
 
 SAMPLES = 6  # layers that are measured, spread evenly over those that have jobs to do
@@ -74,5 +74,5 @@ def measured(model: Model, job: Job) -> tuple[float, float]:
 def timed(model: Model, job: Job) -> tuple[float, int]:
     """Return how many seconds a job takes, and how many bytes it makes."""
     begun = time.perf_counter()
-    files, _ = work(model, job)
+    files, _ = render_job(model, job)
     return time.perf_counter() - begun, sum(map(len, files.values()))

@@ -20,8 +20,8 @@ from phosphene.atlases.render_job import FIGURES, MEASURES
 from phosphene.atlases.verdicts import (
     THRESHOLDS,
     VERDICTS,
+    LayerStatistics,
     Measured,
-    Statistics,
     Verdict,
     need_finite,
     of_own,
@@ -29,17 +29,20 @@ from phosphene.atlases.verdicts import (
 )
 from phosphene.errors import LayerRefused, WeightsRefused
 from phosphene.evidence.collect import Evidence
-from phosphene.images.figure import Picture, opened, png
-from phosphene.images.sprites import TILE, Sheet, sheets, strip
+from phosphene.images.display import Picture
+from phosphene.images.encode import decode_image, png
+from phosphene.images.sprites import TILE, SpriteSheet, preview_strip, sprite_sheets
 from phosphene.inspection.kernels import kernels
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 from phosphene.storage.store import Store, digest_of
 
-HOLDS = 2  # part of an entry's name: goes up by one when it holds more than before, so that old stores get new ones
+ENTRY_VERSION = (
+    2  # part of an entry's name: goes up by one when it holds more than before, so that old stores get new ones
+)
 
 
-class Shown(NamedTuple):
+class SavedPicture(NamedTuple):
     """A picture as it was saved, and what its job says of it."""
 
     image: Picture
@@ -52,7 +55,7 @@ def layer_digest(plan: Atlas, layer: Layer, evidence: Evidence | None) -> str:
     jobs = [job.digest for job in plan.jobs if job.layer == layer.path]
     photos = evidence.digest if evidence else None
     limits = asdict(THRESHOLDS)
-    return digest_of({"jobs": jobs, "evidence": photos, "tile": TILE, "thresholds": limits, "holds": HOLDS})
+    return digest_of({"jobs": jobs, "evidence": photos, "tile": TILE, "thresholds": limits, "holds": ENTRY_VERSION})
 
 
 def atlas_digest(plan: Atlas, evidence: Evidence | None) -> str:
@@ -79,9 +82,9 @@ def write_layer(
         return
     missing = [job.digest for job in plan.jobs if job.layer == layer.path and job.digest not in there]
     channels = [one.entry["channel"] for one in pictures]
-    made = list(sheets([one.image for one in pictures], channels))
+    made = list(sprite_sheets([one.image for one in pictures], channels))
     statistics = evidence[layer.path] if evidence else None
-    judgements, remark = judged(store, plan, layer, there, statistics)
+    judgements, remark = layer_verdicts(store, plan, layer, there, statistics)
     sights = {"strip": strip_of(pictures, judgements), "kernels": kernels_of(plan.model, layer, channels)}
     extra = {name: one for name, one in sights.items() if one}
     manifest = {
@@ -102,14 +105,14 @@ def write_layer(
     store.put("layers", layer_digest(plan, layer, evidence), files, manifest)
 
 
-def strip_of(pictures: Sequence[Shown], judgements: Sequence[Verdict]) -> Sheet:
+def strip_of(pictures: Sequence[SavedPicture], judgements: Sequence[Verdict]) -> SpriteSheet:
     """Return some of a layer's pictures in a row: of the vivid ones, or of all where none is."""
     vivid = [one for one, judgement in zip(pictures, judgements, strict=False) if judgement.verdict == "vivid"]
     some = vivid or pictures
-    return strip([one.image for one in some], [one.entry["channel"] for one in some])
+    return preview_strip([one.image for one in some], [one.entry["channel"] for one in some])
 
 
-def kernels_of(model: Model, layer: Layer, channels: Sequence[int]) -> Sheet | None:
+def kernels_of(model: Model, layer: Layer, channels: Sequence[int]) -> SpriteSheet | None:
     """Return the kernels of a layer's filters as `kernels.png` (see `Kernels.pixels`); None where it has none."""
     try:
         found = kernels(model, layer.path)
@@ -119,18 +122,18 @@ def kernels_of(model: Model, layer: Layer, channels: Sequence[int]) -> Sheet | N
         return None
     image, facts = found.pixels(channels)
     told = {"model": model.name, "fingerprint": model.fingerprint, "layer": layer.path, "channels": list(channels)}
-    return Sheet("kernels.png", png(image, told), {"file": "kernels.png", **facts})
+    return SpriteSheet("kernels.png", png(image, told), {"file": "kernels.png", **facts})
 
 
-def saved(store: Store, job: Job) -> Iterator[Shown]:
+def saved(store: Store, job: Job) -> Iterator[SavedPicture]:
     """Yield the pictures of a finished job as they lie in the store."""
     manifest = store.manifest("jobs", job.digest)
     for entry in manifest["pictures"]:
-        yield Shown(opened(store.get("jobs", job.digest, entry["file"], manifest)), job.digest, entry)
+        yield SavedPicture(decode_image(store.get("jobs", job.digest, entry["file"], manifest)), job.digest, entry)
 
 
-def judged(
-    store: Store, plan: Atlas, layer: Layer, there: AbstractSet[str], statistics: Statistics | None
+def layer_verdicts(
+    store: Store, plan: Atlas, layer: Layer, there: AbstractSet[str], statistics: LayerStatistics | None
 ) -> tuple[tuple[Verdict, ...], str | None]:
     """Return the verdicts on a layer's pictures; where it cannot be judged none, and a sentence that says why."""
     jobs = [job for job in plan.jobs_of(layer) if job.digest in there]

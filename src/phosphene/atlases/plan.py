@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
-from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
+from phosphene.arguments import whole_number
+from phosphene.errors import ChannelNotFound, LayerRefused
+from phosphene.network.channel_ranges import parse_channels
 from phosphene.network.layers import Layer
-from phosphene.network.model import Model, parse_channels
+from phosphene.network.model import Model
 from phosphene.rendering.engine.precision import chosen_precision
 from phosphene.rendering.objectives import channel
 from phosphene.rendering.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.storage.store import digest_of
-from phosphene.version import PICTURES
+from phosphene.version import PICTURES_VERSION
 
 PER_JOB = 16
-VERSIONS = (torch.__version__, PICTURES)
+VERSIONS = (torch.__version__, PICTURES_VERSION)
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,7 @@ def atlas(
         8
     """
     for name, count in (("per_job", per_job), ("seeds", seeds)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidRequest(f"{name} is a whole number of at least 1, not {count!r}")
+        whole_number(count, name, 1)
     find_recipe(recipe).at(size)
     first = find_recipe(recipe).at(steps=steps, seed=seed)
     recipes = tuple(first.at(seed=first.seed + number) for number in range(seeds))
@@ -167,7 +168,7 @@ def chosen_layers(model: Model, layers: str | int | Sequence[str | int]) -> list
         LayerRefused: none of them returns maps of channels.
     """
     patterns = [layers] if isinstance(layers, str | int) else list(layers)
-    named = [layer for pattern in patterns for layer in meant(model, pattern)]
+    named = [layer for pattern in patterns for layer in layers_matching(model, pattern)]
     if not named:
         shown = ", ".join(map(repr, patterns)) or "nothing"
         raise LayerRefused(
@@ -177,7 +178,7 @@ def chosen_layers(model: Model, layers: str | int | Sequence[str | int]) -> list
     return sorted(dict.fromkeys(named), key=known.index)
 
 
-def meant(model: Model, pattern: str | int) -> list[Layer]:
+def layers_matching(model: Model, pattern: str | int) -> list[Layer]:
     """Return the layers with maps that one glob, path or number means: the convolutions, where any is among them."""
     if isinstance(pattern, int):
         return [model.find(pattern)]

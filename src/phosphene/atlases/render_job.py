@@ -14,13 +14,15 @@ from torch import Tensor
 from phosphene.atlases.plan import VERSIONS, Job
 from phosphene.atlases.verdicts import Measured, measure
 from phosphene.errors import ModelRefused
-from phosphene.images.figure import DISPLAYS, Picture, picture, png, to_bytes, webp
-from phosphene.images.sprites import SIDE, SMALL, Sheet, small, tile_size, tiled
+from phosphene.images.display import DISPLAYS, Picture, to_bytes
+from phosphene.images.encode import png, webp
+from phosphene.images.grid import picture
+from phosphene.images.sprites import SIDE, SMALL, SpriteSheet, thumbnail, tile, tile_size
 from phosphene.network.model import Model
-from phosphene.rendering.engine.forward import fast_reading
+from phosphene.rendering.engine.forward import fast_forward_pass
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.objectives import channel
-from phosphene.rendering.render import fitted, render
+from phosphene.rendering.render import fit_to_network, render
 from phosphene.rendering.result import Rendered
 
 AT_ONCE = 8  # pictures, which is as fast as any number on a CPU; fixed, as another number rounds otherwise
@@ -29,7 +31,7 @@ FILM_QUALITY = 75  # of WebP
 FIGURES, MEASURES = "figures.safetensors", "measures.safetensors"
 
 
-def work(
+def render_job(
     model: Model, job: Job, watch: Callable[[Frame], None] | None = None
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Render one job and return its files, by name, and its manifest.
@@ -44,7 +46,7 @@ def work(
         Whatever `render` raises.
     """
     check_same(model, job)
-    film = Film(DISPLAYS[job.recipe.display])
+    film = JobFilm(DISPLAYS[job.recipe.display])
     with one_thread():
         rendered = render(
             model,
@@ -59,7 +61,7 @@ def work(
     return with_film(film.sheet(rendered), files_of(job, rendered, measured), manifest_of(job, rendered))
 
 
-class Film:
+class JobFilm:
     """How a job's pictures came about, in small: each moment is shrunk at once, so that a film takes little memory."""
 
     def __init__(self, display: Callable[[Tensor], Tensor]) -> None:
@@ -80,13 +82,13 @@ class Film:
     def see(self, frame: Frame) -> None:
         """Keep a frame, if it is one of those that are kept; of finished pictures there is the result."""
         self.steps = frame.steps
-        if frame.step < frame.steps and frame.step in kept(frame.steps):
+        if frame.step < frame.steps and frame.step in kept_steps(frame.steps):
             shown = to_bytes(self.display(frame.image.cpu()))
             self.moments.setdefault(frame.step, {}).update(
                 {item: shrunk(one) for item, one in zip(frame.items.tolist(), shown, strict=True)}
             )
 
-    def sheet(self, rendered: Rendered) -> Sheet | None:
+    def sheet(self, rendered: Rendered) -> SpriteSheet | None:
         """Return a row a picture, a column a moment of which the last is the picture; None where no file holds them.
 
         The facts are `file`, `tile` (width, height), `columns` and `steps`, after how many each moment was.
@@ -98,17 +100,17 @@ class Film:
         last = [shrunk(one) for one in rendered.displayed()]
         size = tile_size(last[0].size, side)
         tiles = [
-            small(one, size)
+            thumbnail(one, size)
             for index, picture in enumerate(last)
             for one in (*(self.moments[step][index] for step in steps), picture)
         ]
         columns = len(steps) + 1
         facts = {"file": "film.webp", "tile": list(size), "columns": columns, "steps": [*steps, self.steps]}
-        return Sheet("film.webp", webp(tiled(tiles, columns), FILM_QUALITY), facts)
+        return SpriteSheet("film.webp", webp(tile(tiles, columns), FILM_QUALITY), facts)
 
 
 @cache
-def kept(steps: int) -> frozenset[int]:
+def kept_steps(steps: int) -> frozenset[int]:
     """Return after how many of its steps a climb is kept: the start is where most happens, so there they lie closer."""
     return frozenset(round(steps * (moment / FILM) ** 2) for moment in range(FILM + 1))
 
@@ -116,11 +118,11 @@ def kept(steps: int) -> frozenset[int]:
 def shrunk(image: Tensor) -> Picture:
     """Return an image (c, h, w), uint8, as a tile of a film."""
     shown = picture(image).convert("RGB")
-    return small(shown, tile_size(shown.size, SMALL))
+    return thumbnail(shown, tile_size(shown.size, SMALL))
 
 
 def with_film(
-    film: Sheet | None, files: dict[str, bytes], manifest: dict[str, Any]
+    film: SpriteSheet | None, files: dict[str, bytes], manifest: dict[str, Any]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Return a job's files and manifest with its film among them, where there is one."""
     if film is None:
@@ -198,6 +200,6 @@ def made_by(job: Job, rendered: Rendered) -> dict[str, Any]:
 
 def picture_size(model: Model, job: Job) -> tuple[int, int]:
     """Return the height and width that a job's pictures will have; see `render`."""
-    with fast_reading(model, channel(job.layer, job.channels[:1])) as (read, _):
-        recipe, base = fitted(model, read, job.recipe.at(job.size), job.size is not None, None)
+    with fast_forward_pass(model, channel(job.layer, job.channels[:1])) as (read, _):
+        recipe, base = fit_to_network(model, read, job.recipe.at(job.size), job.size is not None, None)
     return base.shape(recipe.size)[1:]

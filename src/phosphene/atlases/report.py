@@ -14,9 +14,10 @@ from PIL import Image
 from phosphene.atlases.report_page import Photo, Section, page
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import InvalidRequest
-from phosphene.evidence.collect import Evidence, stored
+from phosphene.evidence.collect import Evidence, load_evidence
 from phosphene.evidence.top_photos import NONE
-from phosphene.images.figure import Picture, opened, webp
+from phosphene.images.display import Picture
+from phosphene.images.encode import decode_image, webp
 from phosphene.storage.store import Store
 
 MOST = 8000  # filters that are shown; the table has all
@@ -48,9 +49,9 @@ def report(store: Store, atlas: str | None = None) -> tuple[bytes, bytes]:
         EntryNotFound, StoreRefused: an entry that belongs to it is gone, or damaged.
     """
     manifest = store.manifest("atlases", chosen(store, atlas))
-    evidence = stored(store, manifest["evidence"], sheets=False) if manifest["evidence"] else None
+    evidence = load_evidence(store, manifest["evidence"], sheets=False) if manifest["evidence"] else None
     layers = [(one["digest"], store.manifest("layers", one["digest"])) for one in manifest["layers"]]
-    counts = shares([len(layer["pictures"]) for _, layer in layers])
+    counts = filters_per_layer([len(layer["pictures"]) for _, layer in layers])
     scale = next(one for one in SCALES if sum(counts) <= one.filters)
     sections = [
         section(store, digest, layer, evidence, scale, count)
@@ -104,7 +105,7 @@ def summary(manifest: Mapping[str, Any]) -> str:
     return f"{manifest['model']}, {len(manifest['layers'])} layers, recipe {manifest['recipe']['name']}, {evidence}"
 
 
-def shares(counts: Sequence[int], most: int = MOST) -> list[int]:
+def filters_per_layer(counts: Sequence[int], most: int = MOST) -> list[int]:
     """Return how many filters of each layer are shown: all, or where these are too many, of the largest layers less."""
     limits = range(max(counts, default=0) + 1)
     each = bisect_right(limits, most, key=lambda limit: sum(min(count, limit) for count in counts)) - 1
@@ -127,7 +128,7 @@ def tiles(store: Store, digest: str, layer: Mapping[str, Any], count: int) -> It
         some = min(count, len(sheet["channels"]))
         count -= some
         if some:
-            image = opened(store.get("layers", digest, sheet["file"]))
+            image = decode_image(store.get("layers", digest, sheet["file"]))
             for index in range(some):
                 down, right = divmod(index, sheet["columns"])
                 left, top = right * width, down * height
@@ -142,7 +143,7 @@ def photos(store: Store, evidence: Evidence, path: str, channels: Sequence[int],
         number, row = divmod(channel, about["rows"])
         name = about["sheets"][path][number]
         if sheet[0] != name:
-            sheet = name, opened(store.get("evidence", evidence.digest, name))
+            sheet = name, decode_image(store.get("evidence", evidence.digest, name))
         known = [one for one in numbers[channel, : scale.photos].tolist() if one != NONE]
         boxes = [(rank * tile, row * tile, (rank + 1) * tile, (row + 1) * tile) for rank in range(len(known))]
         yield [
@@ -214,10 +215,10 @@ def table(rows: Sequence[tuple[str, Verdict]]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(COLUMNS)
-    writer.writerows([plain(cell) for cell in (path, *asdict(one).values())] for path, one in rows)
+    writer.writerows([escape_formula(cell) for cell in (path, *asdict(one).values())] for path, one in rows)
     return buffer.getvalue().encode()
 
 
-def plain(cell: Any) -> Any:
+def escape_formula(cell: Any) -> Any:
     """Return a cell that no spreadsheet takes for a formula; numbers stay numbers, None is empty."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell

@@ -20,14 +20,14 @@ from phosphene.atlases.render_job import picture_size
 from phosphene.atlases.runners.local import LocalRunner
 from phosphene.atlases.runners.pool import Outcome, Runner
 from phosphene.atlases.runners.ray import RayRunner
-from phosphene.atlases.runners.ray_photos import RayShow
+from phosphene.atlases.runners.ray_photos import RayPhotoRunner
 from phosphene.errors import EntryNotFound, Interrupted, OutputRefused, StoreRefused, Unfinished
 from phosphene.evidence.collect import Evidence, evidence
 from phosphene.evidence.photo_dataset import open_photos
 from phosphene.network.layers import Layer
 from phosphene.storage.store import Store, open_store
 
-Watch = Callable[[str, int, int], None]
+AtlasProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run(
     store: Store | str | Path,
     runner: Runner | None = None,
     photos: Any = None,
-    watch: Watch | None = None,
+    watch: AtlasProgress | None = None,
 ) -> Summary:
     """Do what of an atlas is not in the store yet.
 
@@ -79,7 +79,7 @@ def run(
     runner = runner or LocalRunner()
     if photos is not None:  # which are refused before a store is made
         photos = open_photos(photos, atlas.model.channels_in)
-    course = Course(atlas, store if isinstance(store, Store) else open_store(store, create=True), watch)
+    course = AtlasRun(atlas, store if isinstance(store, Store) else open_store(store, create=True), watch)
     with stopping(course):
         if photos is not None:
             course.gather(photos, runner)
@@ -88,10 +88,10 @@ def run(
         return course.end()
 
 
-class Course:
+class AtlasRun:
     """How far a run has come: which jobs are there, which are still to be begun, and which have failed."""
 
-    def __init__(self, atlas: Atlas, store: Store, watch: Watch | None) -> None:
+    def __init__(self, atlas: Atlas, store: Store, watch: AtlasProgress | None) -> None:
         self.atlas, self.store, self.watch = atlas, store, watch
         self.there: set[str] = set()
         self.pictures, self.total = 0, sum(len(job.channels) for job in atlas.jobs)
@@ -106,7 +106,7 @@ class Course:
         model, deepest = self.atlas.model, self.atlas.jobs[-1]
         size = picture_size(model, deepest)
         side = None if size == model.input_size else size[0]
-        show = RayShow(runner.address, runner.workers, runner.gpu) if isinstance(runner, RayRunner) else None
+        show = RayPhotoRunner(runner.address, runner.workers, runner.gpu) if isinstance(runner, RayRunner) else None
         seen = 0
 
         def tell(more: int, total: int) -> None:
@@ -201,7 +201,7 @@ class Course:
 
 
 @contextmanager
-def stopping(course: Course) -> Iterator[None]:
+def stopping(course: AtlasRun) -> Iterator[None]:
     """Say what is kept when a run is stopped, or its store fails."""
     try:
         yield

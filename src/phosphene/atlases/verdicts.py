@@ -31,9 +31,9 @@ from torch import Tensor
 
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
 from phosphene.network.layers import Layer
+from phosphene.network.memory import channels_last_on_cpu
 from phosphene.network.model import Model
-from phosphene.rendering.engine.linear_readout import laid_out
-from phosphene.rendering.transforms import Draws, resample
+from phosphene.rendering.transforms import RandomDraws, resample
 
 Move = Callable[[Tensor], Tensor]
 
@@ -63,7 +63,7 @@ class Thresholds:
 THRESHOLDS = Thresholds()
 
 
-class Statistics(Protocol):
+class LayerStatistics(Protocol):
     """What photos do to the channels of a layer, (c,) each, by the channel's mean over the map."""
 
     @property
@@ -111,7 +111,7 @@ def judge(
     pictures: Tensor,
     channels: Sequence[int],
     dead: Tensor | None = None,
-    statistics: Statistics | None = None,
+    statistics: LayerStatistics | None = None,
     seconds: Tensor | None = None,
 ) -> tuple[Verdict, ...]:
     """Return the verdicts on pictures of a layer's filters.
@@ -139,7 +139,7 @@ def judge(
 
 
 def check(
-    layer: Layer, pictures: Tensor, shown: Tensor, dead: Tensor, photos: Statistics | None, seconds: Tensor | None
+    layer: Layer, pictures: Tensor, shown: Tensor, dead: Tensor, photos: LayerStatistics | None, seconds: Tensor | None
 ) -> None:
     """Refuse what cannot be judged; see `judge`."""
     if not layer.is_map:
@@ -192,7 +192,7 @@ def measure(model: Model, layer: str | int, pictures: Tensor, seconds: Tensor | 
     with model.reading([layer]) as read, torch.no_grad():
 
         def means(images: Tensor) -> Tensor:
-            act = read(laid_out(images))[layer]
+            act = read(channels_last_on_cpu(images))[layer]
             return act.mean((-2, -1), dtype=torch.promote_types(act.dtype, torch.float32)).double().cpu()
 
         def every(some: Tensor, change: Move = torch.clone) -> Iterator[Tensor]:
@@ -217,7 +217,7 @@ def of_own(every: Tensor, shown: Tensor) -> Tensor:
 
 def moves() -> list[Move]:
     """Return the small moves that a picture must bear, always the same: up to ±4 px, ±5° and × 0.95–1.05 each."""
-    draws = Draws(range(MOVES))
+    draws = RandomDraws(range(MOVES))
     drawn = (draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05))
 
     def move(images: Tensor, index: int) -> Tensor:
@@ -227,7 +227,7 @@ def moves() -> list[Move]:
     return [partial(move, index=index) for index in range(MOVES)]
 
 
-def verdicts(measured: Measured, shown: Tensor, dead: Tensor, photos: Statistics | None) -> tuple[Verdict, ...]:
+def verdicts(measured: Measured, shown: Tensor, dead: Tensor, photos: LayerStatistics | None) -> tuple[Verdict, ...]:
     """Return the verdicts that follow from what was measured on pictures of the channels `shown` (n,)."""
     score, grey, none = of_own(measured.plain, shown), measured.grey[shown], torch.full((len(shown),), torch.nan)
     mean = measured.grey if photos is None else photos.mean.double().cpu()
@@ -289,7 +289,7 @@ def same(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).abs() <= ROUNDING * torch.maximum(one.abs(), other.abs())
 
 
-def span(photos: Statistics) -> Tensor:
+def span(photos: LayerStatistics) -> Tensor:
     """Return (c,) how far the strongest photo is above the mean, NaN where all photos excite the channel alike."""
     mean, maximum = photos.mean.double().cpu(), photos.maximum.double().cpu()
     return torch.where(same(mean, maximum), torch.nan, maximum - mean)
@@ -300,7 +300,7 @@ def ranks(numbers: Tensor) -> Tensor:
     return (numbers > numbers.diagonal()[:, None]).sum(1) + 1.0
 
 
-def own_ranks(every: Tensor, shown: Tensor, photos: Statistics) -> Tensor:
+def own_ranks(every: Tensor, shown: Tensor, photos: LayerStatistics) -> Tensor:
     """Return (n,) the rank of each picture's channel among all, NaN for one that all photos excite alike."""
     known = ~span(photos).isnan()
     scores = torch.where(known, (every - photos.mean.double().cpu()) / photos.std.double().cpu(), -torch.inf)

@@ -14,11 +14,11 @@ import typer
 from phosphene.cli.atlases import atlas, report_page, watching
 from phosphene.cli.demonstration import PARTS, STORE, demonstrate
 from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
-from phosphene.cli.output import report, say, tell
+from phosphene.cli.output import report, to_stderr, to_stdout
 from phosphene.cli.photo import activations, cam
 from phosphene.cli.render import dream, filters
 from phosphene.cli.training import gradients, kernels, strip
-from phosphene.cli.web import export, need_the_extra, serve, show, tell_and_open
+from phosphene.cli.web import export, need_the_extra, serve, serve_place, tell_and_open
 from phosphene.errors import PhospheneError
 from phosphene.network.loading import torch_device
 from phosphene.storage.atomic import check_writable
@@ -42,7 +42,7 @@ def layers(open_model: OpenModel, quiet: Quiet = False, as_json: AsJson = False)
     """List a network's layers: path, kind, channels, map size, receptive field, in-place follower."""
     model = open_model()
     table = model.layers()
-    tell(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
+    to_stdout(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
 
 
 for command in (filters, activations, cam, kernels, strip, gradients, dream, atlas, serve, export):
@@ -67,22 +67,22 @@ def demo(
         for path in demonstrate(out, torch_device(device), watch):
             paths.append(path)
             if not as_json:
-                tell(path)
+                to_stdout(path)
     if as_json:
         report(paths, as_json, {"store": str(out / STORE)})
     elif not quiet:
         names = " and ".join(part.model for part in PARTS)
-        say(f"what filters of {names} respond to, and a photo, is in {out.resolve()}")
+        to_stderr(f"what filters of {names} respond to, and a photo, is in {out.resolve()}")
     if and_serve:
-        show(str(out), tell_and_open, device=device)
+        serve_place(str(out), tell_and_open, device=device)
     elif not quiet:
-        say(f"to browse it: phosphene serve {out}")
+        to_stderr(f"to browse it: phosphene serve {out}")
 
 
 def version(asked: bool) -> None:
     """Print the version and end."""
     if asked:
-        tell(__version__)
+        to_stdout(__version__)
         raise typer.Exit
 
 
@@ -97,17 +97,17 @@ def options(
 
 def main() -> None:
     """Run the command line: exit code 0 done, 2 the request was wrong, 1 something failed on the way."""
-    warnings.showwarning = lambda message, *_: say(str(message))
+    warnings.showwarning = lambda message, *_: to_stderr(str(message))
     try:
         code = app(standalone_mode=False)
         if code == STOPPED:
-            say("stopped")
+            to_stderr("stopped")
             code = 1
     except PhospheneError as error:
-        say(str(error))
+        to_stderr(str(error))
         code = 2
     except UsageError as error:
-        say(f"{error.format_message().rstrip('.')}; see `phosphene --help`")
+        to_stderr(f"{error.format_message().rstrip('.')}; see `phosphene --help`")
         code = 2
     except BrokenPipeError:  # the reader of our stdout has gone, as in `phosphene layers MODEL | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,7 @@ from phosphene.atlases.cost import estimate
 from phosphene.atlases.plan import PER_JOB, Atlas
 from phosphene.atlases.plan import atlas as plan_atlas
 from phosphene.atlases.report import report as report_of
-from phosphene.atlases.run import Summary, Watch, run
+from phosphene.atlases.run import AtlasProgress, Summary, run
 from phosphene.atlases.runners.local import LocalRunner, places_for
 from phosphene.atlases.runners.pool import Runner
 from phosphene.atlases.runners.ray import RayRunner
@@ -31,7 +31,7 @@ from phosphene.cli.options import (
     batch_size,
     takes_model,
 )
-from phosphene.cli.output import check_target, progress, report, say, tell
+from phosphene.cli.output import check_target, progress, report, to_stderr, to_stdout
 from phosphene.errors import EntryNotFound, InvalidRequest, Unfinished
 from phosphene.rendering.recipes import DEFAULT, find_recipe
 from phosphene.storage.atomic import write_file
@@ -100,7 +100,7 @@ def atlas(
     except Unfinished as stopped:
         if as_json and isinstance(stopped.finished, Summary):
             report([], as_json, asdict(stopped.finished))
-        say(str(stopped))
+        to_stderr(str(stopped))
         raise typer.Exit(1) from stopped
     tell_summary(summary, quiet, as_json)
     if summary.failed:
@@ -123,7 +123,7 @@ def chosen_runner(name: str, address: str | None, workers: int | None) -> Runner
 
 
 @contextmanager
-def watching(quiet: bool, name: str = "atlas") -> Iterator[Watch]:
+def watching(quiet: bool, name: str = "atlas") -> Iterator[AtlasProgress]:
     """Show how far a run has come, one bar after the other."""
     with ExitStack() as shown:
         advance, counted, before = None, "", 0
@@ -149,10 +149,10 @@ def tell_cost(plan: Atlas, store: str, workers: int | None, as_json: bool) -> No
         report([], as_json, {**asdict(cost), "seconds": seconds, "workers": several})
         return
     done = "" if cost.missing == cost.jobs else f", of which {cost.jobs - cost.missing:,} are done"
-    tell(f"{cost.jobs:,} jobs{done}")
-    tell(f"{cost.filters:,} filters of {len(plan.layers):,} layers of {plan.model.name}")
-    tell(f"about {duration(seconds)} with {several} {'worker' if several == 1 else 'workers'} of this machine")
-    tell(f"about {cost.bytes / 1e6:,.1f} MB of pictures")
+    to_stdout(f"{cost.jobs:,} jobs{done}")
+    to_stdout(f"{cost.filters:,} filters of {len(plan.layers):,} layers of {plan.model.name}")
+    to_stdout(f"about {duration(seconds)} with {several} {'worker' if several == 1 else 'workers'} of this machine")
+    to_stdout(f"about {cost.bytes / 1e6:,.1f} MB of pictures")
 
 
 def done_in(store: str) -> set[str]:
@@ -182,12 +182,14 @@ def tell_summary(summary: Summary, quiet: bool, as_json: bool) -> None:
     entry = [] if summary.atlas is None else [f"{place}/atlases/{summary.atlas}/manifest.json"]
     report(entry, as_json, asdict(summary))
     for digest, reason in list(summary.failed.items())[:LISTED]:
-        say(f"the job {digest} failed: {reason}")
+        to_stderr(f"the job {digest} failed: {reason}")
     if len(summary.failed) > LISTED:
-        say(f"{len(summary.failed):,} jobs failed; each says why in {place}/jobs/…/error.json")
+        to_stderr(f"{len(summary.failed):,} jobs failed; each says why in {place}/jobs/…/error.json")
     if not quiet and summary.atlas:
         counts = ", ".join(f"{count:,} {name}" for name, count in summary.verdicts.items())
-        say(f"{summary.done:,} of {summary.jobs:,} jobs are there; {counts}; a page of it: phosphene report {place}")
+        to_stderr(
+            f"{summary.done:,} of {summary.jobs:,} jobs are there; {counts}; a page of it: phosphene report {place}"
+        )
 
 
 def report_page(

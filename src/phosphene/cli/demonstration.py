@@ -11,10 +11,12 @@ import torch
 
 from phosphene.atlases.entries import saved
 from phosphene.atlases.plan import Atlas, atlas
-from phosphene.atlases.run import Course, stopping
+from phosphene.atlases.run import AtlasRun, stopping
 from phosphene.atlases.runners.local import LocalRunner
 from phosphene.errors import Unfinished
-from phosphene.images.figure import Picture, crossed, grid, png
+from phosphene.images.display import Picture
+from phosphene.images.encode import png
+from phosphene.images.grid import cross_out, grid
 from phosphene.images.photo import read
 from phosphene.inspection.activations import activations
 from phosphene.inspection.explain import explain
@@ -31,7 +33,7 @@ SEEN = "block?_relu1"  # layers whose activations are shown: after a ReLU the ch
 PHOTO = "chelsea.jpg"
 
 
-class Part(NamedTuple):
+class DemoSheet(NamedTuple):
     """Filters that are drawn: the first `filters` of some layers of a built-in network."""
 
     model: str
@@ -40,8 +42,10 @@ class Part(NamedTuple):
 
 
 # not block1_conv1: before its activation it is linear in the picture, so its mean over the map only answers to a colour
-SHOWN = Part("builtin/vgg19", ("block1_conv2", "block2_conv1", "block3_conv1", "block4_conv1", "block5_conv1"), 24)
-NAMED = Part("builtin/efficientnet-lite0", ("_blocks.5._project_conv", "_blocks.10._project_conv", "_conv_head"), 24)
+SHOWN = DemoSheet("builtin/vgg19", ("block1_conv2", "block2_conv1", "block3_conv1", "block4_conv1", "block5_conv1"), 24)
+NAMED = DemoSheet(
+    "builtin/efficientnet-lite0", ("_blocks.5._project_conv", "_blocks.10._project_conv", "_conv_head"), 24
+)
 PARTS = (SHOWN, NAMED)
 
 
@@ -77,12 +81,12 @@ def sheets(store: Store, plan: Atlas, watch: Callable[[str, int, int], None] | N
     Raises:
         Unfinished: some could not be drawn.
     """
-    course = Course(plan, store, watch)
+    course = AtlasRun(plan, store, watch)
     with stopping(course):
         for layer in course.go(LocalRunner()):
             drawn = [one for job in plan.jobs_of(layer) if job.digest in course.there for one in saved(store, job)]
             if drawn:
-                yield layer, grid([crossed(one.image) if one.entry["dead"] else one.image for one in drawn], COLUMNS)
+                yield layer, grid([cross_out(one.image) if one.entry["dead"] else one.image for one in drawn], COLUMNS)
         summary = course.end()
     for reason in summary.failed.values():
         raise Unfinished(reason, summary)

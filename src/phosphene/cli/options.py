@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from phosphene.cli.output import say
+from phosphene.cli.output import to_stderr
 from phosphene.errors import InvalidRequest, LayerNotFound
 from phosphene.network.layers import Layer
 from phosphene.network.loading import load, torch_device
@@ -73,7 +73,7 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         asked = {name: given.pop(name) for name in ("model", *MODEL_OPTIONS)}
-        command(lambda: loaded(asked, given["quiet"]), **given)
+        command(lambda: load_from_options(asked, given["quiet"]), **given)
 
     changed: Any = run
     changed.__signature__ = inspect.Signature([first, *(one.replace(kind=keyword) for one in own), *shared])
@@ -81,7 +81,7 @@ def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def loaded(asked: dict[str, Any], quiet: bool) -> Model:
+def load_from_options(asked: dict[str, Any], quiet: bool) -> Model:
     """Return the model that the options name, saying what the user should know about how it was loaded."""
     model = load(
         **{
@@ -94,7 +94,7 @@ def loaded(asked: dict[str, Any], quiet: bool) -> Model:
     )
     if not quiet:
         for note in model.notes:
-            say(f"{model.name}: {note}")
+            to_stderr(f"{model.name}: {note}")
     return model
 
 
@@ -134,5 +134,5 @@ def chosen_layer(model: Model, text: str, quiet: bool) -> Layer:
         raise LayerNotFound(f"one layer is drawn at a time, and {text!r} stands for several: {matches}")
     found = model.find(address(text))
     if text.isdigit() and not quiet:
-        say(f"convolution {text} is {found.path}")
+        to_stderr(f"convolution {text} is {found.path}")
     return found

@@ -19,12 +19,12 @@ from phosphene.storage.atomic import check_writable
 PERIOD = 600  # seconds over which a rate is taken: the jobs of an atlas come in minutes apart
 
 
-def say(text: str) -> None:
+def to_stderr(text: str) -> None:
     """Print a remark to stderr."""
     print(f"phosphene: {text}", file=sys.stderr)
 
 
-def tell(text: object) -> None:
+def to_stdout(text: object) -> None:
     """Print a result to stdout at once."""
     print(text, flush=True)
 
@@ -32,10 +32,10 @@ def tell(text: object) -> None:
 def report(paths: Sequence[Path | str], as_json: bool, facts: Mapping[str, Any]) -> None:
     """Print what was written: a path a line, or one JSON object."""
     if as_json:
-        tell(json.dumps({"files": [str(path) for path in paths], **facts}))
+        to_stdout(json.dumps({"files": [str(path) for path in paths], **facts}))
     else:
         for path in paths:
-            tell(path)
+            to_stdout(path)
 
 
 class Rate(ProgressColumn):

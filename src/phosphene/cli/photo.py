@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from phosphene.cli.options import AsJson, OpenModel, Quiet, address, takes_model
-from phosphene.cli.output import check_target, progress, report, say, tell
+from phosphene.cli.output import check_target, progress, report, to_stderr, to_stdout
 from phosphene.errors import InvalidRequest, PhotoRefused
 from phosphene.images.photo import SUFFIXES, read
 from phosphene.inspection.activations import activations as read_activations
@@ -73,7 +73,7 @@ def cam(
     image = None if files else read(photo, model.channels_in)
     with explaining(model, None if layer is None else address(layer), method) as explainer:
         if not quiet:
-            say(f"{method} at {explainer.spec['layer']}")
+            to_stderr(f"{method} at {explainer.spec['layer']}")
         if image is None:
             explain_folder(explainer, files, where, wanted, style, quiet, as_json)
             return
@@ -86,11 +86,11 @@ def cam(
 def say_classes(heat: Heatmap) -> None:
     """Say which classes are the most probable, whether the map is silent, and what to mind about its method."""
     for guess in heat.top:
-        say(f"{guess.probability:6.1%}  {guess.name}")
+        to_stderr(f"{guess.probability:6.1%}  {guess.name}")
     if heat.silent:
-        say(heat.sentence())
+        to_stderr(heat.sentence())
     if heat.caution:
-        say(f"{heat.method}: {heat.caution}")
+        to_stderr(f"{heat.method}: {heat.caution}")
 
 
 def photos_in(folder: Path) -> list[Path]:
@@ -125,13 +125,13 @@ def explain_folder(
                     written = heat.save(out / names[path], image, style)
                     done.append({"photo": path.name, "file": written.name, **heat.metadata()})
                     if not as_json:
-                        tell(written)
+                        to_stdout(written)
                 advance(len(some), len(files))
     finally:
         manifest = write_manifest(out / "manifest.json", {"photos": done, "refused": refused})
     report([out / one["file"] for one in done] * as_json + [manifest], as_json, {"photos": done, "refused": refused})
     if refused:
-        say(f"{len(refused)} of {len(files)} photos could not be read")
+        to_stderr(f"{len(refused)} of {len(files)} photos could not be read")
         raise typer.Exit(1)
 
 
@@ -142,7 +142,7 @@ def readable(model: Model, paths: Sequence[Path], refused: dict[str, str]) -> It
             yield path, read(path, model.channels_in)
         except PhotoRefused as error:
             refused[path.name] = str(error)
-            say(str(error))
+            to_stderr(str(error))
 
 
 def output_names(files: Sequence[Path]) -> dict[Path, str]:

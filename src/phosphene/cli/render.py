@@ -24,26 +24,26 @@ from phosphene.cli.options import (
     chosen_layer,
     takes_model,
 )
-from phosphene.cli.output import check_target, progress, report, say
+from phosphene.cli.output import check_target, progress, report, to_stderr
 from phosphene.errors import InvalidRequest, LayerRefused, Unfinished
-from phosphene.images.figure import png
+from phosphene.images.encode import png
 from phosphene.images.photo import read
-from phosphene.network.layers import Layer
-from phosphene.network.model import parse_channels
+from phosphene.network.channel_ranges import parse_channels
+from phosphene.network.layers import Layer, file_prefix
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.objectives import Objective, channel, logit, neuron
 from phosphene.rendering.objectives import layer as whole_layer
 from phosphene.rendering.recipes import DEFAULT, find_recipe
 from phosphene.rendering.render import dream as render_dream
 from phosphene.rendering.render import render
-from phosphene.rendering.result import Rendered, file_prefix
+from phosphene.rendering.result import Rendered
 from phosphene.storage.atomic import write_file
 
 OBJECTIVES = ("channel", "neuron", "logit", "layer")
 
 
 @contextmanager
-def watching(pictures: int, quiet: bool) -> Iterator[Callable[[Frame], None]]:
+def progress_of_frames(pictures: int, quiet: bool) -> Iterator[Callable[[Frame], None]]:
     """Show how far pictures have come, and yield what each `Frame` is to be given to."""
     with progress(f"{pictures} pictures", "steps", quiet) as advance:
 
@@ -86,7 +86,7 @@ def filters(
     check_target(target, ".png")
     if film:
         check_target(film, ".gif", folders=False)
-    with watching(wanted.n, quiet) as watch:
+    with progress_of_frames(wanted.n, quiet) as watch:
         try:
             rendered = render(
                 handle,
@@ -103,14 +103,14 @@ def filters(
         except Unfinished as stopped:
             if isinstance(stopped.finished, Rendered):
                 report(written(stopped.finished, target, film), as_json, facts(stopped.finished))
-            say(str(stopped))
+            to_stderr(str(stopped))
             raise typer.Exit(1) from stopped
     report(written(rendered, target, film), as_json, facts(rendered))
     if bool(rendered.dead.any()) and not quiet:
         names = ", ".join(name for name, dead in zip(rendered.names, rendered.dead, strict=True) if dead)
         before = f"{found.path}#preactivation"
         advice = f"; {before} is followed uphill before the activation" if before in handle.modules else ""
-        say(f"dead, crossed out in the grid: {names}{advice}")
+        to_stderr(f"dead, crossed out in the grid: {names}{advice}")
 
 
 def objective_for(layer: Layer, name: str, channels: str | None) -> Objective:
@@ -175,6 +175,6 @@ def dream(
     handle = open_model()
     image = read(photo, handle.channels_in)
     found = chosen_layer(handle, layer, quiet)
-    with watching(1, quiet) as watch:
+    with progress_of_frames(1, quiet) as watch:
         rendered = render_dream(handle, image, found.path, recipe, size=size, steps=steps, seed=seed, watch=watch)
     report(written(rendered, out, None), as_json, facts(rendered))

@@ -19,14 +19,14 @@ from phosphene.cli.options import (
     chosen_layer,
     takes_model,
 )
-from phosphene.cli.output import check_target, report, say, tell
+from phosphene.cli.output import check_target, report, to_stderr, to_stdout
 from phosphene.errors import InvalidRequest, WeightsRefused
-from phosphene.images import figure
+from phosphene.images import captions
 from phosphene.inspection.kernels import STYLES, write_pages
 from phosphene.inspection.kernels import kernels as read_kernels
-from phosphene.rendering.result import file_prefix
-from phosphene.training.film_strip import check_film, course, found, number
-from phosphene.training.gradient_norms import Sizes
+from phosphene.network.layers import file_prefix
+from phosphene.training.film_strip import check_film, found, layer_strip, number
+from phosphene.training.gradient_norms import GradientNorms
 from phosphene.training.history import History, is_history, open_history
 
 Command = Callable[..., None]
@@ -79,7 +79,7 @@ def kernels_of_run(
             f"`phosphene gradients {run}` says"
         )
     metrics = "".join(f" · {name} {number(one)}" for name, one in history.metrics(chosen).items())
-    pages = [figure.captioned(one, f"epoch {chosen}{metrics}") for one in weights.pictures(style)]
+    pages = [captions.with_caption(one, f"epoch {chosen}{metrics}") for one in weights.pictures(style)]
     facts = {**weights.spec, "run": str(run), "epoch": chosen, "style": style}
     report(write_pages(pages, target, facts), as_json, facts)
 
@@ -126,9 +126,9 @@ def strip(
     check_style(style)
     check_strip(out)
     history = open_history(run)
-    shown = course(history, layer, style)
+    shown = layer_strip(history, layer, style)
     if layer.isdigit() and not quiet:
-        say(f"layer {layer} of the record is {shown.layer}")
+        to_stderr(f"layer {layer} of the record is {shown.layer}")
     target = out or Path(f"{file_prefix([shown.layer]).replace('layer_', 'strip_', 1)}.png")
     check_strip(target)
     path, facts = shown.save(target)
@@ -143,19 +143,19 @@ def gradients(
 ) -> None:
     """Draw how large the gradients of every weight were, epoch by epoch, and say what is wrong with them."""
     check_sheet(out)
-    sizes = Sizes.of(open_history(run))
+    sizes = GradientNorms.of(open_history(run))
     path = sizes.save(out)
     report([path], as_json, {**sizes.facts(), "weights": sizes.rows()})
     if not as_json:
         for sentence in sizes.verdicts():
-            tell(sentence)
+            to_stdout(sentence)
 
 
 def recorded(history: History, layer: str, quiet: bool) -> str:
     """Return the path of a recorded layer, saying what a number resolved to."""
     path = found(history, address(layer))
     if layer.isdigit() and not quiet:
-        say(f"layer {layer} of the record is {path}")
+        to_stderr(f"layer {layer} of the record is {path}")
     return path
 
 

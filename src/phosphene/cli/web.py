@@ -25,16 +25,16 @@ from phosphene.cli.options import (
     Quiet,
     Trust,
     Weights,
-    loaded,
+    load_from_options,
 )
-from phosphene.cli.output import progress, report, say, tell
+from phosphene.cli.output import progress, report, to_stderr, to_stdout
 from phosphene.errors import ExtraMissing, InvalidRequest
 from phosphene.network.loading import torch_device
 from phosphene.storage.atomic import check_writable
 from phosphene.training.history import History
-from phosphene.web.slugs import layer_slug
-from phosphene.web.store_reader import Gallery, found_at
-from phosphene.web.views.training import Training
+from phosphene.web.store_reader import StoreReader, stores_and_records_at
+from phosphene.web.urls import layer_slug
+from phosphene.web.views.training import TrainingView
 
 PARTS = ("jinja2", "starlette", "uvicorn")  # what the extra brings, and what these need in turn is theirs to say
 Shown = Annotated[
@@ -66,11 +66,11 @@ def serve(
     options = {"weights": weights, "mean": mean, "std": std, "input_size": input_size, "channels_in": channels_in}
     asked = {"model": model, **options, "labels": labels, "device": device, "trust": trust}
     check(asked, token)
-    network = (lambda: loaded(asked, quiet)) if model else None
-    show(place, tell, host, port, token, device, network)
+    network = (lambda: load_from_options(asked, quiet)) if model else None
+    serve_place(place, to_stdout, host, port, token, device, network)
 
 
-def show(
+def serve_place(
     place: str,
     ready: Callable[[str], None],
     host: str = "127.0.0.1",
@@ -80,14 +80,14 @@ def show(
     network: OpenModel | None = None,
 ) -> None:
     """Show a place in a browser until the program is stopped; `ready` is called with the address."""
-    with needing_the_extra():
+    with requires_web_extra():
         from phosphene.web import server, site
         from phosphene.web.live import render_queue as studio
         from phosphene.web.live import routes as live
-    found = found_at(place)
+    found = stores_and_records_at(place)
     with closing(server.listening(host, port)) as at:
-        gallery = Gallery(found.stores)
-        networks = studio.Studio(gallery, str(torch_device(device)), network() if network else None)
+        gallery = StoreReader(found.stores)
+        networks = studio.RenderQueue(gallery, str(torch_device(device)), network() if network else None)
         shown = server.application(
             site.Site(gallery, trainings(found.histories), True, found.damaged),
             live.live_routes(networks),
@@ -101,7 +101,7 @@ def show(
 
 def tell_and_open(address: str) -> None:
     """Print where the page is, and open it where somebody sits at a terminal."""
-    tell(address)
+    to_stdout(address)
     if sys.stdout.isatty():
         typer.launch(address)
 
@@ -118,7 +118,7 @@ def check(asked: dict[str, Any], token: str | None) -> None:
 
 
 @contextmanager
-def needing_the_extra() -> Iterator[None]:
+def requires_web_extra() -> Iterator[None]:
     """Say how to install what the page needs, where that is not there."""
     try:
         yield
@@ -133,20 +133,20 @@ def needing_the_extra() -> Iterator[None]:
 
 def need_the_extra() -> None:
     """Find out before the work whether the page can be shown afterwards."""
-    with needing_the_extra():
+    with requires_web_extra():
         import phosphene.web.server  # noqa: F401
 
 
-def trainings(histories: Sequence[History]) -> list[Training]:
+def trainings(histories: Sequence[History]) -> list[TrainingView]:
     """Return training runs with the names that they have in addresses: of several folders of one name the second ~2."""
-    found: dict[str, Training] = {}
+    found: dict[str, TrainingView] = {}
     for history in histories:
         name = plain = layer_slug(history.folder.absolute().name)
         number = 1
         while name in found:
             number += 1
             name = f"{plain}~{number}"
-        found[name] = Training(history, name)
+        found[name] = TrainingView(history, name)
     return list(found.values())
 
 
@@ -172,9 +172,9 @@ def warn(at: socket.socket, token: str | None) -> None:
     who = "anyone on the network can see the store and use this machine; --token TEXT lets only those in who have it"
     if token is not None:
         who = "whoever on the network has the token can see the store and use this machine; the token goes unencrypted"
-    say(f"the page is not for this machine alone: {who}")
+    to_stderr(f"the page is not for this machine alone: {who}")
     if bound_to(at).is_unspecified:
-        say(f"other machines reach it at http://{socket.gethostname()}:{at.getsockname()[1]}/")
+        to_stderr(f"other machines reach it at http://{socket.gethostname()}:{at.getsockname()[1]}/")
 
 
 def address_of(host: str, at: socket.socket, token: str | None) -> str:
@@ -193,11 +193,11 @@ def export(
 ) -> None:
     """Write an atlas or a training as plain files, for any web host or to be opened without one."""
     check_writable(out, folder=True)
-    with needing_the_extra():
+    with requires_web_extra():
         from phosphene.web import export as exporting
         from phosphene.web import site
-    found = found_at(place)
-    pages = site.Site(Gallery(found.stores), trainings(found.histories), damaged=found.damaged)
+    found = stores_and_records_at(place)
+    pages = site.Site(StoreReader(found.stores), trainings(found.histories), damaged=found.damaged)
     with progress("export", "files", quiet) as advance:
         count = exporting.export(pages, out, lambda _, total: advance(1, total))
     report([out / "index.html"], as_json, {"written": count})

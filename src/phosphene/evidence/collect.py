@@ -21,27 +21,27 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from phosphene.arguments import whole_number
 from phosphene.errors import EntryNotFound, InvalidRequest, LayerNotFound, LayerRefused, PhotoRefused, nearest
 from phosphene.evidence import crops
 from phosphene.evidence.photo_dataset import open_photos
-from phosphene.evidence.photo_pass import Partial, Refused, Viewing, merge, nothing
-from phosphene.evidence.quantile_sketch import Spread
-from phosphene.evidence.top_photos import NONE, Strongest
+from phosphene.evidence.photo_pass import Partial, PhotoPass, RefusedPhoto, empty_partial, merge
+from phosphene.evidence.quantile_sketch import QuantileSketch
+from phosphene.evidence.top_photos import NONE, TopPhotos
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
-from phosphene.rendering.objectives import whole_number
 from phosphene.storage.store import Store, digest_of
 
 TOP = 9
 SHARES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # of the photos, of whose means the quantiles are kept
 EVERY = 30.0  # seconds
 STATISTICS, ABOUT, PARTIAL = "statistics.safetensors", "evidence.json", "partial.safetensors"
-Watch = Callable[[int, int], None]
-Show = Callable[[Viewing, Sequence[int], Callable[[int], None]], Generator[Partial, None, None]]
+PhotoProgress = Callable[[int, int], None]
+PhotoRunner = Callable[[PhotoPass, Sequence[int], Callable[[int], None]], Generator[Partial, None, None]]
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class PhotoStatistics:
     """What photos do to the channels of one layer.
 
     A channel's MEAN is over its map: what `channel` scores, one number a photo. Its PEAK is the map's highest value. A
@@ -69,7 +69,7 @@ class Statistics:
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence(Mapping[str, Statistics]):
+class Evidence(Mapping[str, PhotoStatistics]):
     """What photos do to the layers of a network: a mapping from a layer's path to its `Statistics`.
 
     Attributes:
@@ -81,11 +81,11 @@ class Evidence(Mapping[str, Statistics]):
         sheets: the files with the crops and thumbnails; none where they were left out.
     """
 
-    statistics: Mapping[str, Statistics]
+    statistics: Mapping[str, PhotoStatistics]
     about: Mapping[str, Any]
     sheets: Mapping[str, bytes]
 
-    def __getitem__(self, path: str) -> Statistics:
+    def __getitem__(self, path: str) -> PhotoStatistics:
         if path not in self.statistics:
             raise LayerNotFound(f"no photos were looked at in {path!r}; the nearest are: {nearest(path, self)}")
         return self.statistics[path]
@@ -109,7 +109,7 @@ class Evidence(Mapping[str, Statistics]):
         tensors = {
             f"{path}/{one.name}": getattr(self[path], one.name).contiguous()
             for path in self
-            for one in fields(Statistics)
+            for one in fields(PhotoStatistics)
         }
         about = (json.dumps(self.about, indent=1, sort_keys=True) + "\n").encode()
         return {STATISTICS: safetensors.torch.save(tensors), ABOUT: about, **self.sheets}
@@ -119,7 +119,7 @@ class Evidence(Mapping[str, Statistics]):
         """Return what `files` returned; the sheets may be left out."""
         about, tensors = json.loads(files[ABOUT]), safetensors.torch.load(files[STATISTICS])
         found = {
-            path: Statistics(**{one.name: tensors[f"{path}/{one.name}"] for one in fields(Statistics)})
+            path: PhotoStatistics(**{one.name: tensors[f"{path}/{one.name}"] for one in fields(PhotoStatistics)})
             for path in about["spec"]["layers"]
         }
         return cls(found, about, {name: files[name] for name in files if name not in (ABOUT, STATISTICS)})
@@ -133,9 +133,9 @@ def evidence(
     size: int | None = None,
     top: int = TOP,
     store: Store | None = None,
-    watch: Watch | None = None,
+    watch: PhotoProgress | None = None,
     every: float = EVERY,
-    show: Show | None = None,
+    show: PhotoRunner | None = None,
 ) -> Evidence:
     """Return what photos do to every channel of layers, from one pass that ends at the deepest of them.
 
@@ -162,31 +162,31 @@ def evidence(
         >>> found = evidence(load("builtin/vgg19"), "holiday", "block3*", size=128)
         >>> found["block3_conv1"].photos[7]     # the nine photos that channel 7 answers to most
     """
-    viewing = viewing_of(model, photos, layers, size, top)
+    viewing = photo_pass_of(model, photos, layers, size, top)
     digest = digest_of(viewing.spec)
     if store and store.has("evidence", digest):
-        return stored(store, digest)
-    known = gathered(viewing, store, watch, every, show or in_this_process)
+        return load_evidence(store, digest)
+    known = collect_partials(viewing, store, watch, every, show or in_this_process)
     if known.seen == 0:
         raise PhotoRefused(f"of {len(viewing.photos):,} photos none can be read; the first: {known.refused[0].reason}")
-    found = finished(viewing, known)
+    found = assemble(viewing, known)
     if store:
         facts = {name: found.about[name] for name in ("spec", "seen", "lost")}
         store.put("evidence", digest, found.files(), facts)
     return found
 
 
-def viewing_of(
+def photo_pass_of(
     model: Model, photos: Any, layers: str | Sequence[str | int], size: int | None = None, top: int = TOP
-) -> Viewing:
+) -> PhotoPass:
     """Return what `evidence` is asked for, checked; the digest of its spec is what the result is called in a store."""
-    if whole_number(top, "number of photos a channel") < 1:
+    if whole_number(top, "the number of photos a channel") < 1:
         raise InvalidRequest("at least one photo a channel is kept; give top=9, say")
-    if size is not None and whole_number(size, "size in pixels") < 1:
+    if size is not None and whole_number(size, "the size in pixels") < 1:
         raise InvalidRequest(f"a size is a number of pixels from 1, not {size}")
     chosen = {one.path: one for one in chosen_layers(model, layers)}
     sides = model.input_size if size is None else (size, size)
-    return Viewing(model, open_photos(photos, model.channels_in), tuple(chosen.values()), sides, top)
+    return PhotoPass(model, open_photos(photos, model.channels_in), tuple(chosen.values()), sides, top)
 
 
 def chosen_layers(model: Model, layers: str | Sequence[str | int]) -> list[Layer]:
@@ -204,13 +204,15 @@ def chosen_layers(model: Model, layers: str | Sequence[str | int]) -> list[Layer
 
 
 def in_this_process(
-    viewing: Viewing, lots: Sequence[int], watch: Callable[[int], None]
+    viewing: PhotoPass, lots: Sequence[int], watch: Callable[[int], None]
 ) -> Generator[Partial, None, None]:
     """Yield what is known of each lot, in order."""
     yield from viewing.partials(lots, watch)
 
 
-def gathered(viewing: Viewing, store: Store | None, watch: Watch | None, every: float, show: Show) -> Partial:
+def collect_partials(
+    viewing: PhotoPass, store: Store | None, watch: PhotoProgress | None, every: float, show: PhotoRunner
+) -> Partial:
     """Return what is known of all photos; the lots are merged in their order, so that sums are rounded alike."""
     name = f"evidence/{digest_of(viewing.spec)}/{PARTIAL}"
     done, known = resumed(store, name, viewing)
@@ -230,14 +232,14 @@ def gathered(viewing: Viewing, store: Store | None, watch: Watch | None, every: 
     return known
 
 
-def resumed(store: Store | None, name: str, viewing: Viewing) -> tuple[int, Partial]:
+def resumed(store: Store | None, name: str, viewing: PhotoPass) -> tuple[int, Partial]:
     """Return how many lots are known already, and what is known of them."""
     if store:
         try:
             return unpacked(store.read(name))
         except (EntryNotFound, SafetensorError, LookupError, ValueError):  # none yet, or of no use
             pass
-    return 0, nothing(sum(viewing.channels), viewing.top)
+    return 0, empty_partial(sum(viewing.channels), viewing.top)
 
 
 def packed(known: Partial, done: int = 0) -> bytes:
@@ -251,12 +253,12 @@ def unpacked(content: bytes) -> tuple[int, Partial]:
     """Return what was packed."""
     tensors = safetensors.torch.load(content)
     done, seen, lost, refused = json.loads(tensors["about"].numpy().tobytes())
-    strongest = Strongest(*(tensors[name] for name in Strongest._fields))
-    spread = Spread(*(tensors[name] for name in Spread._fields))
-    return done, Partial(strongest, spread, seen, lost, tuple(Refused(*one) for one in refused))
+    strongest = TopPhotos(*(tensors[name] for name in TopPhotos._fields))
+    spread = QuantileSketch(*(tensors[name] for name in QuantileSketch._fields))
+    return done, Partial(strongest, spread, seen, lost, tuple(RefusedPhoto(*one) for one in refused))
 
 
-def stored(store: Store, digest: str, sheets: bool = True) -> Evidence:
+def load_evidence(store: Store, digest: str, sheets: bool = True) -> Evidence:
     """Return what a store has; the sheets are much of it, and may be left out.
 
     Raises:
@@ -267,10 +269,10 @@ def stored(store: Store, digest: str, sheets: bool = True) -> Evidence:
     return Evidence.from_files({one: store.get("evidence", digest, one, manifest) for one in wanted})
 
 
-def finished(viewing: Viewing, known: Partial) -> Evidence:
+def assemble(viewing: PhotoPass, known: Partial) -> Evidence:
     """Return what is known as the result, with the crops cut out of the strongest photos."""
     statistics = dict(zip((one.path for one in viewing.layers), by_layer(viewing, known), strict=True))
-    shown = [crops.Found(one.photos, one.positions) for one in statistics.values()]
+    shown = [crops.TopPositions(one.photos, one.positions) for one in statistics.values()]
     winners = sorted({*torch.cat([one.photos.flatten() for one in shown]).tolist()} - {NONE})
     about = {
         "spec": viewing.spec,
@@ -286,7 +288,7 @@ def finished(viewing: Viewing, known: Partial) -> Evidence:
     return Evidence(statistics, about, dict(crops.sheets(viewing, shown)))
 
 
-def by_layer(viewing: Viewing, known: Partial) -> Iterator[Statistics]:
+def by_layer(viewing: PhotoPass, known: Partial) -> Iterator[PhotoStatistics]:
     """Yield the statistics of each layer."""
     spread, strongest = known.spread, known.strongest
     none = spread.counted == 0
@@ -300,4 +302,4 @@ def by_layer(viewing: Viewing, known: Partial) -> Iterator[Statistics]:
         strongest.places,
     )
     for pieces in zip(*(torch.split(one, viewing.channels) for one in columns), strict=True):
-        yield Statistics(*(one.clone() for one in pieces))
+        yield PhotoStatistics(*(one.clone() for one in pieces))

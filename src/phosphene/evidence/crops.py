@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import PhotoRefused
-from phosphene.evidence.photo_pass import Refused, Viewing
+from phosphene.evidence.photo_pass import PhotoPass, RefusedPhoto
 from phosphene.evidence.top_photos import NONE
-from phosphene.images.figure import EMPTY, Picture, picture, webp
-from phosphene.images.sprites import small, tile_size
+from phosphene.images.display import Picture
+from phosphene.images.encode import webp
+from phosphene.images.grid import EMPTY, picture
+from phosphene.images.sprites import thumbnail, tile_size
 from phosphene.network.layers import Layer
 
 TILE = 64  # pixels of a tile's longer side
@@ -41,7 +43,7 @@ class Window(NamedTuple):
     width: int
 
 
-class Found(NamedTuple):
+class TopPositions(NamedTuple):
     """The strongest photos of a layer's channels, (c, k), and the places (c, k, 2) of their peaks."""
 
     photos: Tensor
@@ -86,7 +88,7 @@ def name_of(number: int, page: int) -> str:
     return f"crops_{number}_{page}.webp"
 
 
-def whole(found: Sequence[Found]) -> list[int]:
+def whole(found: Sequence[TopPositions]) -> list[int]:
     """Return the numbers of the photos that are shown whole, ascending: all of the strongest, if not more than `MOST`.
 
     Else these are the strongest of a channel first, then those that come second somewhere, and so on.
@@ -96,40 +98,40 @@ def whole(found: Sequence[Found]) -> list[int]:
     return sorted(list(by_rank)[:MOST])
 
 
-def thumbnails(viewing: Viewing, found: Sequence[Found]) -> dict[str, Any]:
+def thumbnails(viewing: PhotoPass, found: Sequence[TopPositions]) -> dict[str, Any]:
     """Return where the photos that are shown whole are, in JSON terms.
 
     The facts are `tile` (width, height), `columns` and `rows` of every sheet, the last one too, `photos` (their
     numbers, tile after tile) and `sheets`, the files.
     """
     photos = whole(found)
-    files = [album_of(page) for page in range(-(-len(photos) // ACROSS**2))]
+    files = [photo_sheet(page) for page in range(-(-len(photos) // ACROSS**2))]
     return {"tile": list(album_tile(viewing)), "columns": ACROSS, "rows": ACROSS, "photos": photos, "sheets": files}
 
 
-def album_of(page: int) -> str:
+def photo_sheet(page: int) -> str:
     """Return the file of one of the sheets of whole photos."""
     return f"photos_{page}.webp"
 
 
-def album_tile(viewing: Viewing) -> tuple[int, int]:
+def album_tile(viewing: PhotoPass) -> tuple[int, int]:
     """Return width and height of a whole photo's tile."""
     height, width = viewing.size
     return tile_size((width, height), PHOTO)
 
 
-def sheets(viewing: Viewing, found: Sequence[Found]) -> Iterator[tuple[str, bytes]]:
+def sheets(viewing: PhotoPass, found: Sequence[TopPositions]) -> Iterator[tuple[str, bytes]]:
     """Yield the sheets of all layers and of the photos, by name. Only the strongest photos are read again.
 
     Each is read once for as many layers as fit the memory together, which mostly is all of them.
     """
     photos = whole(found)
-    for layers in portions([len(one.photos) * one.photos.shape[1] for one in found]):
+    for layers in layer_groups([len(one.photos) * one.photos.shape[1] for one in found]):
         yield from filled(viewing, {number: found[number] for number in layers}, photos)
         photos = []  # they were all seen the first time
 
 
-def portions(tiles: Sequence[int]) -> Iterator[list[int]]:
+def layer_groups(tiles: Sequence[int]) -> Iterator[list[int]]:
     """Yield the numbers of layers of so many tiles, as many at once as fit the memory, and at least one."""
     held: list[int] = []
     for number, count in enumerate(tiles):
@@ -141,7 +143,7 @@ def portions(tiles: Sequence[int]) -> Iterator[list[int]]:
         yield held
 
 
-def filled(viewing: Viewing, found: Mapping[int, Found], photos: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+def filled(viewing: PhotoPass, found: Mapping[int, TopPositions], photos: Sequence[int]) -> Iterator[tuple[str, bytes]]:
     """Yield the sheets of some layers, by name, and those of photos (ascending); of these one at a time is filled."""
     pages, by_photo = blank(found), entries(found)
     places = {photo: place for place, photo in enumerate(photos)}
@@ -153,13 +155,13 @@ def filled(viewing: Viewing, found: Mapping[int, Found], photos: Sequence[int]) 
             number, spot = divmod(places[photo], ACROSS**2)
             if spot == 0:
                 album = Image.new("RGB", (ACROSS * width, ACROSS * height), EMPTY)
-            album.paste(small(image, (width, height)), (spot % ACROSS * width, spot // ACROSS * height))
+            album.paste(thumbnail(image, (width, height)), (spot % ACROSS * width, spot // ACROSS * height))
             if spot == ACROSS**2 - 1 or photo == photos[-1]:
-                yield album_of(number), webp(album, QUALITY, EFFORT)
+                yield photo_sheet(number), webp(album, QUALITY, EFFORT)
     yield from ((name, webp(pages.pop(name), QUALITY, EFFORT)) for name in list(pages))
 
 
-def blank(found: Mapping[int, Found]) -> dict[str, Picture]:
+def blank(found: Mapping[int, TopPositions]) -> dict[str, Picture]:
     """Return the sheets of some layers, by name, without a crop yet."""
     pages: dict[str, Picture] = {}
     for number, one in found.items():
@@ -169,15 +171,15 @@ def blank(found: Mapping[int, Found]) -> dict[str, Picture]:
     return pages
 
 
-def seen(viewing: Viewing, photos: Sequence[int]) -> Iterator[tuple[int, Picture]]:
+def seen(viewing: PhotoPass, photos: Sequence[int]) -> Iterator[tuple[int, Picture]]:
     """Yield photos by number as the network saw them."""
     for photo, shown in viewing.photos.each(photos, lambda one: (one, viewing.show(one))):
-        if isinstance(shown, Refused):
+        if isinstance(shown, RefusedPhoto):
             raise PhotoRefused(f"{shown.reason}; it could be read a moment ago")
         yield photo, as_seen(shown.image)
 
 
-class Entry(NamedTuple):
+class CropTile(NamedTuple):
     """One tile: of which layer, channel and rank, and the place of the peak."""
 
     layer: int
@@ -186,20 +188,22 @@ class Entry(NamedTuple):
     place: tuple[int, int]
 
 
-def entries(found: Mapping[int, Found]) -> dict[int, list[Entry]]:
+def entries(found: Mapping[int, TopPositions]) -> dict[int, list[CropTile]]:
     """Return the tiles to be made of each photo, by ascending number."""
-    by_photo: dict[int, list[Entry]] = {}
+    by_photo: dict[int, list[CropTile]] = {}
     for number, one in found.items():
         there = (one.photos != NONE).nonzero()
         rows = zip(
             there.tolist(), one.photos[tuple(there.T)].tolist(), one.places[tuple(there.T)].tolist(), strict=True
         )
         for (channel, rank), photo, (row, column) in rows:
-            by_photo.setdefault(photo, []).append(Entry(number, channel, rank, (row, column)))
+            by_photo.setdefault(photo, []).append(CropTile(number, channel, rank, (row, column)))
     return dict(sorted(by_photo.items()))
 
 
-def tiles(viewing: Viewing, image: Picture, wanted: Sequence[Entry]) -> Iterator[tuple[str, tuple[int, int], Picture]]:
+def tiles(
+    viewing: PhotoPass, image: Picture, wanted: Sequence[CropTile]
+) -> Iterator[tuple[str, tuple[int, int], Picture]]:
     """Yield for each tile of a photo its sheet, its corner there, and its picture."""
     cut = cache(lambda part: crop(image, part))  # many channels look at the same part
     for one in wanted:

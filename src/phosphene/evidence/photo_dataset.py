@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import PhotoRefused
-from phosphene.evidence.photo_sources import Dataset, Files, Rows, at, dataset_of, plain
-from phosphene.images.photo import FORMATS, check_size, read, values
+from phosphene.evidence.photo_sources import Dataset, FolderFiles, ParquetRows, dataset_of, open_source, plain
+from phosphene.images.photo import FORMATS, check_size, read, to_tensor
 
 LUMA = (0.299, 0.587, 0.114)  # shares of red, green and blue in grey (ITU-R BT.601), as Pillow has them
 AHEAD = 64  # photos that are read before they are asked for
@@ -31,7 +31,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
-class Photos:
+class PhotoDataset:
     """Photos by number, each read anew whenever it is asked for.
 
     Attributes:
@@ -39,7 +39,7 @@ class Photos:
         channels: of each photo, 3 for RGB, 1 for grey; of a dataset's tensors any number.
     """
 
-    source: Files | Rows | Dataset
+    source: FolderFiles | ParquetRows | Dataset
     channels: int = 3
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class Photos:
         """Return how to speak of a photo: its file's name, or its number."""
         return self.source.name(index)
 
-    def of(self, channels: int) -> Photos:
+    def of(self, channels: int) -> PhotoDataset:
         """Return the same photos for a network that sees so many channels."""
         return replace(self, channels=channels)
 
@@ -92,7 +92,7 @@ class Photos:
             pool.shutdown(cancel_futures=True)
 
 
-def open_photos(source: str | Path | Any, channels: int = 3) -> Photos:
+def open_photos(source: str | Path | Any, channels: int = 3) -> PhotoDataset:
     """Return the photos of a source.
 
     Args:
@@ -110,12 +110,12 @@ def open_photos(source: str | Path | Any, channels: int = 3) -> Photos:
         >>> open_photos("holiday")[0].shape
         torch.Size([1, 3, 480, 640])
     """
-    if isinstance(source, Photos):
+    if isinstance(source, PhotoDataset):
         return source.of(channels)
-    found = at(str(source)) if isinstance(source, str | Path) else dataset_of(source)
+    found = open_source(str(source)) if isinstance(source, str | Path) else dataset_of(source)
     if len(found) == 0:
         raise PhotoRefused(f"there is no photo in {shown(source)}: it is empty")
-    return Photos(found, channels)
+    return PhotoDataset(found, channels)
 
 
 def shown(source: Any) -> str:
@@ -158,7 +158,7 @@ def from_picture(picture: Image.Image, name: str, channels: int) -> Tensor:
         raise PhotoRefused(f"{name} has 3 channels or 1; this network sees {channels}: give a dataset of tensors")
     try:
         check_size(Path(name), picture)
-        return values(Path(name), picture, channels)
+        return to_tensor(Path(name), picture, channels)
     except PhotoRefused:
         raise
     except Exception as error:  # as above

@@ -21,16 +21,15 @@ import torch
 from torch import Tensor
 
 from phosphene.errors import LayerRefused, OutOfMemory, PhotoRefused
-from phosphene.evidence.photo_dataset import Photos
-from phosphene.evidence.quantile_sketch import Spread, spread_of, unspread, wider
-from phosphene.evidence.top_photos import Strongest, add, nobody, stronger
-from phosphene.images.figure import to_bytes
+from phosphene.evidence.photo_dataset import PhotoDataset
+from phosphene.evidence.quantile_sketch import QuantileSketch, empty_sketch, merge_sketches, sketch_of
+from phosphene.evidence.top_photos import TopPhotos, add, no_photos, stronger
+from phosphene.images.display import to_bytes
 from phosphene.images.photo import Fit
-from phosphene.network.capture import Stop, borrowed, parts, watch
+from phosphene.network.capture import StopForward, borrowed, hooked, tensors_in
 from phosphene.network.layers import Layer
-from phosphene.network.memory import keep_memory
-from phosphene.network.model import Model, is_out_of_memory
-from phosphene.rendering.engine.linear_readout import laid_out
+from phosphene.network.memory import channels_last_on_cpu, is_out_of_memory, keep_freed_memory
+from phosphene.network.model import Model
 
 LOT, MOST_LOTS = 512, 4096  # photos of a lot at least, and lots at most: as many results there are to merge
 AT_ONCE = {"cpu": (2**26, 32), "gpu": (2**30, 128)}  # bytes of a batch's largest map, and photos of a batch
@@ -38,7 +37,7 @@ LISTED = 1000  # photos that could not be read and are named; of more only the n
 ENGINE = 1  # goes up by one when the same photos would give other numbers than before
 
 
-class Refused(NamedTuple):
+class RefusedPhoto(NamedTuple):
     """A photo that could not be read."""
 
     photo: int
@@ -56,16 +55,16 @@ class Partial:
         lost: photos that could not be read; `refused` are the first of them.
     """
 
-    strongest: Strongest
-    spread: Spread
+    strongest: TopPhotos
+    spread: QuantileSketch
     seen: int = 0
     lost: int = 0
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[RefusedPhoto, ...] = ()
 
 
-def nothing(channels: int, top: int) -> Partial:
+def empty_partial(channels: int, top: int) -> Partial:
     """Return what is known before the first photo."""
-    return Partial(nobody(channels, top), unspread(channels))
+    return Partial(no_photos(channels, top), empty_sketch(channels))
 
 
 def merge(one: Partial, other: Partial) -> Partial:
@@ -76,14 +75,14 @@ def merge(one: Partial, other: Partial) -> Partial:
     """
     return Partial(
         stronger(one.strongest, other.strongest),
-        wider(one.spread, other.spread),
+        merge_sketches(one.spread, other.spread),
         one.seen + other.seen,
         one.lost + other.lost,
         tuple(sorted(one.refused + other.refused)[:LISTED]),
     )
 
 
-class Shown(NamedTuple):
+class LoadedPhoto(NamedTuple):
     """A photo as the network sees it: its number, the image (1, c, h, w) in [0, 1], and a mark of how it looks."""
 
     photo: int
@@ -92,7 +91,7 @@ class Shown(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Viewing:
+class PhotoPass:
     """What is asked: which photos to show to which network, at what size, and which of its layers to look at.
 
     Attributes:
@@ -101,7 +100,7 @@ class Viewing:
     """
 
     model: Model
-    photos: Photos
+    photos: PhotoDataset
     layers: tuple[Layer, ...]
     size: tuple[int, int]
     top: int
@@ -155,14 +154,14 @@ class Viewing:
         largest = max(maps) * grown * self.model.like.element_size()
         return int(min(most, 2 ** max(0, math.floor(math.log2(bytes_at_most / largest)))))
 
-    def show(self, photo: int) -> Shown | Refused:
+    def show(self, photo: int) -> LoadedPhoto | RefusedPhoto:
         """Return a photo as the network sees it, or why it cannot be read."""
         try:
             image = self.fit(self.photos[photo], self.size)[0]
         except PhotoRefused as error:
-            return Refused(photo, str(error))
+            return RefusedPhoto(photo, str(error))
         look = blake2b(to_bytes(image).numpy().tobytes(), digest_size=8)
-        return Shown(photo, image, int.from_bytes(look.digest(), "little", signed=True))
+        return LoadedPhoto(photo, image, int.from_bytes(look.digest(), "little", signed=True))
 
     def partials(self, lots: Iterable[int], watch: Callable[[int], None] | None = None) -> Iterator[Partial]:
         """Yield what is known of each lot, one after the other; `watch` is called with the photos done since.
@@ -171,7 +170,7 @@ class Viewing:
             SizeRefused: the network does not take images of the size.
             LayerRefused, OutOfMemory.
         """
-        with warnings.catch_warnings(), visiting(self.model, self.layers) as visit:  # reading photos changes filters
+        with warnings.catch_warnings(), photo_runs(self.model, self.layers) as visit:  # reading photos changes filters
             self.check(visit)
             lowest = torch.full((sum(self.channels),), -torch.inf, dtype=torch.float64)
             for number in lots:
@@ -180,7 +179,7 @@ class Viewing:
                 lowest = torch.maximum(lowest, found.strongest.peaks[:, -1])
                 yield found
 
-    def check(self, visit: Visit) -> None:
+    def check(self, visit: RunPhotos) -> None:
         """Refuse a size that the network does not take, or that leaves nothing of a layer."""
         with self.model.taking(self.size):
             visit(self.model.grey(self.size), lambda number, act: self.check_map(self.layers[number], act))
@@ -192,14 +191,14 @@ class Viewing:
             raise self.model.size_error(self.size, f"nothing is left of it at {layer.path!r}")
 
     def partial(
-        self, visit: Visit, photos: Iterable[int], lowest: Tensor, watch: Callable[[int], None] | None = None
+        self, visit: RunPhotos, photos: Iterable[int], lowest: Tensor, watch: Callable[[int], None] | None = None
     ) -> Partial:
         """Return what is known of photos, given by ascending numbers; peaks up to `lowest` (c,) are left out."""
-        state = nothing(sum(self.channels), self.top)
+        state = empty_partial(sum(self.channels), self.top)
         coming = self.photos.each(photos, self.show)
         while some := list(islice(coming, self.batch)):
-            shown = [one for one in some if isinstance(one, Shown)]
-            refused = [one for one in some if isinstance(one, Refused)]
+            shown = [one for one in some if isinstance(one, LoadedPhoto)]
+            refused = [one for one in some if isinstance(one, RefusedPhoto)]
             spread = self.look(visit, state, shown, lowest) if shown else state.spread
             state = Partial(
                 state.strongest,
@@ -212,17 +211,17 @@ class Viewing:
                 watch(len(some))
         return state
 
-    def look(self, visit: Visit, state: Partial, shown: Sequence[Shown], lowest: Tensor) -> Spread:
+    def look(self, visit: RunPhotos, state: Partial, shown: Sequence[LoadedPhoto], lowest: Tensor) -> QuantileSketch:
         """Show a batch, add its peaks to the state in place, and return the spread with its means added."""
         starts = [0, *accumulate(self.channels)]
         lowest = torch.maximum(lowest, state.strongest.peaks[:, -1])
         # of a batch of different pictures only so many can be among the strongest
         most = self.top if len({one.mark for one in shown}) == len(shown) else len(shown)
-        sight = unseen(len(shown), starts[-1])
+        sight = empty_peaks(len(shown), starts[-1])
 
         def see(number: int, act: Tensor) -> None:
             here = slice(*starts[number : number + 2])
-            note(act, lowest[here], most, Sight(*(one[:, here] for one in sight)))
+            reduce_maps(act, lowest[here], most, BatchPeaks(*(one[:, here] for one in sight)))
 
         try:
             visit(torch.cat([one.image for one in shown]).to(self.model.like), see)
@@ -236,10 +235,10 @@ class Viewing:
         sound = sight.means.isfinite() & sight.peaks.isfinite()
         numbers, marks = (torch.tensor(one) for one in zip(*((one.photo, one.mark) for one in shown), strict=True))
         add(state.strongest, sight.peaks, numbers, sight.places, marks, sight.entering & sound)
-        return spread_of(state.spread, sight.means, sound)
+        return sketch_of(state.spread, sight.means, sound)
 
 
-class Sight(NamedTuple):
+class BatchPeaks(NamedTuple):
     """What is kept of a batch's maps: means, peaks and whether these enter the strongest, (b, c); places (b, c, 2)."""
 
     means: Tensor
@@ -248,14 +247,14 @@ class Sight(NamedTuple):
     places: Tensor
 
 
-def unseen(photos: int, channels: int) -> Sight:
+def empty_peaks(photos: int, channels: int) -> BatchPeaks:
     """Return room for what is kept of a batch, on the CPU."""
     means, peaks = torch.empty(2, photos, channels, dtype=torch.float64)
     entering = torch.empty(photos, channels, dtype=torch.bool)
-    return Sight(means, peaks, entering, torch.empty(photos, channels, 2, dtype=torch.long))
+    return BatchPeaks(means, peaks, entering, torch.empty(photos, channels, 2, dtype=torch.long))
 
 
-def note(act: Tensor, lowest: Tensor, most: int, sight: Sight) -> None:
+def reduce_maps(act: Tensor, lowest: Tensor, most: int, sight: BatchPeaks) -> None:
     """Put into `sight` what is kept of maps (b, c, h, w).
 
     The peak's place is found only for those that enter, which are few: higher than `lowest` (c,), and among the `most`
@@ -279,17 +278,17 @@ def note(act: Tensor, lowest: Tensor, most: int, sight: Sight) -> None:
         sight.places[photo.cpu(), channel.cpu()] = places.cpu()
 
 
-Visit = Callable[[Tensor, Callable[[int, Tensor], None]], None]
+RunPhotos = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 
 
 @contextmanager
-def visiting(model: Model, layers: Sequence[Layer]) -> Iterator[Visit]:
+def photo_runs(model: Model, layers: Sequence[Layer]) -> Iterator[RunPhotos]:
     """Borrow a network and yield `visit(image, see)`, which calls `see(number, act)` as each of the layers returns.
 
     What is seen may be overwritten once `see` has returned, so that nothing need be copied; only as much of it is in
     memory as the network itself holds. The forward pass stops at the last of the layers.
     """
-    keep_memory()
+    keep_freed_memory()
     folding = model.folding([one.path for one in layers])
     wanted: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for number, one in enumerate(layers):
@@ -301,22 +300,22 @@ def visiting(model: Model, layers: Sequence[Layer]) -> Iterator[Visit]:
         def at(path: str, output: Any) -> None:
             here = wanted.get((path, calls[path]), [])
             calls[path] += 1
-            found = parts(output) if here else {}
+            found = tensors_in(output) if here else {}
             for number, part in here:
                 if part not in found:
                     raise LayerRefused(f"{path} returned no tensor {part!r} this time; it has: {', '.join(found)}")
                 see(number, model.layout.read(found[part]))
                 left.discard(number)
             if not left:
-                raise Stop
+                raise StopForward
 
         left.update(range(len(layers)))
         calls.clear()
         modules = {path: model.modules[path] for path, _ in wanted}
         try:
-            with watch(modules, at), folding.folded(), torch.no_grad():
-                model.forward(laid_out(image))
-        except Stop:
+            with hooked(modules, at), folding.folded(), torch.no_grad():
+                model.forward(channels_last_on_cpu(image))
+        except StopForward:
             return
         missing = ", ".join(layers[number].path for number in sorted(left))
         raise LayerRefused(f"{missing} did not run in this forward pass, so there is nothing to see")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from phosphene.errors import ExtraMissing, InvalidRequest, PhotoRefused
+from phosphene.errors import InvalidRequest, PhotoRefused, require_extra
 from phosphene.images.photo import SUFFIXES
 
 KEYS = ("image", "img")  # under which a dataset's row holds its photo
@@ -29,7 +30,7 @@ def threads_here() -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class FolderFiles:
     """Files of photos, in the order of their names."""
 
     paths: tuple[Path, ...]
@@ -54,7 +55,7 @@ class Files:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ParquetRows:
     """Rows of a column of Parquet files, in the order of their names.
 
     Attributes:
@@ -64,7 +65,7 @@ class Rows:
     paths: tuple[Path, ...]
     column: str
     groups: tuple[tuple[Path, int, int], ...]
-    state: Unsent = field(default_factory=lambda: Unsent(), repr=False)
+    state: ProcessLocal = field(default_factory=lambda: ProcessLocal(), repr=False)
     kind = "parquet"
 
     def __len__(self) -> int:
@@ -96,7 +97,7 @@ class Rows:
         return short_digest(footer for path in self.paths for footer in (path.name.encode(), footer_of(path)))
 
 
-class Unsent:
+class ProcessLocal:
     """What a process remembers of the rows that it read last; not sent to another."""
 
     def __init__(self) -> None:
@@ -104,8 +105,8 @@ class Unsent:
         self.ends: list[int] = []
         self.number, self.group = -1, None  # type: int, Any
 
-    def __reduce__(self) -> tuple[type[Unsent], tuple[()]]:
-        return Unsent, ()
+    def __reduce__(self) -> tuple[type[ProcessLocal], tuple[()]]:
+        return ProcessLocal, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +153,7 @@ class Dataset:
             return b""
 
 
-def at(source: str) -> Files | Rows | Dataset:
+def open_source(source: str) -> FolderFiles | ParquetRows | Dataset:
     """Return the photos of a place, or of what a callable returns."""
     path = Path(source)
     if path.is_dir():
@@ -167,17 +168,17 @@ def at(source: str) -> Files | Rows | Dataset:
     raise PhotoRefused(f"there is no {source}; photos come from a folder, a .parquet file or package.module:callable")
 
 
-def in_folder(folder: Path) -> Files | Rows:
+def in_folder(folder: Path) -> FolderFiles | ParquetRows:
     """Return the photos of a folder, by name; where there are only Parquet files, the rows of these."""
     inside = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if paths := [path for path in inside if path.suffix.lower() in SUFFIXES]:
-        return Files(tuple(paths))
+        return FolderFiles(tuple(paths))
     if paths := [path for path in inside if path.suffix.lower() == ".parquet"]:
         return in_parquet(paths)
     raise PhotoRefused(f"there is no photo in {folder}; photos are {', '.join(SUFFIXES)}, or rows of .parquet files")
 
 
-def in_parquet(paths: Sequence[Path]) -> Rows:
+def in_parquet(paths: Sequence[Path]) -> ParquetRows:
     """Return the rows of Parquet files that have their photos in the same column."""
     column, groups = "", []
     for path in paths:
@@ -185,18 +186,15 @@ def in_parquet(paths: Sequence[Path]) -> Rows:
         column = photo_column(path, file.schema_arrow)
         facts = file.metadata
         groups += [(path, group, facts.row_group(group).num_rows) for group in range(facts.num_row_groups)]
-    return Rows(tuple(paths), column, tuple(groups))
+    return ParquetRows(tuple(paths), column, tuple(groups))
 
 
 def parquet_file(path: Path) -> Any:
     """Return an opened Parquet file."""
+    parquet = require_extra("pyarrow.parquet", "ray")
     try:
-        import pyarrow.parquet  # a part of a second
-    except ImportError as error:
-        raise ExtraMissing('Parquet files need pyarrow: pip install "phosphene[ray]", or pyarrow alone') from error
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        return parquet.ParquetFile(path)
+    except (OSError, sys.modules["pyarrow"].ArrowException) as error:
         raise PhotoRefused(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
 
 
@@ -237,7 +235,7 @@ def called(module: str, name: str) -> Any:
         raise PhotoRefused(f"{module}:{name}() failed: {error!r}; it has to return a dataset of photos") from error
 
 
-def dataset_of(source: Any) -> Files | Dataset:
+def dataset_of(source: Any) -> FolderFiles | Dataset:
     """Return a dataset's photos; a list of paths means the files."""
     if isinstance(source, Mapping) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise InvalidRequest(
@@ -245,7 +243,7 @@ def dataset_of(source: Any) -> Files | Dataset:
             "give a folder, a .parquet file, package.module:callable, or a dataset"
         )
     if isinstance(source, list | tuple) and source and all(isinstance(one, str | Path) for one in source):
-        return Files(tuple(map(Path, source)))
+        return FolderFiles(tuple(map(Path, source)))
     return Dataset(source)
 
 

@@ -22,7 +22,7 @@ RELATIVE, ABSOLUTE = (2 ** (1 / STEPS) - 1) / (2 ** (1 / STEPS) + 1), 2.0 ** (1 
 NOWHERE = -(2**20)  # the magnitude of zero: below that of any number
 
 
-class Spread(NamedTuple):
+class QuantileSketch(NamedTuple):
     """What is known of one number a photo, of each of c channels.
 
     Attributes:
@@ -59,15 +59,15 @@ class Spread(NamedTuple):
         return torch.where(self.counted > 0, values, torch.nan)
 
 
-def unspread(channels: int) -> Spread:
+def empty_sketch(channels: int) -> QuantileSketch:
     """Return the state before the first photo."""
     counted, broken, edge = torch.tensor([0, 0, NOWHERE])[:, None].repeat(1, channels)
     mean, squares, lowest, highest = torch.tensor([0, 0, torch.inf, -torch.inf]).double()[:, None].repeat(1, channels)
     bins = torch.zeros(channels, 2 * SIDE + 1, dtype=torch.int32)
-    return Spread(counted, broken, mean, squares, lowest, highest, edge, bins)
+    return QuantileSketch(counted, broken, mean, squares, lowest, highest, edge, bins)
 
 
-def spread_of(state: Spread, values: Tensor, sound: Tensor) -> Spread:
+def sketch_of(state: QuantileSketch, values: Tensor, sound: Tensor) -> QuantileSketch:
     """Return a state with values (b, c), float64, added where they are `sound`; its bins are changed in place."""
     whole = bool(sound.all())  # as it mostly is
     there, low, high = (values if whole else values.where(sound, other) for other in (0, torch.inf, -torch.inf))
@@ -78,23 +78,23 @@ def spread_of(state: Spread, values: Tensor, sound: Tensor) -> Spread:
     # whole octaves, so that the bins have to be moved but rarely
     octave = magnitudes.amax(0).div(STEPS, rounding_mode="floor")
     edge = torch.maximum(state.edge, octave * STEPS + STEPS - 1)
-    raise_to(state.bins, edge - state.edge)
+    shift_bins(state.bins, edge - state.edge)
     places = place_of(there, edge - magnitudes) + (2 * SIDE + 1) * torch.arange(values.shape[1])
     state.bins.view(-1).scatter_add_(0, places.flatten(), sound.flatten().int())
-    batch = Spread(count, len(sound) - count, mean, squares.sum(0), low.amin(0), high.amax(0), edge, state.bins)
-    return together(state, batch)
+    batch = QuantileSketch(count, len(sound) - count, mean, squares.sum(0), low.amin(0), high.amax(0), edge, state.bins)
+    return merge_moments(state, batch)
 
 
-def wider(one: Spread, other: Spread) -> Spread:
+def merge_sketches(one: QuantileSketch, other: QuantileSketch) -> QuantileSketch:
     """Return the state of the photos of two, which are different ones."""
     edge = torch.maximum(one.edge, other.edge)
     bins = one.bins.clone(), other.bins.clone()
     for own, state in zip(bins, (one, other), strict=True):
-        raise_to(own, edge - state.edge)
-    return together(one, other)._replace(edge=edge, bins=bins[0] + bins[1])
+        shift_bins(own, edge - state.edge)
+    return merge_moments(one, other)._replace(edge=edge, bins=bins[0] + bins[1])
 
 
-def together(one: Spread, other: Spread) -> Spread:
+def merge_moments(one: QuantileSketch, other: QuantileSketch) -> QuantileSketch:
     """Return two lots of photos together, with the edge and the bins of the second."""
     counted = one.counted + other.counted
     share = other.counted.double() / counted.clamp(min=1)
@@ -129,7 +129,7 @@ def value_of(columns: Tensor, edge: Tensor) -> Tensor:
     return torch.where(columns == SIDE, 0, torch.where(columns < SIDE, -middle, middle))
 
 
-def raise_to(bins: Tensor, higher: Tensor) -> None:
+def shift_bins(bins: Tensor, higher: Tensor) -> None:
     """Move the bins of each channel in place as its edge goes `higher` (c,): what falls out counts as zero."""
     rows = ((higher > 0) & (higher < -NOWHERE // 2)).nonzero()[:, 0]  # zeros alone stay where they are
     if not len(rows):

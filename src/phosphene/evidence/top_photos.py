@@ -16,7 +16,7 @@ from torch import Tensor
 NONE = -1  # the number of the photo where there are fewer than k
 
 
-class Strongest(NamedTuple):
+class TopPhotos(NamedTuple):
     """Of each of c channels the k photos with the highest peaks, in order.
 
     Attributes:
@@ -31,33 +31,33 @@ class Strongest(NamedTuple):
     places: Tensor
     marks: Tensor
 
-    def rows(self, chosen: Tensor) -> Strongest:
+    def rows(self, chosen: Tensor) -> TopPhotos:
         """Return the entries of some channels."""
-        return Strongest(*(one[chosen] for one in self))
+        return TopPhotos(*(one[chosen] for one in self))
 
-    def reordered(self, order: Tensor) -> Strongest:
+    def reordered(self, order: Tensor) -> TopPhotos:
         """Return the entries of each channel in another order (c, m)."""
         places = self.places.gather(1, order[..., None].expand(-1, -1, 2))
         peaks, photos, marks = (one.gather(1, order) for one in (self.peaks, self.photos, self.marks))
-        return Strongest(peaks, photos, places, marks)
+        return TopPhotos(peaks, photos, places, marks)
 
 
-def nobody(channels: int, top: int) -> Strongest:
+def no_photos(channels: int, top: int) -> TopPhotos:
     """Return the state before the first photo."""
     whole = torch.full((channels, top), NONE)
     places = torch.zeros(channels, top, 2, dtype=torch.long)
-    return Strongest(
+    return TopPhotos(
         torch.full((channels, top), -torch.inf, dtype=torch.float64), whole, places, torch.zeros_like(whole)
     )
 
 
-def stronger(one: Strongest, other: Strongest) -> Strongest:
+def stronger(one: TopPhotos, other: TopPhotos) -> TopPhotos:
     """Return the strongest photos of two states of the same channels and k, whose photos are different ones."""
     both = beside(one, other)
     return ranked(both.reordered(both.photos.argsort(dim=1, stable=True)), one.photos.shape[1])
 
 
-def add(state: Strongest, peaks: Tensor, photos: Tensor, places: Tensor, marks: Tensor, entering: Tensor) -> None:
+def add(state: TopPhotos, peaks: Tensor, photos: Tensor, places: Tensor, marks: Tensor, entering: Tensor) -> None:
     """Add a batch to a state, in place.
 
     Args:
@@ -73,7 +73,7 @@ def add(state: Strongest, peaks: Tensor, photos: Tensor, places: Tensor, marks: 
         return
     enters = entering[:, rows].T
     shape = (len(rows), len(photos))
-    batch = Strongest(
+    batch = TopPhotos(
         torch.where(enters, peaks[:, rows].T, -torch.inf),
         torch.where(enters, photos.expand(shape), NONE),
         places[:, rows].transpose(0, 1),
@@ -84,11 +84,11 @@ def add(state: Strongest, peaks: Tensor, photos: Tensor, places: Tensor, marks: 
         old[rows] = new
 
 
-def beside(one: Strongest, other: Strongest) -> Strongest:
-    return Strongest(*(torch.cat(pair, 1) for pair in zip(one, other, strict=True)))
+def beside(one: TopPhotos, other: TopPhotos) -> TopPhotos:
+    return TopPhotos(*(torch.cat(pair, 1) for pair in zip(one, other, strict=True)))
 
 
-def ranked(entries: Strongest, top: int) -> Strongest:
+def ranked(entries: TopPhotos, top: int) -> TopPhotos:
     """Return the first `top` of each channel's entries (c, m), one a mark; those of equal peaks come in order."""
     order = entries.peaks.argsort(dim=1, descending=True, stable=True)
     first = entries.reordered(order[:, :top])
@@ -101,7 +101,7 @@ def ranked(entries: Strongest, top: int) -> Strongest:
     return first
 
 
-def repeated(entries: Strongest) -> Tensor:
+def repeated(entries: TopPhotos) -> Tensor:
     """Return (c, m) whether an entry is a picture that stands before it in its channel."""
     there = entries.photos != NONE
     same = (entries.marks[:, :, None] == entries.marks[:, None, :]) & there[:, None, :] & there[:, :, None]

@@ -36,12 +36,12 @@ def read(path: str | Path, channels: int = 3) -> Tensor:
     """
     file = Path(path)
     check_channels(channels)
-    with sound(file, MOST_PIXELS):
+    with refusing_bad_files(file, MOST_PIXELS):
         if file.is_dir():
             raise PhotoRefused(f"{file} is a folder, not a photo")
         if file.stat().st_size == 0:
             raise empty(file)
-        return unpacked(file, file, channels)
+        return decoded_image(file, file, channels)
 
 
 def decode(content: bytes, channels: int = 3, most: int = MOST_PIXELS, longer: int | None = None) -> Tensor:
@@ -55,10 +55,10 @@ def decode(content: bytes, channels: int = 3, most: int = MOST_PIXELS, longer: i
         PhotoRefused: as `read`.
     """
     check_channels(channels)
-    with sound("the photo", most):
+    with refusing_bad_files("the photo", most):
         if not content:
             raise empty("the photo")
-        return unpacked("the photo", io.BytesIO(content), channels, most, longer)
+        return decoded_image("the photo", io.BytesIO(content), channels, most, longer)
 
 
 def check_channels(channels: int) -> None:
@@ -68,7 +68,7 @@ def check_channels(channels: int) -> None:
 
 
 @contextmanager
-def sound(name: str | Path, most: int) -> Iterator[None]:
+def refusing_bad_files(name: str | Path, most: int) -> Iterator[None]:
     """Say in a sentence what kept a photo from being read."""
     try:
         yield
@@ -85,7 +85,7 @@ def sound(name: str | Path, most: int) -> Iterator[None]:
         raise PhotoRefused(f"{name} cannot be read, it may be damaged or cut short: {reason}") from error
 
 
-def unpacked(
+def decoded_image(
     name: str | Path, source: Path | io.BytesIO, channels: int, most: int = MOST_PIXELS, longer: int | None = None
 ) -> Tensor:
     """Return the pixels of an image file (1, c, h, w) in [0, 1]."""
@@ -95,7 +95,7 @@ def unpacked(
             check_size(name, opened, most)
             if opened.mode in SMOOTH:
                 shrunk(opened, longer)  # before it is copied; a JPEG is not even unpacked at its full size
-            return values(name, opened, channels, longer)
+            return to_tensor(name, opened, channels, longer)
 
 
 def check_size(name: str | Path, image: Image.Image, most: int = MOST_PIXELS) -> None:
@@ -114,7 +114,7 @@ def empty(name: str | Path) -> PhotoRefused:
     return PhotoRefused(f"{name} is empty (0 bytes)")
 
 
-def values(name: str | Path, opened: Image.Image, channels: int, longer: int | None = None) -> Tensor:
+def to_tensor(name: str | Path, opened: Image.Image, channels: int, longer: int | None = None) -> Tensor:
     """Return the pixels of an opened image (1, c, h, w) in [0, 1], its longer side at most so long."""
     if opened.mode == "F" or (opened.mode == "I" and opened.format != "PNG"):
         raise PhotoRefused(f"{name} has 32 bits a channel, of unknown range; save it with 8 or 16")

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from phosphene.images.figure import Picture, webp
+from phosphene.images.display import Picture
+from phosphene.images.encode import webp
 
 TILE = 96  # pixels, the longer side of a tile at most
 SMALL, ALONG = 64, 12  # the same of a strip, and its tiles at most
@@ -17,7 +18,7 @@ SIDE = 16383  # pixels, the longest side that WebP has
 QUALITY = 90
 
 
-class Sheet(NamedTuple):
+class SpriteSheet(NamedTuple):
     """One file of tiles, row by row without a gap; `facts` say where each tile is, in JSON terms."""
 
     name: str
@@ -25,7 +26,7 @@ class Sheet(NamedTuple):
     facts: dict[str, Any]
 
 
-def sheets(pictures: Sequence[Picture], channels: Sequence[int], most: int = MOST) -> Iterator[Sheet]:
+def sprite_sheets(pictures: Sequence[Picture], channels: Sequence[int], most: int = MOST) -> Iterator[SpriteSheet]:
     """Yield the sheets of pictures of one size: `sheet.webp`, and where one does not hold all `sheet_2.webp` and so on.
 
     The facts are `file`, `tile` (width, height), `columns` and `channels`, tile after tile.
@@ -36,18 +37,18 @@ def sheets(pictures: Sequence[Picture], channels: Sequence[int], most: int = MOS
         columns = math.ceil(math.sqrt(len(some)))
         name = "sheet.webp" if number == 1 else f"sheet_{number}.webp"
         shown = {"file": name, "tile": list(size), "columns": columns, "channels": list(channels[start : start + most])}
-        yield Sheet(name, webp(tiled([small(one, size) for one in some], columns), QUALITY), shown)
+        yield SpriteSheet(name, webp(tile([thumbnail(one, size) for one in some], columns), QUALITY), shown)
 
 
-def strip(pictures: Sequence[Picture], channels: Sequence[int]) -> Sheet:
+def preview_strip(pictures: Sequence[Picture], channels: Sequence[int]) -> SpriteSheet:
     """Return one row of a layer's pictures, evenly spread where there are more than `ALONG`, as `strip.webp`."""
     last, count = len(pictures) - 1, min(ALONG, len(pictures))
     shown = [round(last * place / max(1, count - 1)) for place in range(count)]
     size = tile_size(pictures[0].size, SMALL)
-    content = webp(tiled([small(pictures[index], size) for index in shown], count), QUALITY)
+    content = webp(tile([thumbnail(pictures[index], size) for index in shown], count), QUALITY)
     spread = [channels[index] for index in shown]
     facts = {"file": "strip.webp", "tile": list(size), "columns": count, "channels": spread}
-    return Sheet("strip.webp", content, facts)
+    return SpriteSheet("strip.webp", content, facts)
 
 
 def tile_size(size: tuple[int, int], side: int = TILE) -> tuple[int, int]:
@@ -56,12 +57,12 @@ def tile_size(size: tuple[int, int], side: int = TILE) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def small(image: Picture, size: tuple[int, int]) -> Picture:
+def thumbnail(image: Picture, size: tuple[int, int]) -> Picture:
     """Return a picture as a tile, smoothed as it shrinks."""
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def tiled(tiles: Sequence[Picture], columns: int) -> Picture:
+def tile(tiles: Sequence[Picture], columns: int) -> Picture:
     """Return tiles of one size row by row."""
     width, height = tiles[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height))

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, OutOfMemory, nearest
-from phosphene.images import figure
+from phosphene.images import captions, display, encode, grid
 from phosphene.network.feature_maps import token_grid
-from phosphene.network.layers import Layer, Layers
-from phosphene.network.model import Model, is_out_of_memory
-from phosphene.rendering.result import file_prefix
+from phosphene.network.layers import Layer, Layers, file_prefix
+from phosphene.network.memory import is_out_of_memory
+from phosphene.network.model import Model
 from phosphene.storage.atomic import check_writable, write_file, write_manifest
 
 COLUMNS, GAP = 16, 2  # channels a row (R4.1), and pixels between them
@@ -110,7 +110,7 @@ class Activations(Mapping[str, Tensor]):
         """Return how many pages the grid of a layer has."""
         return math.ceil(len(self.maps(path)) / sheet_of(self.maps(path))[2])
 
-    def grid(self, path: str, page: int = 0) -> figure.Picture:
+    def grid(self, path: str, page: int = 0) -> display.Picture:
         """Return all channels of a layer, 16 a row, as R4.1 shows them, in viridis, under the layer's name.
 
         Each channel has its mean subtracted, is divided by its standard deviation, × 64, + 128, clipped to 0..255; the
@@ -126,11 +126,11 @@ class Activations(Mapping[str, Tensor]):
             raise InvalidRequest(f"{path} has no page {page}: it has {pages}, counted from 0")
         here = slice(page * count, (page + 1) * count)
         measured = measure(maps)
-        tiles = figure.painted(standardised(maps, here, size))
-        blank = figure.blank(*size)
-        for sign, where in ((blank, measured.blank), (figure.crossed(blank), measured.broken)):
+        tiles = display.apply_colormap(standardised(maps, here, size))
+        blank = grid.blank_tile(*size)
+        for sign, where in ((blank, measured.blank), (grid.cross_out(blank), measured.broken)):
             tiles[where[here]] = torch.from_numpy(np.array(sign))
-        sheet = figure.mosaic(tiles, min(columns, len(maps)), GAP)
+        sheet = grid.mosaic(tiles, min(columns, len(maps)), GAP)
         firsts = enumerate(range(here.start, here.start + len(tiles), columns))
         marks = {row * (size[0] + GAP) + size[0] // 2: str(first) for row, first in firsts}
         height, width = maps.shape[1:]
@@ -139,9 +139,9 @@ class Activations(Mapping[str, Tensor]):
         note += f" · {dull:,} blank ({dull / len(maps):.0%})" + (f" · {wrong:,} with NaN or infinity" if wrong else "")
         note += f" · shown at {size[0]}×{size[1]}" if size[0] < height or size[1] < width else ""
         note += f" · page {page + 1} of {pages}" if pages > 1 else ""
-        return figure.captioned(figure.ruled(sheet, marks), path, note)
+        return captions.with_caption(captions.with_axis_labels(sheet, marks), path, note)
 
-    def channel(self, path: str, number: int) -> figure.Picture:
+    def channel(self, path: str, number: int) -> display.Picture:
         """Return one channel, enlarged, in viridis from its lowest value to its highest, with a bar of numbers.
 
         Raises:
@@ -154,13 +154,17 @@ class Activations(Mapping[str, Tensor]):
         low, high = float(measured.low), float(measured.high)
         title, note = f"{path} · channel {number}", f"{one.shape[1]}×{one.shape[2]}"
         if bool(measured.broken):
-            return figure.captioned(figure.crossed(figure.blank(*size)), title, f"{note} · with NaN or infinity")
+            return captions.with_caption(
+                grid.cross_out(grid.blank_tile(*size)), title, f"{note} · with NaN or infinity"
+            )
         if bool(measured.blank) or low == high:
-            return figure.captioned(figure.blank(*size), title, f"{note} · {high:.3g} throughout")
-        levels = figure.resized((one - low) / (high - low) * 255, size).round().to(torch.uint8)
-        shown = Image.fromarray(figure.painted(levels[0]).numpy())
-        bar = figure.colour_bar(low, high, "viridis", max(size[0], 80))
-        return figure.captioned(figure.joined([shown, bar]), title, f"{note} · mean {float(measured.mean):.3g}")
+            return captions.with_caption(grid.blank_tile(*size), title, f"{note} · {high:.3g} throughout")
+        levels = display.resized((one - low) / (high - low) * 255, size).round().to(torch.uint8)
+        shown = Image.fromarray(display.apply_colormap(levels[0]).numpy())
+        bar = captions.colour_bar(low, high, "viridis", max(size[0], 80))
+        return captions.with_caption(
+            captions.stack_images([shown, bar]), title, f"{note} · mean {float(measured.mean):.3g}"
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return in JSON terms a row a layer: how abstract it is (map size) and how sparse (share of blank channels).
@@ -173,14 +177,14 @@ class Activations(Mapping[str, Tensor]):
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
-        return [describe(one, self[one.path], self.maps(one.path)) for one in self.layers]
+        return [layer_summary(one, self[one.path], self.maps(one.path)) for one in self.layers]
 
     @property
     def summary_pages(self) -> int:
         """How many pages the summary has."""
         return math.ceil(len(self) / TABLE_ROWS)
 
-    def summary_picture(self, page: int = 0) -> figure.Picture:
+    def summary_picture(self, page: int = 0) -> display.Picture:
         """Return a page of the summary: a row a layer, and on the first page map size and blank channels over depth.
 
         Raises:
@@ -190,10 +194,12 @@ class Activations(Mapping[str, Tensor]):
             raise InvalidRequest(f"the summary has no page {page}: it has {self.summary_pages}, counted from 0")
         rows = self.rows()
         shown = [cells(one) for one in rows[page * TABLE_ROWS : (page + 1) * TABLE_ROWS]]
-        pictures = [*([] if page else [plot(rows)]), figure.table(HEADINGS, shown, PLOT[0])]
+        pictures = [*([] if page else [plot(rows)]), captions.table(HEADINGS, shown, PLOT[0])]
         note = f"{len(self):,} layers, one photo · blank: nothing of the photo is left in the channel"
         note += f" · page {page + 1} of {self.summary_pages}" if self.summary_pages > 1 else ""
-        return figure.captioned(figure.joined(pictures, down=True), f"{self.spec['model']}, layer by layer", note)
+        return captions.with_caption(
+            captions.stack_images(pictures, down=True), f"{self.spec['model']}, layer by layer", note
+        )
 
     def save(self, folder: str | Path, channel: int | None = None) -> list[Path]:
         """Write the grid of every layer, or one channel of it, the summary, and `manifest.json` last; return the paths.
@@ -212,7 +218,7 @@ class Activations(Mapping[str, Tensor]):
             path: list(self.written(where, name, path, channel)) for path, name in self.file_names(channel).items()
         }
         summary = [
-            write_file(where / f"{paged('summary', page)}.png", figure.png(self.summary_picture(page), self.spec))
+            write_file(where / f"{paged('summary', page)}.png", encode.png(self.summary_picture(page), self.spec))
             for page in range(self.summary_pages)
         ]
         listed = [{**row, "files": [one.name for one in files[row["layer"]]]} for row in self.rows()]
@@ -233,10 +239,10 @@ class Activations(Mapping[str, Tensor]):
         for page in range(1 if channel is not None else self.pages(path)):
             shown = self.grid(path, page) if channel is None else self.channel(path, channel)
             about = {**self.spec, "layer": path, "channel": channel, "page": page}
-            yield write_file(folder / f"{paged(name, page)}.png", figure.png(shown, about, effort=1))
+            yield write_file(folder / f"{paged(name, page)}.png", encode.png(shown, about, effort=1))
 
     def _repr_png_(self) -> bytes:
-        return figure.png(self.summary_picture(), self.spec)
+        return encode.png(self.summary_picture(), self.spec)
 
 
 def as_maps(value: Tensor, is_map: bool, size: Sequence[int]) -> Tensor:
@@ -287,10 +293,10 @@ def measure(maps: Tensor) -> Channels:
 def standardised(maps: Tensor, chosen: slice, size: tuple[int, int]) -> Tensor:
     """Return the chosen maps as levels (n, *size), uint8, as R4.1 shows them; a vector's numbers go together."""
     if maps.shape[1:] == (1, 1):
-        together = figure.standardise_map(maps.double().view(1, -1, 1))
-        return figure.resized(together.view(-1, 1, 1)[chosen], size).to(torch.uint8)
-    levels = (figure.standardise_map(part.double()) for part in chunks(maps[chosen]))
-    return torch.cat([figure.resized(one, size).to(torch.uint8) for one in levels])
+        together = display.standardise_map(maps.double().view(1, -1, 1))
+        return display.resized(together.view(-1, 1, 1)[chosen], size).to(torch.uint8)
+    levels = (display.standardise_map(part.double()) for part in chunks(maps[chosen]))
+    return torch.cat([display.resized(one, size).to(torch.uint8) for one in levels])
 
 
 def tile_size(maps: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) -> tuple[int, int]:
@@ -319,7 +325,7 @@ def paged(name: str, page: int) -> str:
     return f"{name}_page{page + 1}" if page else name
 
 
-def describe(layer: Layer, value: Tensor, maps: Tensor) -> dict[str, Any]:
+def layer_summary(layer: Layer, value: Tensor, maps: Tensor) -> dict[str, Any]:
     """Return the row of one layer; see `Activations.rows`."""
     measured = measure(maps)
     low, high, mean, zero = (one[~measured.broken] for one in measured[:4])
@@ -347,7 +353,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [row["layer"], row["kind"], size, f"{row['channels']:,}", *shares, *short]
 
 
-def plot(rows: Sequence[Mapping[str, Any]]) -> figure.Picture:
+def plot(rows: Sequence[Mapping[str, Any]]) -> display.Picture:
     """Return the plot over depth: above, the side of the maps and the channels; below, what is blank.
 
     Layers with values below 0 come before an activation, so their channels are hardly ever blank: they are shown faint.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Cam = Callable[[Tensor, Tensor], Tensor]
-Slope = Callable[[Tensor], Tensor]
+InputGradient = Callable[[Tensor], Tensor]
 
 
 def weighted(acts: Tensor, weights: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def weighted(acts: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("bchw,bc->bhw", acts, weights)
 
 
-def ratio(above: Tensor, below: Tensor) -> Tensor:
+def safe_divide(above: Tensor, below: Tensor) -> Tensor:
     """Return above / below, and 0 where `below` is 0."""
     nothing = below == 0
     return torch.where(nothing, 0, above / below.masked_fill(nothing, 1))
@@ -45,7 +45,7 @@ def gradcam_plus_plus(acts: Tensor, grads: Tensor) -> Tensor:
     """
     sums = acts.sum((2, 3), keepdim=True)
     positive = grads.relu()
-    return weighted(acts, ratio(positive, 2 + positive * sums).sum((2, 3)))
+    return weighted(acts, safe_divide(positive, 2 + positive * sums).sum((2, 3)))
 
 
 def hirescam(acts: Tensor, grads: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def xgradcam(acts: Tensor, grads: Tensor) -> Tensor:
 
     A channel whose activations sum to 0 has no weight. Before a ReLU that sum may come near 0 by cancellation.
     """
-    return weighted(acts, ratio((acts * grads).sum((2, 3)), acts.sum((2, 3))))
+    return weighted(acts, safe_divide((acts * grads).sum((2, 3)), acts.sum((2, 3))))
 
 
 def eigencam(acts: Tensor, grads: Tensor) -> Tensor:
@@ -99,12 +99,12 @@ CAUTIONS = {
 CLASS_FREE = ("eigencam",)
 
 
-def gradient(slope: Slope, images: Tensor) -> Tensor:
+def gradient(slope: InputGradient, images: Tensor) -> Tensor:
     """Return the gradient's sum over channels (after Simonyan 2013, arXiv:1312.6034): signed; its size is shown."""
     return slope(images).sum(1)
 
 
-def smoothgrad(slope: Slope, images: Tensor, samples: int = 24, noise: float = 0.15) -> Tensor:
+def smoothgrad(slope: InputGradient, images: Tensor, samples: int = 24, noise: float = 0.15) -> Tensor:
     """Return the gradient's sum over channels, its mean over noisy copies (Smilkov 2017, arXiv:1706.03825).
 
     Signed; its size is shown. (The mean of ABSOLUTE gradients would show the photo's edges: with the classifier's
@@ -121,7 +121,7 @@ def smoothgrad(slope: Slope, images: Tensor, samples: int = 24, noise: float = 0
     return (total / samples).sum(1)
 
 
-def integrated_gradients(slope: Slope, images: Tensor, steps: int = 32) -> Tensor:
+def integrated_gradients(slope: InputGradient, images: Tensor, steps: int = 32) -> Tensor:
     """Return the image times its gradient, the mean along the way from black (Sundararajan 2017, arXiv:1703.01365).
 
     Signed, summed over channels: the map's sum tends to the class score of the image minus that of black. Black parts
@@ -133,7 +133,7 @@ def integrated_gradients(slope: Slope, images: Tensor, steps: int = 32) -> Tenso
     return (images * total / steps).sum(1)
 
 
-INPUT_METHODS: dict[str, Callable[[Slope, Tensor], Tensor]] = {
+INPUT_METHODS: dict[str, Callable[[InputGradient, Tensor], Tensor]] = {
     "gradient": gradient,
     "smoothgrad": smoothgrad,
     "integrated-gradients": integrated_gradients,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest, LayerRefused
 from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS, Cam
-from phosphene.inspection.heatmap import Guess, Heatmap, chosen_scores, class_indices, class_name, probabilities
-from phosphene.network.batchnorm_folding import Folding
-from phosphene.network.capture import Place
-from phosphene.network.feature_maps import as_map, is_sure_of, mapped
+from phosphene.inspection.heatmap import ClassScore, Heatmap, chosen_scores, class_indices, class_name, probabilities
+from phosphene.network.batchnorm_folding import BatchNormFolding
+from phosphene.network.capture import TensorAddress
+from phosphene.network.feature_maps import as_map, as_map_or_none, map_is_certain
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 
@@ -104,7 +104,7 @@ class Explainer:
     layer: Layer | None
     method: str | Cam
     read: Callable[[Tensor], dict[Address, Tensor]]
-    folding: Folding
+    folding: BatchNormFolding
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Explainer:
         labels = self.model.labels
         order = chances.argsort(descending=True, stable=True)[:TOP].tolist()
         guesses = {
-            one: Guess(one, class_name(one, labels, len(chances)), float(chances[one])) for one in [*order, index]
+            one: ClassScore(one, class_name(one, labels, len(chances)), float(chances[one])) for one in [*order, index]
         }
         return Heatmap(
             map=one.clone(),
@@ -296,18 +296,18 @@ def before_the_scores(model: Model) -> list[Layer]:
     if model.logits == "":
         return layers
     found = model.find(model.logits)
-    place = found.place if found in layers else Place(found.place.path.partition("#")[0], found.place.call)
+    place = found.place if found in layers else TensorAddress(found.place.path.partition("#")[0], found.place.call)
     return layers[: next(number for number, one in enumerate(layers) if one.place == place)]
 
 
 def has_known_map(model: Model, layer: Layer) -> bool:
-    return is_sure_of(layer, model.input_size) and layer.size is not None and max(layer.size) > 1
+    return map_is_certain(layer, model.input_size) and layer.size is not None and max(layer.size) > 1
 
 
 def may_have_hidden_map(model: Model, layer: Layer) -> bool:
     """Return whether a layer may return tokens, or a map in another order than its table row says."""
     is_vector = layer.size is None and layer.channels is not None
-    return not is_vector and not is_sure_of(layer, model.input_size)
+    return not is_vector and not map_is_certain(layer, model.input_size)
 
 
 def has_own_weights(model: Model, layer: Layer, matrix: bool) -> bool:
@@ -333,7 +333,10 @@ def sizes_that_count(model: Model, layers: Sequence[Layer]) -> dict[str, tuple[i
         grads = torch.autograd.grad(score, list(acts.values()), allow_unused=True) if acts else ()
     by_path = {one.path: one for one in layers}
     pairs = [(path, act, grad) for (path, act), grad in zip(acts.items(), grads, strict=True)]
-    maps = {path: (mapped(act, by_path[path], image), mapped(grad, by_path[path], image)) for path, act, grad in pairs}
+    maps = {
+        path: (as_map_or_none(act, by_path[path], image), as_map_or_none(grad, by_path[path], image))
+        for path, act, grad in pairs
+    }
     sizes = {path: (act.shape[2], act.shape[3]) for path, (act, _) in maps.items() if act is not None}
     counting = {path for path, (_, grad) in maps.items() if grad is not None and bool(grad.any())}
     return {path: size for path, size in sizes.items() if path in counting or not counting}

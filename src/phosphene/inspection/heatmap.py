@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from phosphene.errors import ChannelNotFound, InvalidRequest, nearest
-from phosphene.images import figure
+from phosphene.images import captions, display, encode, grid
 from phosphene.images.photo import Region
 from phosphene.inspection.attribution_methods import CAUTIONS, CLASS_FREE, INPUT_METHODS, SHOWN_BY_SIZE
 from phosphene.storage.atomic import write_file
@@ -30,7 +30,7 @@ NARROWEST = 200  # a legend is no narrower, in pixels
 
 
 @dataclass(frozen=True)
-class Guess:
+class ClassScore:
     """A class and its probability."""
 
     index: int
@@ -55,8 +55,8 @@ class Heatmap:
     map: Tensor
     method: str
     layer: str
-    target: Guess
-    top: tuple[Guess, ...]
+    target: ClassScore
+    top: tuple[ClassScore, ...]
     region: Region
     photo_size: tuple[int, int]
     spec: Mapping[str, Any]
@@ -135,7 +135,7 @@ class Heatmap:
                 f"not of {tuple(photo.shape)}; give the photo that was explained"
             )
 
-    def overlay(self, photo: Tensor, style: str = "plain", legend: bool = True) -> figure.Picture:
+    def overlay(self, photo: Tensor, style: str = "plain", legend: bool = True) -> display.Picture:
         """Return the photo (1, c, H, W) at its own size with the heat on it.
 
         `plain`: the photo, nearly grey, under a perceptually uniform colour map that covers it the more
@@ -152,22 +152,22 @@ class Heatmap:
             raise InvalidRequest(f"there is no style {style!r}; there are: {', '.join(STYLES)}")
         self.check_photo(photo)
         if self.silent:
-            return written_on(grey(rgb(photo)), self.sentence())
+            return written_on(desaturate(rgb(photo)), self.sentence())
         heat = self.enlarged(photo)
         if style == "jet":
-            return figure.picture(jet(rgb(photo), heat, self.seen()))
-        covered = figure.picture(faded(covering(rgb(photo), heat), self.seen()))
+            return grid.picture(jet(rgb(photo), heat, self.seen()))
+        covered = grid.picture(fade_unseen(covering(rgb(photo), heat), self.seen()))
         return with_legend(covered, self.caption(), self.strongest) if legend else covered
 
     def sentence(self) -> str:
         """Return what there is to say of a silent map."""
         return f"nothing speaks for {self.target.name} at {self.layer}"
 
-    def picture(self) -> figure.Picture:
+    def picture(self) -> display.Picture:
         """Return the small map itself in colour, each of its cells a square, at least 224 px on its long side."""
         side = max(1, -(-TILE // max(self.map.shape)))
         cells = self.heat.repeat_interleave(side, 0).repeat_interleave(side, 1)
-        return figure.coloured(cells, COLOURS)
+        return display.colormap_image(cells, COLOURS)
 
     def save(self, path: str | Path, photo: Tensor, style: str = "plain") -> Path:
         """Write the overlay as a PNG that carries its spec, and return the path.
@@ -176,7 +176,7 @@ class Heatmap:
             OutputRefused: it cannot be written.
             InvalidRequest: as `overlay`.
         """
-        return write_file(Path(path), figure.png(self.overlay(photo, style), self.metadata()))
+        return write_file(Path(path), encode.png(self.overlay(photo, style), self.metadata()))
 
     def metadata(self) -> dict[str, Any]:
         """Return what a file of this carries about itself."""
@@ -192,7 +192,7 @@ class Heatmap:
         }
 
     def _repr_png_(self) -> bytes:
-        return figure.png(self.picture(), self.metadata())
+        return encode.png(self.picture(), self.metadata())
 
 
 def is_pair(logits: Tensor, labels: Sequence[str]) -> bool:
@@ -278,7 +278,7 @@ def class_name(index: int, labels: Sequence[str], count: int) -> str:
     return "the only output" if count == 1 else f"class {index}"
 
 
-def named(guess: Guess) -> str:
+def named(guess: ClassScore) -> str:
     """Return a class and its probability in words."""
     return f"{guess.name} {guess.probability:.1%}"
 
@@ -289,7 +289,7 @@ def rgb(photo: Tensor) -> Tensor:
     return image if len(image) == 3 else image.mean(0, keepdim=True).expand(3, -1, -1)
 
 
-def grey(image: Tensor) -> Tensor:
+def desaturate(image: Tensor) -> Tensor:
     """Return an image (3, h, w) without its colour."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=image.dtype).view(3, 1, 1)  # ITU-R BT.601
     return (image * weights).sum(0, keepdim=True).expand(3, -1, -1)
@@ -305,7 +305,7 @@ def painted(heat: Tensor, colours: str) -> Tensor:
 def covering(image: Tensor, heat: Tensor) -> Tensor:
     """Return an image (3, h, w) under its heat (h, w): greyed, and the hotter the more covered."""
     share = STRONGEST * heat
-    return (1 - share) * (image + GREYED * (grey(image) - image)) + share * painted(heat, COLOURS)
+    return (1 - share) * (image + GREYED * (desaturate(image) - image)) + share * painted(heat, COLOURS)
 
 
 def jet(image: Tensor, heat: Tensor, seen: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def jet(image: Tensor, heat: Tensor, seen: Tensor) -> Tensor:
     return (image + JET_SHARE * painted(heat, "jet") * seen).clamp(0, 1)
 
 
-def faded(image: Tensor, seen: Tensor) -> Tensor:
+def fade_unseen(image: Tensor, seen: Tensor) -> Tensor:
     """Return an image (3, h, w) that is paler where it was not seen (h, w)."""
     return torch.where(seen, image, image + UNSEEN * (1 - image))
 
@@ -339,11 +339,11 @@ def wrapped(text: str, letters: ImageFont.FreeTypeFont, width: int) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def written_on(image: Tensor, text: str) -> figure.Picture:
+def written_on(image: Tensor, text: str) -> display.Picture:
     """Return an image (3, h, w) as a picture with a sentence on a dark band in its middle."""
-    picture = figure.picture(0.6 * image + 0.2)
+    picture = grid.picture(0.6 * image + 0.2)
     draw = ImageDraw.Draw(picture, "RGBA")
-    letters = figure.lettering(letter_size(picture.width))
+    letters = captions.lettering(letter_size(picture.width))
     lines = wrapped(text, letters, picture.width - letters.size)
     middle = (picture.width / 2, picture.height / 2)
     _, top, _, bottom = draw.multiline_textbbox(middle, lines, letters, anchor="mm", align="center")
@@ -353,10 +353,10 @@ def written_on(image: Tensor, text: str) -> figure.Picture:
     return picture
 
 
-def with_legend(picture: figure.Picture, caption: str, strongest: float) -> figure.Picture:
+def with_legend(picture: display.Picture, caption: str, strongest: float) -> display.Picture:
     """Return a picture with a colour bar from 0 to `strongest` below it, and a caption below that."""
     width = max(picture.width, NARROWEST)
-    letters = figure.lettering(letter_size(width))
+    letters = captions.lettering(letter_size(width))
     unit = int(letters.size)
     text = wrapped(caption, letters, width - 2 * unit)
     lines = text.count("\n") + 1
@@ -373,7 +373,7 @@ def with_legend(picture: figure.Picture, caption: str, strongest: float) -> figu
     return sheet
 
 
-def bar(length: int, height: int) -> figure.Picture:
+def bar(length: int, height: int) -> display.Picture:
     """Return the colours from cold to hot, as they lie over a white photo."""
     heat = torch.linspace(0, 1, length, dtype=torch.float64).expand(height, -1)
-    return figure.picture(covering(torch.ones(3, height, length, dtype=torch.float64), heat))
+    return grid.picture(covering(torch.ones(3, height, length, dtype=torch.float64), heat))

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest, LayerRefused, WeightsRefused, nearest
-from phosphene.images import figure
+from phosphene.images import captions, display, encode, grid
 from phosphene.network.model import Model
 from phosphene.storage.atomic import write_file
 
 PAGE = 2560  # pixels of a page's longest side, about
 SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side
 GAP, BETWEEN = 1, 195  # pixels between kernels, and their grey
-REACH = 4  # root mean squares that the scale reaches at most: one outlier would leave all others without colour
+SCALE_IN_RMS = 4  # root mean squares that the scale reaches at most: one outlier would leave all others without colour
 INPUTS = 12  # input channels that a filter shows of at most where a weight is a pixel
 BLUE, ORANGE = (33, 102, 172), (179, 88, 6)  # equally dark, and told apart by colour-blind eyes
 # colour map, and whether 0 is its middle. Red against blue is told apart by colour-blind eyes, red against green is not
@@ -90,9 +90,9 @@ class Kernels:
     @property
     def pages(self) -> int:
         """How many pages the grid has."""
-        return len(Sheet.of(self.weights).pages)
+        return len(KernelSheet.of(self.weights).pages)
 
-    def grid(self, page: int = 0, style: str = "signed") -> figure.Picture:
+    def grid(self, page: int = 0, style: str = "signed") -> display.Picture:
         """Return one row of kernels per output filter, one column per input channel (R2.2b), on one common scale.
 
         Style `signed` goes from blue over white, which is 0, to red: as far either way as the largest magnitude, but
@@ -106,19 +106,19 @@ class Kernels:
         """
         if style not in STYLES:
             raise InvalidRequest(f"there is no style {style!r}; there are: {', '.join(STYLES)}")
-        sheet = Sheet.of(self.weights)
+        sheet = KernelSheet.of(self.weights)
         if not 0 <= page < len(sheet.pages):
             raise InvalidRequest(f"{self.spec['layer']} has no page {page}: it has {len(sheet.pages)}, counted from 0")
         filters, channels = sheet.pages[page]
         colours, about_zero = STYLES[style]
         low, high = scale(self.weights, about_zero)
         levels = as_levels(self.weights[filters.start : filters.stop, channels.start : channels.stop], low, high)
-        tiles = figure.painted(levels, colours)
+        tiles = display.apply_colormap(levels, colours)
         blocks = [
             sheet.block(tiles[start : start + sheet.rows], filters.start + start, channels, self.spec["colours"])
             for start in range(0, len(filters), sheet.rows)
         ]
-        bar = figure.colour_bar(low, high, colours, min(240, max(100, blocks[0].height)))
+        bar = captions.colour_bar(low, high, colours, min(240, max(100, blocks[0].height)))
         said = [
             f"{len(self):,} filters, one a row" if sheet.columns > 1 else f"{len(self):,} filters of one channel each"
         ]
@@ -127,9 +127,9 @@ class Kernels:
         largest = float(self.weights.abs().max())
         said += [f"largest ±{largest:.3g}, shown as ±{high:.3g}"] if about_zero and largest > high * 1.001 else []
         said += [f"page {page + 1} of {len(sheet.pages)}"] if len(sheet.pages) > 1 else []
-        return figure.captioned(figure.joined([*blocks, bar]), self.heading("kernels"), " · ".join(said))
+        return captions.with_caption(captions.stack_images([*blocks, bar]), self.heading("kernels"), " · ".join(said))
 
-    def rgb(self) -> figure.Picture:
+    def rgb(self) -> display.Picture:
         """Return one tile in colour per filter, for a layer that sees a photo's three channels, row by row.
 
         One common scale, that of the grid: mid-grey (128) is 0, 255 its end, 0 the same with a minus.
@@ -147,13 +147,13 @@ class Kernels:
         columns = math.ceil(math.sqrt(len(self)))
         factor = enlargement(self.weights, columns)
         tiles = levels.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        sheet = figure.mosaic(tiles, columns, GAP)
-        marks = numbered(range(0, len(self), columns), self.weights.shape[2] * factor + GAP, 14)
+        sheet = grid.mosaic(tiles, columns, GAP)
+        marks = index_labels(range(0, len(self), columns), self.weights.shape[2] * factor + GAP, 14)
         size = "×".join(map(str, self.weights.shape[2:]))
         note = f"{len(self):,} filters of {size} in colour · grey is 0, full colour ±{high:.3g}"
-        return figure.captioned(figure.ruled(sheet, marks), self.heading("filters in colour"), note)
+        return captions.with_caption(captions.with_axis_labels(sheet, marks), self.heading("filters in colour"), note)
 
-    def pixels(self, filters: Sequence[int]) -> tuple[figure.Picture, dict[str, Any]]:
+    def pixels(self, filters: Sequence[int]) -> tuple[display.Picture, dict[str, Any]]:
         """Return filters with one pixel a weight, a row a filter, and what is where, in JSON terms.
 
         A column is one of a filter's strongest input channels (by L2 norm, strongest first; of equal ones the lower
@@ -183,13 +183,13 @@ class Kernels:
             "colours": "rgb" if self.spec["colours"] else "signed",
             "of": weights.shape[1],
         }
-        return figure.picture(image.permute(2, 0, 1)), facts
+        return grid.picture(image.permute(2, 0, 1)), facts
 
     def coloured(self, shares: Tensor) -> Tensor:
         """Return shares (n, m, kh, kw) of each filter's scale, -1 to 1, as tiles (n, columns, kh, kw, 3), uint8."""
         if self.spec["colours"]:
             shares = shares.flip(1) if self.spec["colours"] == "bgr" else shares
-            return figure.to_bytes((shares + 1) / 2).permute(0, 2, 3, 1)[:, None]
+            return display.to_bytes((shares + 1) / 2).permute(0, 2, 3, 1)[:, None]
         ends = torch.where(shares[..., None] > 0, torch.tensor(ORANGE), torch.tensor(BLUE))
         return (255 - shares.abs()[..., None] * (255 - ends)).round().to(torch.uint8)
 
@@ -198,13 +198,13 @@ class Kernels:
         epoch = self.spec.get("epoch")
         return f"{self.spec['layer']} · {what}" + ("" if epoch is None else f" after epoch {epoch}")
 
-    def pictures(self, style: str = "signed") -> Iterator[figure.Picture]:
+    def pictures(self, style: str = "signed") -> Iterator[display.Picture]:
         """Yield what there is to see: every page of the grid, beside tiles in colour in a network's first layer.
 
         The tiles are signed too, so that there are none beside another style.
         """
         if self.spec["colours"] and style == "signed":
-            yield figure.joined([self.rgb(), self.grid()])
+            yield captions.stack_images([self.rgb(), self.grid()])
             return
         yield from (self.grid(page, style) for page in range(self.pages))
 
@@ -217,21 +217,21 @@ class Kernels:
         return write_pages(self.pictures(), Path(path), self.spec)
 
     def _repr_png_(self) -> bytes:
-        return figure.png(next(self.pictures()), self.spec)
+        return encode.png(next(self.pictures()), self.spec)
 
 
-def write_pages(pages: Iterable[figure.Picture], target: Path, facts: Mapping[str, Any]) -> list[Path]:
+def write_pages(pages: Iterable[display.Picture], target: Path, facts: Mapping[str, Any]) -> list[Path]:
     """Write pages as PNG, the first as `target`, further ones as `…_page2.png`, and return the paths."""
     return [
         write_file(
             target.with_name(f"{target.stem}_page{page + 1}{target.suffix}") if page else target,
-            figure.png(one, {**facts, "page": page}),
+            encode.png(one, {**facts, "page": page}),
         )
         for page, one in enumerate(pages)
     ]
 
 
-class Sheet(NamedTuple):
+class KernelSheet(NamedTuple):
     """How kernels are laid out: enlarged by `factor`, `rows` filters of `columns` channels a block, and the pages."""
 
     factor: int
@@ -240,7 +240,7 @@ class Sheet(NamedTuple):
     pages: list[tuple[range, range]]  # the filters and the channels on each
 
     @classmethod
-    def of(cls, weights: Tensor) -> Sheet:
+    def of(cls, weights: Tensor) -> KernelSheet:
         """Return the layout for kernels (out, in, kh, kw)."""
         filters, channels, height, width = weights.shape
         most_down, most_right = (PAGE // (enlargement(weights) * side + GAP) or 1 for side in (height, width))
@@ -257,19 +257,21 @@ class Sheet(NamedTuple):
         ]
         return cls(enlargement(weights, max(rows, across * blocks)), rows, across, pages)
 
-    def block(self, tiles: Tensor, first: int, channels: range, colours: str | None) -> figure.Picture:
+    def block(self, tiles: Tensor, first: int, channels: range, colours: str | None) -> display.Picture:
         """Return one block of kernels (rows, columns, kh, kw, 3) with its filters' and channels' numbers or colours."""
         height, width = (side * self.factor + GAP for side in tiles.shape[2:4])
         big = tiles.flatten(0, 1).repeat_interleave(self.factor, 1).repeat_interleave(self.factor, 2)
         if self.columns == 1:
             side = math.ceil(math.sqrt(len(tiles)))
-            return figure.ruled(figure.mosaic(big, side, GAP), numbered(range(0, len(tiles), side), height, 14))
-        sheet = figure.mosaic(big, len(channels), GAP, BETWEEN)
-        rows = numbered(range(first, first + len(tiles)), height, 14)
-        names = numbered(channels, width, 28)
+            return captions.with_axis_labels(
+                grid.mosaic(big, side, GAP), index_labels(range(0, len(tiles), side), height, 14)
+            )
+        sheet = grid.mosaic(big, len(channels), GAP, BETWEEN)
+        rows = index_labels(range(first, first + len(tiles)), height, 14)
+        names = index_labels(channels, width, 28)
         if colours:
             names = {place: colours.upper()[int(number)] for place, number in names.items()}
-        return figure.ruled(sheet, rows, names)
+        return captions.with_axis_labels(sheet, rows, names)
 
 
 def enlargement(weights: Tensor, side: int | None = None) -> int:
@@ -283,17 +285,17 @@ def scale(weights: Tensor, about_zero: bool) -> tuple[float, float]:
     """Return the lowest and highest number of the common scale; of kernels that are all 0, -1 and 1."""
     low, high = float(weights.min()), float(weights.max())
     if about_zero or low == high:
-        high = min(max(abs(low), abs(high)), REACH * float(weights.double().square().mean().sqrt())) or 1.0
+        high = min(max(abs(low), abs(high)), SCALE_IN_RMS * float(weights.double().square().mean().sqrt())) or 1.0
         low = -high
     return low, high
 
 
 def as_levels(weights: Tensor, low: float, high: float) -> Tensor:
     """Return weights as levels 0..255, uint8, of the scale from `low` to `high`."""
-    return figure.to_bytes((weights.double() - low) / (high - low))
+    return display.to_bytes((weights.double() - low) / (high - low))
 
 
-def numbered(numbers: range, step: int, room: int) -> dict[int, str]:
+def index_labels(numbers: range, step: int, room: int) -> dict[int, str]:
     """Return labels for tiles that are `step` pixels apart, each 1, 2, 4 … th so that a label has `room` pixels."""
     every = 2 ** max(0, math.ceil(math.log2(room / step)))
     return {index * step + step // 2: str(one) for index, one in enumerate(numbers) if index % every == 0}

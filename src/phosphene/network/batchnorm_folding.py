@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as of_all_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from phosphene.network.receptive_field_tracer import address, flat
+from phosphene.network.receptive_field_tracer import flat_tensors, storage_address
 
 # which arguments of an operation have to be a module's own; the first is what the module was given
 CONVOLUTION = {"weight": 1, "bias": 2}
@@ -31,12 +31,15 @@ NORMS = {
     "_native_batch_norm_legit_no_training": {**NORM, "eps": 6},
 }
 KINDS = {"convolution": CONVOLUTION, **NORMS}
-DECIDING = ("_local_scalar_dense", "equal")  # what tells a value to Python, which may go another way for it
-EXACT = (torch.float32, torch.float64)  # in the others, rounding the weights anew would show
+VALUE_READING_OPERATIONS = (
+    "_local_scalar_dense",
+    "equal",
+)  # what tells a value to Python, which may go another way for it
+EXACT_DTYPES = (torch.float32, torch.float64)  # in the others, rounding the weights anew would show
 
 
 @dataclass(frozen=True)
-class Pair:
+class ConvNormPair:
     """A convolution and the batch normalisation that alone takes what it returns.
 
     Attributes:
@@ -71,7 +74,7 @@ class Operation:
 
 
 @dataclass(eq=False)
-class Memory:
+class TensorStorage:
     """What happened to the memory of a tensor and its views since it was made, and which modules returned it.
 
     Attributes:
@@ -85,7 +88,7 @@ class Memory:
     paths: list[str] = field(default_factory=list)
 
 
-class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FoldingObserver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, notes which operation made each tensor and which used it, be it through a view of it."""
 
     @classmethod
@@ -95,40 +98,40 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.memories: dict[int, Memory] = {}  # by address; reused ones mean the last tensor there
-        self.made: dict[Operation, Memory] = {}
+        self.memories: dict[int, TensorStorage] = {}  # by address; reused ones mean the last tensor there
+        self.made: dict[Operation, TensorStorage] = {}
         self.decides = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
-        self.decides |= name in DECIDING
+        self.decides |= name in VALUE_READING_OPERATIONS
         given = {key: args[index] for key, index in KINDS.get(name, {}).items() if index < len(args)}
         operation = Operation(name, given)
-        used = {address(one) for one in flat([*args, *kwargs.values()])}
+        used = {storage_address(one) for one in flat_tensors([*args, *kwargs.values()])}
         for place in used:
-            self.memories.setdefault(place, Memory()).users.append(operation)
-        for one in flat([output]):
-            if address(one) not in used:
-                self.memories[address(one)] = memory = Memory(operation)
+            self.memories.setdefault(place, TensorStorage()).users.append(operation)
+        for one in flat_tensors([output]):
+            if storage_address(one) not in used:
+                self.memories[storage_address(one)] = memory = TensorStorage(operation)
                 if name in KINDS:
                     self.made.setdefault(operation, memory)  # the first of a normalisation's three results
         return output
 
     def show(self, path: str, module: nn.Module, tensor: Tensor) -> None:
         """Note that a module returned a tensor."""
-        memory = self.memories.setdefault(address(tensor), Memory())
+        memory = self.memories.setdefault(storage_address(tensor), TensorStorage())
         if not memory.users and not memory.paths:
             memory.owner = module
         memory.paths.append(path)
 
-    def pairs(self) -> tuple[Pair, ...]:
+    def pairs(self) -> tuple[ConvNormPair, ...]:
         """Return what can be folded; nothing in a network whose way depends on values."""
         found = (self.pair(first, memory) for first, memory in self.made.items())
         return () if self.decides else tuple(one for one in found if one)
 
-    def pair(self, first: Operation, between: Memory) -> Pair | None:
+    def pair(self, first: Operation, between: TensorStorage) -> ConvNormPair | None:
         """Return the pair that begins with an operation, None where it cannot be folded."""
         if first.name in NORMS or len(between.users) != 1:
             return None
@@ -137,35 +140,35 @@ class Witness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if after is None or then.name not in NORMS or not between.owner or not after.owner:
             return None
         alone = self.alone(first) and self.alone(then) and first.is_of(between.owner) and then.is_of(after.owner)
-        return Pair(between.paths[0], after.paths[0], frozenset(between.paths)) if alone else None
+        return ConvNormPair(between.paths[0], after.paths[0], frozenset(between.paths)) if alone else None
 
     def alone(self, operation: Operation) -> bool:
         """Return whether the weights that went into an operation went into no other."""
         return all(
-            self.memories[address(one)].users == [operation]
+            self.memories[storage_address(one)].users == [operation]
             for one in operation.given.values()
             if isinstance(one, Tensor)
         )
 
 
-class Folding:
+class BatchNormFolding:
     """The folded weights of the pairs of a network that can be folded now.
 
     The network has to be in evaluation mode. The weights are computed when first needed, and again once those of the
     network have changed.
     """
 
-    def __init__(self, root: nn.Module, modules: Mapping[str, nn.Module], pairs: Iterable[Pair]) -> None:
+    def __init__(self, root: nn.Module, modules: Mapping[str, nn.Module], pairs: Iterable[ConvNormPair]) -> None:
         able = [one for one in pairs if is_foldable(root, modules, one)]
         self.pairs = [(modules[one.convolution], modules[one.norm]) for one in able]
-        self.known: list[Folded | None] = []
+        self.known: list[FoldedWeights | None] = []
         self.versions: list[int] = []
 
-    def weights(self) -> Sequence[Folded | None]:
+    def weights(self) -> Sequence[FoldedWeights | None]:
         """Return what replaces each pair, None where it would not be finite."""
         versions = [own._version for pair in self.pairs for one in pair for own in tensors(one)]
         if versions != self.versions:
-            self.known = [folded(*pair) for pair in self.pairs]
+            self.known = [fold(*pair) for pair in self.pairs]
             self.versions = versions
         return self.known
 
@@ -186,7 +189,7 @@ class Folding:
 
 
 @dataclass(frozen=True, eq=False)
-class Folded:
+class FoldedWeights:
     """What replaces a pair: weights of the convolution by name, and what is left for the normalisation to do."""
 
     weights: dict[str, nn.Parameter]
@@ -203,7 +206,7 @@ def tensors(module: nn.Module) -> list[Tensor]:
     return [one for one in (*module._parameters.values(), *module._buffers.values()) if one is not None]
 
 
-def is_foldable(root: nn.Module, modules: Mapping[str, nn.Module], pair: Pair) -> bool:
+def is_foldable(root: nn.Module, modules: Mapping[str, nn.Module], pair: ConvNormPair) -> bool:
     """Return whether what the survey saw of a pair still holds, and nobody would notice.
 
     The weights are the modules' own and of an exact type; nobody has replaced a module or its `forward`; and the user
@@ -215,10 +218,10 @@ def is_foldable(root: nn.Module, modules: Mapping[str, nn.Module], pair: Pair) -
     if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
         return False
     values = [one for module in (convolution, norm) for one in tensors(module) if one.is_floating_point()]
-    plain = all(type(one) in (Tensor, nn.Parameter) and one.dtype in EXACT for one in values)
+    plain = all(type(one) in (Tensor, nn.Parameter) and one.dtype in EXACT_DTYPES for one in values)
     alike = len({(one.dtype, one.device) for one in values}) == 1
     patched = is_patched(convolution) or is_patched(norm)
-    watched = any(has_hooks(modules[path]) for path in passed(pair) if path in modules)
+    watched = any(has_hooks(modules[path]) for path in paths_between(pair) if path in modules)
     return "weight" in convolution._parameters and plain and alike and not patched and not watched
 
 
@@ -229,12 +232,12 @@ def is_at(root: nn.Module, path: str, module: nn.Module) -> bool:
         return False
 
 
-def passed(pair: Pair) -> Collection[str]:
+def paths_between(pair: ConvNormPair) -> Collection[str]:
     """Return the paths of the modules that take or return what passes between the two, or may."""
-    return {*pair.between, *(above(pair.convolution) ^ above(pair.norm))}
+    return {*pair.between, *(path_and_parents(pair.convolution) ^ path_and_parents(pair.norm))}
 
 
-def above(path: str) -> set[str]:
+def path_and_parents(path: str) -> set[str]:
     """Return the path and those of the modules that it lies in, the network itself left out."""
     names = path.split(".")
     return {".".join(names[:count]) for count in range(1, len(names) + 1)}
@@ -250,25 +253,25 @@ def has_hooks(module: nn.Module) -> bool:
     return any(map(bool, (*own, of_all_modules._global_forward_hooks, of_all_modules._global_forward_pre_hooks)))
 
 
-def folded(convolution: nn.Module, norm: nn.Module) -> Folded | None:
+def fold(convolution: nn.Module, norm: nn.Module) -> FoldedWeights | None:
     """Return what does the work of both, None where a number of it is not finite.
 
     The weight (out, in, kh, kw) lies in memory with the channels last. Where a class of its own may leave out a bias
     that it had not, the normalisation adds it.
     """
     own: dict[str, Any] = dict(convolution._parameters)
-    scale = exact(norm.weight, 1) / (exact(norm.running_var) + cast(float, norm.eps)).sqrt()
-    shift = (exact(own.get("bias"), 0) - exact(norm.running_mean)) * scale + exact(norm.bias, 0)
+    scale = to_float64(norm.weight, 1) / (to_float64(norm.running_var) + cast(float, norm.eps)).sqrt()
+    shift = (to_float64(own.get("bias"), 0) - to_float64(norm.running_mean)) * scale + to_float64(norm.bias, 0)
     if not bool(torch.isfinite(scale).all() & torch.isfinite(shift).all()):
         return None
     old: Tensor = own["weight"].detach()
     weight = torch.empty_like(old, memory_format=torch.channels_last).copy_(old).mul_(scale.to(old).view(-1, 1, 1, 1))
     weights, shift = {"weight": nn.Parameter(weight, requires_grad=False)}, shift.to(old)
     if own.get("bias") is None and type(convolution) is not nn.Conv2d:
-        return Folded(weights, lambda input: input.add_(shift.view(-1, 1, 1)))  # which nobody else holds
-    return Folded({**weights, "bias": nn.Parameter(shift, requires_grad=False)}, as_it_is)
+        return FoldedWeights(weights, lambda input: input.add_(shift.view(-1, 1, 1)))  # which nobody else holds
+    return FoldedWeights({**weights, "bias": nn.Parameter(shift, requires_grad=False)}, as_it_is)
 
 
-def exact(tensor: Any, otherwise: float = 0.0) -> Tensor:
+def to_float64(tensor: Any, otherwise: float = 0.0) -> Tensor:
     """Return a tensor in float64 on the CPU (not every device has float64), a number where there is none."""
     return torch.tensor(otherwise, dtype=torch.float64) if tensor is None else tensor.detach().cpu().double()

@@ -26,7 +26,7 @@ from phosphene.errors import LayerRefused
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorAddress:
     """Where a tensor appears in a forward pass: which module, which of its calls, which part of what it returns."""
 
     path: str
@@ -62,7 +62,7 @@ class Layout:
 PLAIN = Layout()
 
 
-class Stop(BaseException):
+class StopForward(BaseException):
     """Ends a forward pass once everything wanted has been read."""
 
 
@@ -77,13 +77,13 @@ def children(output: Any) -> dict[str, Any]:
     return {}
 
 
-def parts(output: Any) -> dict[str, Tensor]:
+def tensors_in(output: Any) -> dict[str, Tensor]:
     """Return the tensors in what a module returned, by name: `""` for a bare tensor, `"0"`, `"logits"`, `"0.1"` …"""
     if isinstance(output, Tensor):
         return {"": output}
     found: dict[str, Tensor] = {}
     for name, value in children(output).items():
-        found |= {dotted(name, inner): tensor for inner, tensor in parts(value).items()}
+        found |= {dotted(name, inner): tensor for inner, tensor in tensors_in(value).items()}
     return found
 
 
@@ -98,7 +98,7 @@ def with_part(output: Any, part: str, tensor: Tensor) -> Any:
     name, old, inner = next(  # a key may have dots of its own, so that the part cannot be cut at them
         (name, old, inner)
         for name, old in children(output).items()
-        for inner in parts(old)
+        for inner in tensors_in(old)
         if dotted(name, inner) == part
     )
     value = with_part(old, inner, tensor)
@@ -113,7 +113,7 @@ def with_part(output: Any, part: str, tensor: Tensor) -> Any:
     return changed
 
 
-class Splice(nn.Module):
+class InnerHookPoint(nn.Module):
     """A place inside a layer that no module returns: an identity that can be put there, and hooked like any module.
 
     Where it goes is either what `owner` gives to its own activation function, `ACTIVATION`, or what it is given,
@@ -157,11 +157,11 @@ MISSING = object()
 
 
 @contextmanager
-def watch(modules: Mapping[str, nn.Module], see: Callable[[str, Any], Any]) -> Iterator[None]:
+def hooked(modules: Mapping[str, nn.Module], see: Callable[[str, Any], Any]) -> Iterator[None]:
     """Call `see(path, output)` whenever a module returns; what it returns, unless None, replaces the output."""
     with ExitStack() as hooks:
         for path, module in modules.items():
-            if isinstance(module, Splice):
+            if isinstance(module, InnerHookPoint):
                 hooks.enter_context(module.spliced())
             handle = module.register_forward_hook(lambda _module, _inputs, output, path=path: see(path, output))
             hooks.callback(handle.remove)
@@ -172,7 +172,7 @@ def watch(modules: Mapping[str, nn.Module], see: Callable[[str, Any], Any]) -> I
 def capture(
     run: Callable[[Tensor], Any],
     modules: Mapping[str, nn.Module],
-    places: Mapping[Any, Place],
+    places: Mapping[Any, TensorAddress],
     layout: Layout = PLAIN,
     roots: Collection[Any] = (),
 ) -> Iterator[Callable[[Tensor], dict[Any, Tensor]]]:
@@ -193,7 +193,7 @@ def capture(
     """
     calls: Counter[str] = Counter()
     kept: dict[Any, Tensor] = {}
-    wanted: dict[str, list[tuple[Any, Place]]] = {}
+    wanted: dict[str, list[tuple[Any, TensorAddress]]] = {}
     for key, place in places.items():
         wanted.setdefault(place.path, []).append((key, place))
 
@@ -202,13 +202,13 @@ def capture(
         calls[path] += 1
         if not here:
             return None
-        found = parts(output)
+        found = tensors_in(output)
         for key, place in here:
             if place.part not in found:
                 raise LayerRefused(f"{path} returned no tensor {place.part!r} this time; it has: {', '.join(found)}")
             kept[key] = layout.read(found[place.part])
         if len(kept) == len(places):
-            raise Stop
+            raise StopForward
         for part in {place.part for _, place in here}:
             own = layout.read(found[part]).clone()
             if any(key in roots for key, place in here if place.part == part):
@@ -221,7 +221,7 @@ def capture(
         try:
             if places:
                 run(image)
-        except Stop:
+        except StopForward:
             return dict(kept)
         else:
             missing = ", ".join(place.path for key, place in places.items() if key not in kept)
@@ -232,7 +232,7 @@ def capture(
             calls.clear()
             kept.clear()  # lest the tensors live on until the next reading
 
-    with watch({path: modules[path] for path in wanted}, see):
+    with hooked({path: modules[path] for path in wanted}, see):
         yield read
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Constant:
+class DeviceConstant:
     """A tensor that never changes, and its copies on other devices and in other number formats."""
 
     def __init__(self, values: Tensor) -> None:

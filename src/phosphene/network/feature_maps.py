@@ -25,8 +25,8 @@ def as_map(tensor: Tensor, layer: Layer, images: Tensor) -> Tensor:
     shape, sides = tuple(tensor.shape), (images.shape[-2], images.shape[-1])
     found: Tensor | None = None
     if tensor.dim() == 4 and len(tensor) == len(images):
-        first, last = skew(shape[2:], sides), skew(shape[1:3], sides)
-        if is_sure_of(layer, sides) or (layer.is_map and first <= min(last, MOST_SKEW)):
+        first, last = aspect_mismatch(shape[2:], sides), aspect_mismatch(shape[1:3], sides)
+        if map_is_certain(layer, sides) or (layer.is_map and first <= min(last, MOST_SKEW)):
             found = tensor
         elif last <= MOST_SKEW:
             found = tensor.permute(0, 3, 1, 2)
@@ -40,15 +40,15 @@ def as_map(tensor: Tensor, layer: Layer, images: Tensor) -> Tensor:
     return found
 
 
-def skew(pair: Sequence[int], sides: Sequence[int]) -> float:
+def aspect_mismatch(pair: Sequence[int], sides: Sequence[int]) -> float:
     """Return by which factor, at least 1, the proportions of two numbers differ from those of an image."""
     factor = pair[0] * sides[1] / (pair[1] * sides[0])
     return max(factor, 1 / factor)
 
 
-def is_sure_of(layer: Layer, sides: Sequence[int]) -> bool:
+def map_is_certain(layer: Layer, sides: Sequence[int]) -> bool:
     """Return whether a layer's table row is right that it is a map: its positions were followed, or fit the image."""
-    return layer.size is not None and (layer.sees == "part" or skew(layer.size, sides) <= MOST_SKEW)
+    return layer.size is not None and (layer.sees == "part" or aspect_mismatch(layer.size, sides) <= MOST_SKEW)
 
 
 def token_grid(count: int, sides: tuple[int, int]) -> tuple[int, int] | None:
@@ -62,7 +62,7 @@ def token_grid(count: int, sides: tuple[int, int]) -> tuple[int, int] | None:
     return None
 
 
-def mapped(tensor: Tensor | None, layer: Layer, images: Tensor) -> Tensor | None:
+def as_map_or_none(tensor: Tensor | None, layer: Layer, images: Tensor) -> Tensor | None:
     """Return `as_map`, or None where there is none."""
     try:
         return None if tensor is None else as_map(tensor, layer, images)

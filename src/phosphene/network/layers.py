@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from phosphene.errors import LayerNotFound, LayerRefused, nearest
-from phosphene.network.batchnorm_folding import Pair, Witness
-from phosphene.network.capture import PLAIN, Layout, Place, Splice, borrowed, parts, watch
-from phosphene.network.receptive_field import DOWN, RIGHT, Field
-from phosphene.network.receptive_field_tracer import Tracer
+from phosphene.network.batchnorm_folding import ConvNormPair, FoldingObserver
+from phosphene.network.capture import PLAIN, InnerHookPoint, Layout, TensorAddress, borrowed, hooked, tensors_in
+from phosphene.network.receptive_field import DOWN, RIGHT, ReceptiveFieldState
+from phosphene.network.receptive_field_tracer import ReceptiveFieldTracer
 
 # Class names, so that the convolutions of other frameworks count without an import; a subclass counts as its parent.
 CONVOLUTIONS = {"Conv2d", "ConvTranspose2d", "Conv2D", "Conv2DTranspose", "DepthwiseConv2D", "SeparableConv2D"}
@@ -61,7 +61,7 @@ class Layer:
     """
 
     path: str
-    place: Place
+    place: TensorAddress
     kind: str
     convolution: bool
     channels: int | None
@@ -89,7 +89,9 @@ class Layers(Sequence[Layer]):
 
     HEADINGS = ("layer", "kind", "channels", "map", "receptive field / stride / padding", "overwritten by")
 
-    def __init__(self, layers: Sequence[Layer], unlisted: Sequence[Layer] = (), pairs: Sequence[Pair] = ()) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], unlisted: Sequence[Layer] = (), pairs: Sequence[ConvNormPair] = ()
+    ) -> None:
         self._layers = tuple(layers)
         self.unlisted = tuple(unlisted)
         self.pairs = tuple(pairs)
@@ -182,13 +184,13 @@ class Layers(Sequence[Layer]):
 
 
 @dataclass(frozen=True)
-class Sighting:
+class ObservedTensor:
     """One tensor that a module returned during the survey."""
 
-    place: Place
+    place: TensorAddress
     module: nn.Module
     shape: tuple[int, ...]
-    field: Field | None
+    field: ReceptiveFieldState | None
 
 
 def survey(
@@ -206,36 +208,38 @@ def survey(
     """
     with borrowed(module), torch.no_grad():
         try:
-            return trace(run, modules, image, Tracer(image, arithmetic=False), layout)
+            return trace(run, modules, image, ReceptiveFieldTracer(image, arithmetic=False), layout)
         except Exception:  # the network minds what is computed, or does not take the image and says so better this way
-            return trace(run, modules, image, Tracer(image), layout)
+            return trace(run, modules, image, ReceptiveFieldTracer(image), layout)
 
 
 def trace(
     run: Callable[[Tensor], Any],
     modules: Mapping[str, nn.Module],
     image: Tensor,
-    tracer: Tracer,
+    tracer: ReceptiveFieldTracer,
     layout: Layout = PLAIN,
 ) -> Layers:
     """Run a network under a tracer and return its table."""
     calls: Counter[str] = Counter()
-    sightings: list[Sighting] = []
-    witness = Witness()
+    sightings: list[ObservedTensor] = []
+    witness = FoldingObserver()
 
     def see(path: str, output: Any) -> None:
-        for part, returned in parts(output).items():
+        for part, returned in tensors_in(output).items():
             witness.show(path, modules[path], returned)
             tensor = layout.read(returned)
             field = tracer.show(len(sightings), tensor)
-            sightings.append(Sighting(Place(path, calls[path], part), modules[path], tuple(tensor.shape), field))
+            sightings.append(
+                ObservedTensor(TensorAddress(path, calls[path], part), modules[path], tuple(tensor.shape), field)
+            )
         calls[path] += 1
 
-    with watch(modules, see), tracer, witness:
+    with hooked(modules, see), tracer, witness:
         run(image)
     pieces = Counter((one.place.path, one.place.call) for one in sightings)
     rows = [
-        describe(
+        layer_row(
             one,
             tracer.overwritten.get(number),
             calls[one.place.path] > 1,
@@ -244,7 +248,7 @@ def trace(
         )
         for number, one in enumerate(sightings)
     ]
-    inside = {one.place.path for one in sightings if isinstance(one.module, Splice)}
+    inside = {one.place.path for one in sightings if isinstance(one.module, InnerHookPoint)}
     return Layers(
         [row for row in rows if row.place.path and row.place.path not in inside],
         [row for row in rows if row.place.path in inside],
@@ -254,24 +258,24 @@ def trace(
 
 def fused_activation(modules: Mapping[str, nn.Module], path: str) -> str:
     """Return the name of the activation function that a layer applies itself; "" where there is none."""
-    inside = modules.get(f"{path}#{Splice.ACTIVATION}")
-    if not isinstance(inside, Splice):
+    inside = modules.get(f"{path}#{InnerHookPoint.ACTIVATION}")
+    if not isinstance(inside, InnerHookPoint):
         return ""
     activation = inside.owner.activation
     return str(getattr(activation, "__name__", type(activation).__name__))
 
 
-def typed(path: str) -> str:
+def escape_digits(path: str) -> str:
     """Return a module's path as it is typed: a number alone would be the n-th convolution."""
     return f".{path}" if path.isdigit() else path
 
 
-def describe(seen: Sighting, overwritten: str | None, repeated: bool, several: bool, fused: str = "") -> Layer:
+def layer_row(seen: ObservedTensor, overwritten: str | None, repeated: bool, several: bool, fused: str = "") -> Layer:
     """Return the row of one sighting."""
-    inside = isinstance(seen.module, Splice)
-    owner = seen.module.owner if isinstance(seen.module, Splice) else seen.module
+    inside = isinstance(seen.module, InnerHookPoint)
+    owner = seen.module.owner if isinstance(seen.module, InnerHookPoint) else seen.module
     path, mark, where = seen.place.path.rpartition("#") if inside else (seen.place.path, "", "")
-    path = typed(path)
+    path = escape_digits(path)
     path += f"@{seen.place.call}" if repeated else ""
     path += f"#{seen.place.part}" if several else f"{mark}{where}"
     is_map = len(seen.shape) == 4 and channels_first(seen.field)
@@ -289,22 +293,24 @@ def describe(seen: Sighting, overwritten: str | None, repeated: bool, several: b
     )
 
 
-def producer(run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], image: Tensor) -> Place | None:
+def producing_call(
+    run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], image: Tensor
+) -> TensorAddress | None:
     """Return which call of which module made the one tensor that the network returns; None where none did."""
     calls: Counter[str] = Counter()
-    made: list[tuple[Place, Any]] = []
+    made: list[tuple[TensorAddress, Any]] = []
 
     def see(path: str, output: Any) -> None:
-        made.append((Place(path, calls[path]), output))
+        made.append((TensorAddress(path, calls[path]), output))
         calls[path] += 1
 
-    with watch({path: one for path, one in modules.items() if path}, see):
+    with hooked({path: one for path, one in modules.items() if path}, see):
         result = run(image)
     # the first that returned it made it: what holds that module returned it later
     return next((place for place, output in made if output is result), None)
 
 
-def channels_first(field: Field | None) -> bool:
+def channels_first(field: ReceptiveFieldState | None) -> bool:
     """Return whether the sides of the image lie along the last two of four dimensions, as far as is known."""
     if field is None:
         return True
@@ -312,7 +318,7 @@ def channels_first(field: Field | None) -> bool:
     return not along[0] | along[1] and along[2] <= {DOWN} and along[3] <= {RIGHT}
 
 
-def receptive_field(field: Field | None) -> tuple[str, ReceptiveField | None]:
+def receptive_field(field: ReceptiveFieldState | None) -> tuple[str, ReceptiveField | None]:
     """Return ("part", its figures), ("whole", None) or ("unknown", None)."""
     if field is not None and field.whole:
         return "whole", None
@@ -321,3 +327,9 @@ def receptive_field(field: Field | None) -> tuple[str, ReceptiveField | None]:
         return "unknown", None
     size, stride, start = zip(down, right, strict=True)
     return "part", ReceptiveField(size, stride, (-start[0], -start[1]))
+
+
+def file_prefix(layers: Sequence[str]) -> str:
+    """Return `layer_<layer>` for file names, with what a file name cannot hold replaced."""
+    shown = "_".join(layers) or "output"
+    return "layer_" + "".join(one if one.isalnum() or one in "._-@#" else "_" for one in shown)

@@ -8,7 +8,6 @@ handle's business, inside `Model.forward`.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,37 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused, PhospheneError, SizeRefused, WeightsRefused
+from phosphene.errors import InvalidRequest, LayerRefused, PhospheneError, SizeRefused, WeightsRefused, first_line
 from phosphene.images.photo import MIDDLE, Fit, Region
-from phosphene.network.batchnorm_folding import Folding
-from phosphene.network.capture import PLAIN, Layout, Place, Splice, borrowed, capture, parts
-from phosphene.network.device_constant import Constant
+from phosphene.network.batchnorm_folding import BatchNormFolding
+from phosphene.network.capture import PLAIN, InnerHookPoint, Layout, TensorAddress, borrowed, capture, tensors_in
 from phosphene.network.layers import Layer, Layers, survey
-from phosphene.network.memory import keep_memory
+from phosphene.network.memory import is_out_of_memory, keep_freed_memory
+from phosphene.network.preprocessing import Preprocessing
 from phosphene.version import __version__
-
-SINGLE = re.compile(r"\d{1,9}", re.ASCII)
-RANGE = re.compile(r"(\d{0,9}):(\d{0,9})(?::([1-9]\d{0,8})?)?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a network wants done to an image in [0, 1]: (image - mean) / std a channel, RGB turned to BGR if `bgr`."""
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    bgr: bool = False
-
-    def __call__(self, image: Tensor) -> Tensor:
-        mean, std = (one.like(image) for one in self._constants)
-        ready = (image - mean) / std
-        return ready.flip(1) if self.bgr else ready
-
-    @cached_property
-    def _constants(self) -> tuple[Constant, Constant]:
-        """Mean and standard deviation, (c, 1, 1) or (1, 1, 1)."""
-        mean, std = (torch.tensor(one, dtype=torch.float64).view(-1, 1, 1) for one in (self.mean, self.std))
-        return Constant(mean), Constant(std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +50,7 @@ class Model:
     name: str
     input_size: tuple[int, int]
     channels_in: int = 3
-    preprocessing: Callable[[Tensor], Tensor] = Preprocessing()
+    preprocessing: Callable[[Tensor], Tensor] = field(default_factory=Preprocessing)
     fit: Fit = MIDDLE
     labels: Sequence[str] = ()
     logits: str = ""
@@ -130,25 +106,27 @@ class Model:
         backward pass goes no further down. Of `inputs`, some of the addresses, it is what the layer is given that is
         read. The module is given back as it was.
         """
-        keep_memory()
-        places: dict[Any, Place] = {one: Place("") if one == "" else self.find(one).place for one in addresses}
+        keep_freed_memory()
+        places: dict[Any, TensorAddress] = {
+            one: TensorAddress("") if one == "" else self.find(one).place for one in addresses
+        }
         if "" in places:
-            places[""] = Place("", part=self.output_part)
+            places[""] = TensorAddress("", part=self.output_part)
         modules = {place.path: self.modules[place.path] for place in places.values()}
         for one in inputs:
-            splice = Splice(modules[places[one].path], Splice.INPUT)
-            places[one] = Place(f"{places[one].path}#{Splice.INPUT}", places[one].call)
+            splice = InnerHookPoint(modules[places[one].path], InnerHookPoint.INPUT)
+            places[one] = TensorAddress(f"{places[one].path}#{InnerHookPoint.INPUT}", places[one].call)
             modules[places[one].path] = splice
         with borrowed(self.module), capture(self.forward, modules, places, self.layout, roots) as read:
             yield read
 
-    def folding(self, addresses: Sequence[str | int]) -> Folding:
+    def folding(self, addresses: Sequence[str | int]) -> BatchNormFolding:
         """Return what makes forward passes cheaper that read nothing but these addresses; see `reading`.
 
         The hooks of `reading` would count as the user's: it has to be asked for before.
         """
         read = {"" if one == "" else self.find(one).place.path for one in addresses}
-        return Folding(self.module, self.modules, [one for one in self.layers().pairs if not one.paths & read])
+        return BatchNormFolding(self.module, self.modules, [one for one in self.layers().pairs if not one.paths & read])
 
     @cached_property
     def output_part(self) -> str:
@@ -158,7 +136,7 @@ class Model:
             LayerRefused: it returns several and none is called so.
         """
         with self.taking(self.input_size), borrowed(self.module), torch.no_grad():
-            found = parts(self.forward(self.grey(self.input_size)))
+            found = tensors_in(self.forward(self.grey(self.input_size)))
         if len(found) == 1:
             return next(iter(found))
         if "logits" in found:
@@ -258,39 +236,3 @@ class Model:
             advice = "say what it takes (--input-size, --channels-in)"
         shape = "×".join(map(str, (self.channels_in, *size)))
         return SizeRefused(f"{self.name} does not take a picture of {shape} px ({reason}); {advice}")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on any device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def parse_channels(text: str, count: int) -> list[int]:
-    """Return the channels that `0:64`, `3,7,11`, `0:8,20` or `all` mean, for a layer that has `count`, each once.
-
-    A range is as in Python: `0:64:2` takes every second one, and a bound may be left out.
-
-    Raises:
-        InvalidRequest: the text is none of these, or chooses nothing.
-        ChannelNotFound: the layer has no such channel.
-    """
-    chosen: list[int] = []
-    for piece in text.split(","):
-        single, several = SINGLE.fullmatch(piece.strip()), RANGE.fullmatch(piece.strip().replace("all", "::"))
-        if single:
-            start, stop, step = int(single[0]), int(single[0]) + 1, 1
-        elif several:
-            start, stop, step = int(several[1] or 0), int(several[2] or count), int(several[3] or 1)
-        else:
-            raise InvalidRequest(f"channels are given as 0:64, 3,7,11 or all, not {text!r}")
-        if max(start + 1, stop) > count:
-            raise ChannelNotFound(f"there is no channel {max(start, stop - 1)}: the layer has 0 to {count - 1}")
-        chosen += range(start, stop, step)
-    if not chosen:
-        raise InvalidRequest(f"the channels {text!r} choose nothing")
-    return list(dict.fromkeys(chosen))

@@ -52,7 +52,7 @@ Factors = tuple[Factor, ...]
 
 
 @dataclass(frozen=True)
-class Field:
+class ReceptiveFieldState:
     """The receptive field of a tensor.
 
     Attributes:
@@ -67,7 +67,7 @@ class Field:
     layout: tuple[Factors, ...]
 
     @classmethod
-    def of_image(cls, image: Tensor) -> Field:
+    def of_image(cls, image: Tensor) -> ReceptiveFieldState:
         """Return the field of an image (b, c, h, w) itself."""
         batch, channels, height, width = image.shape
         layout = tidy([Factor(batch)]), tidy([Factor(channels)]), (Factor(height, DOWN, 1),), (Factor(width, RIGHT, 1),)
@@ -91,23 +91,23 @@ class Field:
             return None
         return size, sum(one.step for one in moving), start
 
-    def with_span(self, side: int, span: Span) -> Field:
+    def with_span(self, side: int, span: Span) -> ReceptiveFieldState:
         return replace(self, spans=(span, self.spans[RIGHT]) if side == DOWN else (self.spans[DOWN], span))
 
-    def with_dim(self, dim: int, factors: Sequence[Factor]) -> Field:
+    def with_dim(self, dim: int, factors: Sequence[Factor]) -> ReceptiveFieldState:
         layout = list(self.layout)
         layout[dim] = tidy(factors)
         return replace(self, layout=tuple(layout))
 
-    def mixed(self, *dims: int) -> Field:
+    def mixed(self, *dims: int) -> ReceptiveFieldState:
         """Return the field after all entries along some dimensions were mixed; the tensor keeps its shape."""
         return self.stilled(lambda dim, factor: dim in dims)
 
-    def still(self, side: int) -> Field:
+    def still(self, side: int) -> ReceptiveFieldState:
         """Return the field of what is made of all entries together along a side."""
         return self.stilled(lambda dim, factor: factor.side == side)
 
-    def stilled(self, chosen: Callable[[int, Factor], bool]) -> Field:
+    def stilled(self, chosen: Callable[[int, Factor], bool]) -> ReceptiveFieldState:
         field = self
         for dim, factors in enumerate(self.layout):
             for one in factors:
@@ -140,7 +140,7 @@ def tidy(factors: Sequence[Factor]) -> Factors:
     return tuple(tidied)
 
 
-def regrouped(field: Field, shape: Sequence[int]) -> Field | None:
+def regrouped(field: ReceptiveFieldState, shape: Sequence[int]) -> ReceptiveFieldState | None:
     """Return the field of the same entries in another shape; None where a dimension cannot be told apart any more."""
     if field.fits(shape):
         return field
@@ -162,7 +162,7 @@ def regrouped(field: Field, shape: Sequence[int]) -> Field | None:
     return replace(field, layout=tuple(layout))
 
 
-def spread(field: Field, shape: Sequence[int]) -> Field:
+def broadcast(field: ReceptiveFieldState, shape: Sequence[int]) -> ReceptiveFieldState:
     """Return the field of a tensor repeated to a larger shape: single entries then see the same everywhere."""
     missing = len(shape) - len(field.layout)
     field = replace(field, layout=((),) * missing + field.layout)
@@ -172,9 +172,9 @@ def spread(field: Field, shape: Sequence[int]) -> Field:
     return field
 
 
-def merged(fields: Sequence[Field], shape: Sequence[int]) -> Field | None:
+def merged(fields: Sequence[ReceptiveFieldState], shape: Sequence[int]) -> ReceptiveFieldState | None:
     """Return the field of a tensor of which every entry comes from the entries at the same place in several others."""
-    fields = [spread(field, shape) for field in fields]
+    fields = [broadcast(field, shape) for field in fields]
     for side in (DOWN, RIGHT):
         fixed = [field for field in fields if not field.moves(side)]
         if 0 < len(fixed) < len(fields):  # all entries see the same only where that holds whatever the others see
@@ -186,11 +186,13 @@ def merged(fields: Sequence[Field], shape: Sequence[int]) -> Field | None:
     return replace(fields[0], spans=(joined(fields, DOWN), joined(fields, RIGHT)))
 
 
-def joined(fields: Sequence[Field], side: int) -> Span:
+def joined(fields: Sequence[ReceptiveFieldState], side: int) -> Span:
     return reduce(Span.joined, [field.spans[side] for field in fields])
 
 
-def slid(field: Field, dim: int, extent: int, kernel: int, stride: int, padding: int, dilation: int) -> Field | None:
+def through_window(
+    field: ReceptiveFieldState, dim: int, extent: int, kernel: int, stride: int, padding: int, dilation: int
+) -> ReceptiveFieldState | None:
     """Return the field after a window slid along a dimension, which has `extent` entries then; None if not regular."""
     factors = field.layout[dim]
     if (extent_of(factors), 1, 1, 0) == (extent, kernel, stride, padding):
@@ -207,17 +209,17 @@ def slid(field: Field, dim: int, extent: int, kernel: int, stride: int, padding:
 
 
 def windowed(
-    field: Field | None, shape: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> Field | None:
+    field: ReceptiveFieldState | None, shape: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> ReceptiveFieldState | None:
     """Return the field after a sliding window over the last dimensions, as many as the kernel has."""
     for number in range(len(kernel)):
         options = (one[number % len(one)] for one in (kernel, stride, padding, dilation))
         dim = len(shape) - len(kernel) + number
-        field = field and slid(field, dim, shape[dim], *options)
+        field = field and through_window(field, dim, shape[dim], *options)
     return field
 
 
-def still(fields: Sequence[Field], shape: Sequence[int]) -> Field | None:
+def unmoving(fields: Sequence[ReceptiveFieldState], shape: Sequence[int]) -> ReceptiveFieldState | None:
     """Return the field of a result of which every entry may depend on all of several tensors; None if some move."""
     if any(field.moves(side) for field in fields for side in (DOWN, RIGHT)):
         return None
@@ -225,6 +227,6 @@ def still(fields: Sequence[Field], shape: Sequence[int]) -> Field | None:
     return merged([replace(field, layout=layout) for field in fields], shape)
 
 
-def without(field: Field, dims: set[int]) -> Field:
+def without(field: ReceptiveFieldState, dims: set[int]) -> ReceptiveFieldState:
     """Return the field of a tensor that has lost some dimensions."""
     return replace(field, layout=tuple(factors for dim, factors in enumerate(field.layout) if dim not in dims))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from phosphene.network.device_constant import Constant
+from phosphene.network.device_constant import DeviceConstant
 
 UNCORRELATED_TO_RGB = (
     (0.5678, 0.2256, 0.0531),
     (0.5835, -0.0118, -0.1153),
     (0.5806, -0.2088, 0.0639),
 )
-MATRIX = Constant(torch.tensor(UNCORRELATED_TO_RGB, dtype=torch.float64))
+MATRIX = DeviceConstant(torch.tensor(UNCORRELATED_TO_RGB, dtype=torch.float64))
 
 
 def matrix(like: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from phosphene.errors import LayerRefused
 from phosphene.rendering.objectives import Acts, Objective
 from phosphene.rendering.parameterizations import PARAMETERIZATIONS, Parameterization
 from phosphene.rendering.recipes import Recipe
-from phosphene.rendering.relu_gradients import Leaky
-from phosphene.rendering.step_rules import STEPS, State, StepRule
-from phosphene.rendering.transforms import TRANSFORMS, Draws, Transform
+from phosphene.rendering.relu_gradients import LeakyReluGradients
+from phosphene.rendering.step_rules import STEP_RULES, State, StepRule
+from phosphene.rendering.transforms import TRANSFORMS, RandomDraws, Transform
 
 
-class Read(Protocol):
+class ReadActivations(Protocol):
     """What runs the network: image (b, c, h, w), items (b,) -> what the objective scores."""
 
     def __call__(self, image: Tensor, items: Tensor) -> Acts: ...
@@ -45,7 +45,7 @@ class Frame(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Base:
+class StartImage:
     """What images start from: a photo (1, c, h, w), whose shape they keep, or nothing, for noise.
 
     `sides` are the proportions (height, width) of the noise, by default a square's.
@@ -61,7 +61,9 @@ class Base:
         short = min(height, width)
         return self.channels, max(1, round(height * size / short)), max(1, round(width * size / short))
 
-    def start(self, size: int, before: Tensor | None, blur: int, draws: Draws) -> tuple[Shape, Tensor | Draws]:
+    def start(
+        self, size: int, before: Tensor | None, blur: int, draws: RandomDraws
+    ) -> tuple[Shape, Tensor | RandomDraws]:
         """Return the shape at a scale and what to start from: noise, the photo, or the last scale's image enlarged.
 
         Over a photo, only what the last scale added to it is enlarged, so that the photo keeps its detail.
@@ -81,7 +83,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AscentPlan:
     """Everything that decides what the pictures become, beside the network.
 
     `layers` are the paths that the objective's addresses stand for; `like` has the network's device and dtype. The
@@ -91,30 +93,30 @@ class Plan:
 
     objective: Objective
     recipe: Recipe
-    base: Base
+    base: StartImage
     layers: tuple[str, ...]
     like: Tensor
     exact: int | None = None
     leaky: int = 0
 
-    def draws(self, items: Sequence[int]) -> Draws:
+    def draws(self, items: Sequence[int]) -> RandomDraws:
         """Return the random numbers of some pictures: the same whichever others are rendered with them."""
-        return Draws([self.picture_seed(self.objective.names[item]) for item in items])
+        return RandomDraws([self.picture_seed(self.objective.names[item]) for item in items])
 
     def transforms(self) -> list[Transform]:
         """Return the recipe's transforms."""
         return [TRANSFORMS[name](**dict(options)) for name, options in self.recipe.transforms]
 
-    def parameterization(self, shape: Shape, start: Tensor | Draws) -> Parameterization:
+    def parameterization(self, shape: Shape, start: Tensor | RandomDraws) -> Parameterization:
         """Return what is optimised for images of a shape."""
         name, options = self.recipe.parameterization
-        count = len(start.generators) if isinstance(start, Draws) else len(start)
+        count = len(start.generators) if isinstance(start, RandomDraws) else len(start)
         return PARAMETERIZATIONS[name]((count, *shape), start, self.like, **dict(options))
 
     def step_rule(self) -> StepRule:
         """Return the recipe's step rule."""
         name, options = self.recipe.step_rule
-        return STEPS[name](**dict(options))
+        return STEP_RULES[name](**dict(options))
 
     def is_exact(self, step: int) -> bool:
         """Return whether a step, counted over all scales, is computed as the network is."""
@@ -126,7 +128,7 @@ class Plan:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
+def ascend(read: ReadActivations, plan: AscentPlan, items: Sequence[int]) -> Iterator[Frame]:
     """Yield the frames of one batch while its images climb: the render loop."""
     recipe, draws, transforms, rule = plan.recipe, plan.draws(items), plan.transforms(), plan.step_rule()
     rows = torch.tensor(items, device=plan.like.device)
@@ -140,10 +142,10 @@ def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
             seen = image
             for transform in transforms:
                 seen = transform(seen, draws)
-            with Leaky() if done < plan.leaky else nullcontext():
+            with LeakyReluGradients() if done < plan.leaky else nullcontext():
                 scores = score(read, plan.objective, image, seen, rows, plan.is_exact(done))
             yield Frame(done, total, rows, scores.detach(), image.detach())
-            update, state = rule(uphill(scores, current.tensor, recipe.weight_decay), state)
+            update, state = rule(ascent_direction(scores, current.tensor, recipe.weight_decay), state)
             with torch.no_grad():
                 current.tensor.add_(recipe.pace(step) * update)
             done += 1
@@ -152,7 +154,9 @@ def climb(read: Read, plan: Plan, items: Sequence[int]) -> Iterator[Frame]:
     yield Frame(total, total, rows, clean_scores(read, plan.objective, image, rows), image)
 
 
-def score(read: Read, objective: Objective, image: Tensor, seen: Tensor, items: Tensor, exact: bool) -> Tensor:
+def score(
+    read: ReadActivations, objective: Objective, image: Tensor, seen: Tensor, items: Tensor, exact: bool
+) -> Tensor:
     """Return the scores (b,) of images of which the network sees `seen`, in bfloat16 unless `exact`."""
     if exact:
         acts = read(seen, items)
@@ -163,7 +167,7 @@ def score(read: Read, objective: Objective, image: Tensor, seen: Tensor, items: 
     return objective.score(acts, image, items)
 
 
-def uphill(scores: Tensor, tensor: Tensor, weight_decay: float) -> Tensor:
+def ascent_direction(scores: Tensor, tensor: Tensor, weight_decay: float) -> Tensor:
     """Return the gradient of scores with respect to what is optimised, less the weight decay."""
     # of the sum, so that each image's gradient is exactly what it is alone
     gradient = torch.autograd.grad(scores.sum(), tensor)[0]
@@ -181,7 +185,7 @@ def need_gradient(acts: Acts) -> None:
             )
 
 
-def clean_scores(read: Read, objective: Objective, image: Tensor, items: Tensor) -> Tensor:
+def clean_scores(read: ReadActivations, objective: Objective, image: Tensor, items: Tensor) -> Tensor:
     """Return the scores of finished images as they are, without transforms."""
     with torch.no_grad():
         return objective.score(read(image, items), image, items)

@@ -10,18 +10,16 @@ number, (b,), in place of the layer's output (see `shortcuts.py`).
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from phosphene.arguments import finite_number, indices
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
-from phosphene.network.device_constant import Constant
+from phosphene.network.device_constant import DeviceConstant
 
 Address = str | int
 Acts = Mapping[Address, Tensor]
@@ -29,7 +27,7 @@ Score = Callable[[Acts, Tensor, Tensor], Tensor]
 OUTPUT = ""  # the address of what the whole network returns
 
 
-class Reads(NamedTuple):
+class ScalarRead(NamedTuple):
     """The one number an item that an objective reads of a layer, `channels` by item.
 
     It is the channel's mean where `mean`, else its value at `position` (row, column), by default the map's centre.
@@ -53,7 +51,7 @@ class Objective:
     score: Score = field(repr=False, compare=False)
     spec: Mapping[str, Any]
     names: tuple[str, ...]
-    reads: Mapping[Address, Reads] = field(default_factory=dict, compare=False)
+    reads: Mapping[Address, ScalarRead] = field(default_factory=dict, compare=False)
 
     def __add__(self, other: Objective | float) -> Objective:
         return add(self, other)
@@ -73,7 +71,7 @@ class Objective:
     def __mul__(self, factor: float) -> Objective:
         if isinstance(factor, Objective):
             raise InvalidRequest("an objective is multiplied by a number, not by another objective")
-        number = real_number(factor, "an objective is multiplied by a number")
+        number = finite_number(factor, "an objective is multiplied by a number")
         return replace(
             self,
             score=lambda acts, image, items: number * self.score(acts, image, items),
@@ -83,17 +81,10 @@ class Objective:
     __rmul__ = __mul__
 
 
-def real_number(value: Any, wanted: str) -> float:
-    """Return a finite number as a float, or refuse it."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InvalidRequest(f"{wanted}, not {value!r}")
-    return float(value)
-
-
 def add(one: Objective, other: Objective | float) -> Objective:
     """Return the sum of two objectives, or of an objective and a number; an objective of one picture fits any other."""
     if not isinstance(other, Objective):
-        number = real_number(other, "to an objective another objective or a number is added")
+        number = finite_number(other, "to an objective another objective or a number is added")
         return replace(
             one,
             score=lambda acts, image, items: one.score(acts, image, items) + number,
@@ -119,40 +110,17 @@ def add(one: Objective, other: Objective | float) -> Objective:
     )
 
 
-def reads_of_sum(one: Objective, other: Objective, n: int) -> dict[Address, Reads]:
+def reads_of_sum(one: Objective, other: Objective, n: int) -> dict[Address, ScalarRead]:
     """Return what a sum reads of each layer of which it reads one number an item: both parts the same, or one of them.
 
     An objective of one picture reads the same for every item of the other.
     """
-    found: dict[Address, Reads] = {}
+    found: dict[Address, ScalarRead] = {}
     for part, rest in ((one, other), (other, one)):
         for layer, reads in part.reads.items():
             if layer not in rest.layers or rest.reads.get(layer) == reads:
                 found[layer] = reads._replace(channels=reads.channels * (n if part.n < n else 1))
     return found
-
-
-def numbers(chosen: int | Iterable[int], noun: str) -> list[int]:
-    """Return the chosen indices as a list; whole numbers of numpy and torch are as good as Python's.
-
-    Raises:
-        InvalidRequest: none is chosen, or one is no whole number of at least 0.
-    """
-    listed: list[Any] = list(chosen) if isinstance(chosen, Iterable) else [chosen]
-    if not listed:
-        raise InvalidRequest(f"no {noun} was chosen; give at least one")
-    return [whole_number(one, noun) for one in listed]
-
-
-def whole_number(value: Any, noun: str) -> int:
-    """Return a value as an int of at least 0, or refuse it."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise InvalidRequest(f"a {noun} is a whole number from 0, not {value!r}")
-    return number
 
 
 def need_map(act: Tensor, layer: Address, highest: int) -> None:
@@ -166,7 +134,7 @@ def need_map(act: Tensor, layer: Address, highest: int) -> None:
         raise ChannelNotFound(f"{layer!r} has {act.shape[1]} channels, 0 to {act.shape[1] - 1}; there is no {highest}")
 
 
-def pick(act: Tensor, channels: Constant, items: Tensor) -> Tensor:
+def pick(act: Tensor, channels: DeviceConstant, items: Tensor) -> Tensor:
     """Return, for each row of (b, c, ...), the channel that its item follows, (b, ...)."""
     return act[torch.arange(len(act), device=act.device), channels.on(act.device)[items]]
 
@@ -178,8 +146,8 @@ def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
         >>> channel("features.10", range(64)).n
         64
     """
-    listed = numbers(channels, "channel")
-    chosen = Constant(torch.tensor(listed))
+    listed = indices(channels, "channel")
+    chosen = DeviceConstant(torch.tensor(listed))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         if acts[layer].dim() == 1:
@@ -189,16 +157,16 @@ def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
         return pick(acts[layer], chosen, items).mean(-1).mean(-1)
 
     spec = {"objective": "channel", "layer": layer, "channels": listed}
-    reads = {layer: Reads(tuple(listed), mean=True)}
+    reads = {layer: ScalarRead(tuple(listed), mean=True)}
     return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed), reads)
 
 
 def neuron(layer: Address, channels: int | Iterable[int], position: tuple[int, int] | None = None) -> Objective:
     """Excite single neurons: the value of the channel at `position` (row, column), by default the map's centre."""
-    listed = numbers(channels, "channel")
-    if position is not None and len(numbers(position, "row or column")) != 2:
+    listed = indices(channels, "channel")
+    if position is not None and len(indices(position, "row or column")) != 2:
         raise InvalidRequest(f"a position in a map is (row, column), not {position}")
-    chosen = Constant(torch.tensor(listed))
+    chosen = DeviceConstant(torch.tensor(listed))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         if acts[layer].dim() == 1:
@@ -208,7 +176,7 @@ def neuron(layer: Address, channels: int | Iterable[int], position: tuple[int, i
         return pick(acts[layer][..., row, column], chosen, items)
 
     spec = {"objective": "neuron", "layer": layer, "channels": listed, "position": position and list(position)}
-    reads = {layer: Reads(tuple(listed), mean=False, position=position)}
+    reads = {layer: ScalarRead(tuple(listed), mean=False, position=position)}
     return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed), reads)
 
 
@@ -230,7 +198,7 @@ def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or not bool(rows.isfinite().all()) or bool((rows.norm(dim=1) == 0).any()):
         raise InvalidRequest("a direction is a vector (c,) or a table (n, c) of finite numbers, not all zero in a row")
-    unit = Constant(rows / rows.norm(dim=1, keepdim=True))
+    unit = DeviceConstant(rows / rows.norm(dim=1, keepdim=True))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         act = acts[layer]
@@ -246,8 +214,8 @@ def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:
 
 def logit(classes: int | Iterable[int], layer: Address = OUTPUT) -> Objective:
     """Excite classes: the class's entry of a layer that returns (b, classes), by default of the network's output."""
-    listed = numbers(classes, "class")
-    chosen = Constant(torch.tensor(listed))
+    listed = indices(classes, "class")
+    chosen = DeviceConstant(torch.tensor(listed))
     shown = "the network" if layer == OUTPUT else repr(layer)
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:

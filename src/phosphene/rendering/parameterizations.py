@@ -19,7 +19,7 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest
 from phosphene.rendering.colour import correlate, decorrelate
-from phosphene.rendering.transforms import Draws
+from phosphene.rendering.transforms import RandomDraws
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,7 +34,7 @@ class Parameterization:
 
 
 Shape = tuple[int, int, int, int]
-Start = Tensor | Draws
+Start = Tensor | RandomDraws
 
 
 def units(unit: str, channels: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def pixels(
     The optimised tensor counts in `unit`, which is what a step size refers to. Values are not held inside [0, 1].
     """
     offset, factor = (number.to(like) for number in units(unit, shape[1]))
-    if isinstance(start, Draws):
+    if isinstance(start, RandomDraws):
         image = start.uniform(low * 255, high * 255, shape[1:])
         image = (image.floor() if whole else image) / 255
     else:
@@ -113,7 +113,7 @@ def fourier(
         # 4 brings the natural range of the sum to the sigmoid's
         return torch.sigmoid(correlate(torch.fft.irfft2(spectrum, s=(height, width)) / 4))
 
-    if isinstance(start, Draws):
+    if isinstance(start, RandomDraws):
         tensor = deviation * start.normal((channels, height, width // 2 + 1, 2)).to(like)
     else:
         logits = decorrelate(to_logits(start.to(like)))
@@ -177,7 +177,7 @@ def maco(shape: Shape, start: Start, like: Tensor) -> Parameterization:
         spectrum = torch.polar(magnitude.expand_as(phase), phase)
         return torch.sigmoid(correlate(torch.fft.irfft2(spectrum, s=(height, width), norm="ortho")))
 
-    if isinstance(start, Draws):
+    if isinstance(start, RandomDraws):
         tensor = start.uniform(-math.pi, math.pi, (channels, height, width // 2 + 1)).to(like)
     else:
         tensor = torch.fft.rfft2(decorrelate(to_logits(start.to(like))), norm="ortho").angle()

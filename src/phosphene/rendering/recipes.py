@@ -15,20 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from phosphene.errors import InvalidRequest, RecipeNotFound, nearest
-from phosphene.images.figure import DISPLAYS
+from phosphene.images.display import DISPLAYS
 from phosphene.rendering.parameterizations import PARAMETERIZATIONS
-from phosphene.rendering.step_rules import STEPS
+from phosphene.rendering.step_rules import STEP_RULES
 from phosphene.rendering.transforms import TRANSFORMS
 
-Part = tuple[str, tuple[tuple[str, Any], ...]]
+Choice = tuple[str, tuple[tuple[str, Any], ...]]
 
 
-def part(name: str, **options: Any) -> Part:
+def choice(name: str, **options: Any) -> Choice:
     """Return a named part with its options, as a recipe holds it."""
     return name, tuple(sorted(options.items()))
 
 
-def check_options(registry: Mapping[str, Callable[..., Any]], chosen: Part, *given: str) -> None:
+def check_options(registry: Mapping[str, Callable[..., Any]], chosen: Choice, *given: str) -> None:
     """Refuse options that a part does not have, and a part that lacks one; `given` are arguments it gets elsewhere."""
     name, options = chosen
     signature = inspect.signature(registry[name])
@@ -54,9 +54,9 @@ class Recipe:
     source: str
     sizes: tuple[int, ...]
     steps: int
-    parameterization: Part
-    step_rule: Part
-    transforms: tuple[Part, ...] = ()
+    parameterization: Choice
+    step_rule: Choice
+    transforms: tuple[Choice, ...] = ()
     display: str = "clip"
     blur: int = 0
     weight_decay: float = 0.0
@@ -77,7 +77,7 @@ class Recipe:
             raise InvalidRequest(f"the cooldown of a recipe is a share of its steps, 0 to 1, not {self.cooldown}")
         known: tuple[tuple[str, Any], ...] = (
             (self.parameterization[0], PARAMETERIZATIONS),
-            (self.step_rule[0], STEPS),
+            (self.step_rule[0], STEP_RULES),
             (self.display, DISPLAYS),
             *((transform[0], TRANSFORMS) for transform in self.transforms),
         )
@@ -85,7 +85,7 @@ class Recipe:
             if name not in registry:
                 raise InvalidRequest(f"a recipe has no part {name!r}; there are {', '.join(registry)}")
         check_options(PARAMETERIZATIONS, self.parameterization, "shape", "start", "like")
-        check_options(STEPS, self.step_rule)
+        check_options(STEP_RULES, self.step_rule)
         for transform in self.transforms:
             check_options(TRANSFORMS, transform)
 
@@ -158,9 +158,9 @@ def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-AFFINE = part("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
-SMALL_AFFINE = part("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)  # fewer steps average over fewer moves
-FOURIER = part("fourier", decay=1.3, cutoff=0.55)
+AFFINE = choice("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
+SMALL_AFFINE = choice("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)  # fewer steps average over fewer moves
+FOURIER = choice("fourier", decay=1.3, cutoff=0.55)
 ADAM = {"betas": (0.25, 0.9), "window": 3}
 
 RECIPES: dict[str, Recipe] = {
@@ -171,8 +171,8 @@ RECIPES: dict[str, Recipe] = {
             source="R1: gradient-ascent filter visualizer (TensorFlow 1, VGG16)",
             sizes=(224,),
             steps=150,
-            parameterization=part("pixels"),
-            step_rule=part("max", rate=2.0),
+            parameterization=choice("pixels"),
+            step_rule=choice("max", rate=2.0),
             display="stretch",
         ),
         Recipe(
@@ -180,8 +180,8 @@ RECIPES: dict[str, Recipe] = {
             source="R1, the variant that divides by the standard deviation",
             sizes=(224,),
             steps=150,
-            parameterization=part("pixels"),
-            step_rule=part("std", rate=2.0),
+            parameterization=choice("pixels"),
+            step_rule=choice("std", rate=2.0),
             display="stretch",
         ),
         Recipe(
@@ -189,8 +189,8 @@ RECIPES: dict[str, Recipe] = {
             source="R3: multi-scale FilterVisualizer (PyTorch/fastai, VGG16)",
             sizes=growing(56, 1.2, 12),
             steps=20,
-            parameterization=part("pixels", low=150 / 255, high=180 / 255, unit="imagenet", whole=True),
-            step_rule=part("adam", rate=0.1),
+            parameterization=choice("pixels", low=150 / 255, high=180 / 255, unit="imagenet", whole=True),
+            step_rule=choice("adam", rate=0.1),
             weight_decay=1e-6,
         ),
         Recipe(
@@ -198,8 +198,8 @@ RECIPES: dict[str, Recipe] = {
             source="R4.2: Visualizing what convnets learn (Keras, VGG16)",
             sizes=(150,),
             steps=40,
-            parameterization=part("pixels", low=128 / 255, high=148 / 255),
-            step_rule=part("rms", rate=1.0),
+            parameterization=choice("pixels", low=128 / 255, high=148 / 255),
+            step_rule=choice("rms", rate=1.0),
             display="standardise",
         ),
         Recipe(
@@ -208,7 +208,7 @@ RECIPES: dict[str, Recipe] = {
             sizes=(128,),
             steps=144,
             parameterization=FOURIER,
-            step_rule=part("normalised-adam", rate=0.14, **ADAM),
+            step_rule=choice("normalised-adam", rate=0.14, **ADAM),
             transforms=(AFFINE,),
             cooldown=1.0,
         ),
@@ -218,7 +218,7 @@ RECIPES: dict[str, Recipe] = {
             sizes=(128,),
             steps=32,
             parameterization=FOURIER,
-            step_rule=part("normalised-adam", rate=0.27, **ADAM),
+            step_rule=choice("normalised-adam", rate=0.27, **ADAM),
             transforms=(SMALL_AFFINE,),
             cooldown=1.0,
         ),
@@ -227,18 +227,18 @@ RECIPES: dict[str, Recipe] = {
             source="Fel et al., MACO, NeurIPS 2023",
             sizes=(128,),
             steps=128,
-            parameterization=part("maco"),
-            step_rule=part("normalised-adam", rate=0.1),
-            transforms=(part("affine", pixels=4.0, degrees=8.0, scale=0.1),),
+            parameterization=choice("maco"),
+            step_rule=choice("normalised-adam", rate=0.1),
+            transforms=(choice("affine", pixels=4.0, degrees=8.0, scale=0.1),),
         ),
         Recipe(
             name="dream",
             source="DeepDream: Mordvintsev et al. 2015, octaves and shifts",
             sizes=(164, 230, 321, 450),
             steps=10,
-            parameterization=part("pixels", unit="byte"),
-            step_rule=part("rms", rate=1.5),
-            transforms=(part("jitter", pixels=16),),
+            parameterization=choice("pixels", unit="byte"),
+            step_rule=choice("rms", rate=1.5),
+            transforms=(choice("jitter", pixels=16),),
         ),
     )
 }

@@ -20,7 +20,7 @@ SLOPE = 0.1
 RECTIFIERS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh)
 
 
-class Leaky(TorchFunctionMode):
+class LeakyReluGradients(TorchFunctionMode):
     """While it is entered, rectifiers that this thread calls pass some gradient on where they cut off below."""
 
     def __torch_function__(
@@ -36,7 +36,7 @@ class Leaky(TorchFunctionMode):
         seen: Tensor = args[0] if args else given["input"]
         before = seen.clone()  # one that works in place overwrites it
         low = lowest(args, given) if func is F.hardtanh else 0.0
-        return Through.apply(func(*args, **given), before, before <= low)
+        return LeakyPassThrough.apply(func(*args, **given), before, before <= low)
 
 
 def lowest(args: Sequence[Any], given: Mapping[str, Any]) -> float:
@@ -44,7 +44,7 @@ def lowest(args: Sequence[Any], given: Mapping[str, Any]) -> float:
     return float(args[1] if len(args) > 1 else given.get("min_val", -1.0))
 
 
-class Through(torch.autograd.Function):
+class LeakyPassThrough(torch.autograd.Function):
     """What a rectifier returned, with `SLOPE` of the gradient going on where `cut`."""
 
     @staticmethod

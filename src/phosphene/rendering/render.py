@@ -11,19 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from phosphene.errors import Interrupted, InvalidRequest, LayerRefused, OutOfMemory, SizeRefused, Unfinished
-from phosphene.images import figure
-from phosphene.network.model import Model, first_line, is_out_of_memory
+from phosphene.arguments import whole_number
+from phosphene.errors import Interrupted, LayerRefused, OutOfMemory, SizeRefused, Unfinished, first_line
+from phosphene.images import display
+from phosphene.network.memory import is_out_of_memory
+from phosphene.network.model import Model
 from phosphene.rendering.engine.batch_size import check_batch, chosen_batch
-from phosphene.rendering.engine.cuda_graph import graphed_climb
-from phosphene.rendering.engine.forward import fast_reading
-from phosphene.rendering.engine.precision import chosen_precision, exact_steps
-from phosphene.rendering.gradient_ascent import Base, Frame, Plan, Read, clean_scores, climb
+from phosphene.rendering.engine.cuda_graph import ascend_with_cuda_graph
+from phosphene.rendering.engine.forward import fast_forward_pass
+from phosphene.rendering.engine.precision import chosen_precision, float32_steps
+from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, StartImage, ascend, clean_scores
 from phosphene.rendering.objectives import Address, Objective, layer
 from phosphene.rendering.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendering.result import Rendered
 
-LEAKY = 0.25  # of the steps
+LEAKY_SHARE = 0.25  # of the steps
 
 
 def render(
@@ -71,10 +73,10 @@ def render(
     if photo is not None:
         model.check_photo(photo)
     layers = resolved(model, objective)
-    done: list[Batch] = []
-    with fast_reading(model, objective) as (read, shortcuts):
-        fitting, base = fitted(model, read, asked, size is not None, photo)
-        plan = Plan(objective, fitting, base, layers, model.like, exact_steps(fitting, precision))
+    done: list[RenderedBatch] = []
+    with fast_forward_pass(model, objective) as (read, shortcuts):
+        fitting, base = fit_to_network(model, read, asked, size is not None, photo)
+        plan = AscentPlan(objective, fitting, base, layers, model.like, float32_steps(fitting, precision))
         at_once = chosen_batch(model, batch, layers, base.shape(max(fitting.sizes))[1:])
         taken = {"batch": at_once, "precision": precision, "shortcuts": list(shortcuts())}
         spec = {**specification(model, plan), **taken}
@@ -95,8 +97,7 @@ def render(
 
 def check_film(film: int) -> None:
     """Refuse a number of moments that is none."""
-    if isinstance(film, bool) or not isinstance(film, int) or film < 0:
-        raise InvalidRequest(f"film is a whole number of moments, at least 0, not {film!r}")
+    whole_number(film, "film")
 
 
 def resolved(model: Model, objective: Objective) -> tuple[str, ...]:
@@ -104,12 +105,14 @@ def resolved(model: Model, objective: Objective) -> tuple[str, ...]:
     return tuple(one if one == "" else model.find(one).path for one in objective.layers)
 
 
-def fitted(model: Model, read: Read, recipe: Recipe, size_given: bool, photo: Tensor | None) -> tuple[Recipe, Base]:
+def fit_to_network(
+    model: Model, read: ReadActivations, recipe: Recipe, size_given: bool, photo: Tensor | None
+) -> tuple[Recipe, StartImage]:
     """Return the recipe at a size that the network takes, and the shape; a size that the user gave is kept or refused.
 
     A network that takes only its own input size gets pictures of that size, oblong ones too.
     """
-    base = Base(model.channels_in, photo)
+    base = StartImage(model.channels_in, photo)
     if photo is None and not size_given:
         recipe = recipe.at(size=min(recipe.size, 2 * min(model.input_size)))
     first = torch.zeros(1, dtype=torch.long, device=model.like.device)
@@ -122,11 +125,11 @@ def fitted(model: Model, read: Read, recipe: Recipe, size_given: bool, photo: Te
             raise
         model.check_takes(read_first, model.input_size)
         recipe = replace(recipe, sizes=(min(model.input_size),), steps=recipe.steps * len(recipe.sizes))
-        base = Base(model.channels_in, sides=model.input_size)
+        base = StartImage(model.channels_in, sides=model.input_size)
     return recipe, base
 
 
-def specification(model: Model, plan: Plan) -> dict[str, Any]:
+def specification(model: Model, plan: AscentPlan) -> dict[str, Any]:
     """Return in JSON terms everything that the pictures follow from."""
     return {
         **model.origin,
@@ -137,7 +140,7 @@ def specification(model: Model, plan: Plan) -> dict[str, Any]:
     }
 
 
-class Batch(NamedTuple):
+class RenderedBatch(NamedTuple):
     """What one batch leaves behind, on the CPU."""
 
     items: list[int]
@@ -151,9 +154,9 @@ class Batch(NamedTuple):
     @property
     def asleep(self) -> Tensor:
         """Which pictures never left their start."""
-        return never_left(self.start_scores, torch.cat([self.history, self.scores[None]]))
+        return never_moved(self.start_scores, torch.cat([self.history, self.scores[None]]))
 
-    def with_woken(self, again: Batch, rows: Sequence[int]) -> Batch:
+    def with_woken(self, again: RenderedBatch, rows: Sequence[int]) -> RenderedBatch:
         """Return this batch with those of its rows that were tried `again` and left their start."""
         woken = [(row, number) for number, row in enumerate(rows) if not bool(again.asleep[number])]
         for row, number in woken:
@@ -164,7 +167,7 @@ class Batch(NamedTuple):
         return self._replace(woken=tuple(self.items[row] for row, _ in woken))
 
 
-def batches(one_batch: Callable[[list[int]], Batch], plan: Plan, at_once: int) -> Iterator[Batch]:
+def batches(one_batch: Callable[[list[int]], RenderedBatch], plan: AscentPlan, at_once: int) -> Iterator[RenderedBatch]:
     """Yield all pictures of an objective in batches; where one does not fit the memory, go on with half as many.
 
     Raises:
@@ -190,25 +193,27 @@ def batches(one_batch: Callable[[list[int]], Batch], plan: Plan, at_once: int) -
         yield batch
 
 
-def render_batch(read: Read, plan: Plan, film: int, watch: Callable[[Frame], None] | None, items: list[int]) -> Batch:
+def render_batch(
+    read: ReadActivations, plan: AscentPlan, film: int, watch: Callable[[Frame], None] | None, items: list[int]
+) -> RenderedBatch:
     """Render some of an objective's pictures at once; those that never left their start are tried once more, leaky."""
-    batch = climbed(graphed_climb if plan.like.is_cuda else climb, read, plan, film, watch, items)
+    batch = run_ascent(ascend_with_cuda_graph if plan.like.is_cuda else ascend, read, plan, film, watch, items)
     asleep = batch.asleep.nonzero()[:, 0].tolist()
     if not asleep:
         return batch
-    leaky = replace(plan, leaky=max(1, round(LEAKY * plan.recipe.steps * len(plan.recipe.sizes))))
-    again = climbed(climb, read, leaky, film, watch, [items[row] for row in asleep])
+    leaky = replace(plan, leaky=max(1, round(LEAKY_SHARE * plan.recipe.steps * len(plan.recipe.sizes))))
+    again = run_ascent(ascend, read, leaky, film, watch, [items[row] for row in asleep])
     return batch.with_woken(again, asleep)
 
 
-def climbed(
-    loop: Callable[[Read, Plan, list[int]], Iterator[Frame]],
-    read: Read,
-    plan: Plan,
+def run_ascent(
+    loop: Callable[[ReadActivations, AscentPlan, list[int]], Iterator[Frame]],
+    read: ReadActivations,
+    plan: AscentPlan,
     film: int,
     watch: Callable[[Frame], None] | None,
     items: list[int],
-) -> Batch:
+) -> RenderedBatch:
     """Have some of an objective's pictures climb at once."""
     history: list[Tensor] = []
     moments: list[Tensor] = []
@@ -219,17 +224,19 @@ def climbed(
             need_finite(start_scores, plan, items)
         if frame.step < frame.steps:
             history.append(frame.scores)
-        if film and falls_due(frame, film):
+        if film and is_film_frame(frame, film):
             moments.append(frame.image.cpu())
         if watch:
             watch(frame)
     assert start_scores is not None
     # the history is looked at once, at the end: a look at every step would make a GPU wait
     need_finite(torch.stack([*history, frame.scores]), plan, items)
-    return Batch(items, frame.image.cpu(), start_scores.cpu(), frame.scores.cpu(), torch.stack(history).cpu(), moments)
+    return RenderedBatch(
+        items, frame.image.cpu(), start_scores.cpu(), frame.scores.cpu(), torch.stack(history).cpu(), moments
+    )
 
 
-def need_finite(scores: Tensor, plan: Plan, items: Sequence[int]) -> None:
+def need_finite(scores: Tensor, plan: AscentPlan, items: Sequence[int]) -> None:
     """Refuse scores (..., b) that are NaN or infinite.
 
     Raises:
@@ -244,18 +251,18 @@ def need_finite(scores: Tensor, plan: Plan, items: Sequence[int]) -> None:
         )
 
 
-def falls_due(frame: Frame, moments: int) -> bool:
+def is_film_frame(frame: Frame, moments: int) -> bool:
     """Return whether a frame is the start or one of so many, evenly spread, of which the finished picture is last."""
     return frame.step * moments // frame.steps > (frame.step - 1) * moments // frame.steps
 
 
-def assemble(done: Sequence[Batch], objective: Objective, spec: Mapping[str, Any]) -> Rendered:
+def assemble(done: Sequence[RenderedBatch], objective: Objective, spec: Mapping[str, Any]) -> Rendered:
     """Return batches as one result."""
     images, start, scores = (
         torch.cat([getattr(one, name) for one in done]) for name in ("images", "start_scores", "scores")
     )
     history = torch.cat([one.history for one in done], 1)
-    shown = figure.DISPLAYS[spec["recipe"]["display"]](images)
+    shown = display.DISPLAYS[spec["recipe"]["display"]](images)
     kept = min(len(one.moments) for one in done)
     woken = [objective.names[item] for one in done for item in one.woken]
     return Rendered(
@@ -263,14 +270,14 @@ def assemble(done: Sequence[Batch], objective: Objective, spec: Mapping[str, Any
         scores=scores,
         start_scores=start,
         history=history,
-        dead=never_left(start, torch.cat([history, scores[None]])) | without_contrast(shown),
+        dead=never_moved(start, torch.cat([history, scores[None]])) | without_contrast(shown),
         names=tuple(objective.names[item] for one in done for item in one.items),
         spec={**spec, "woken": woken} if woken else spec,
         moments=tuple(torch.cat([one.moments[moment] for one in done]) for moment in range(kept)),
     )
 
 
-def never_left(start: Tensor, scores: Tensor) -> Tensor:
+def never_moved(start: Tensor, scores: Tensor) -> Tensor:
     """Return for each picture whether its scores (steps, n) all equal its starting score (n,), within rounding."""
     return ((scores - start).abs() <= 1e-6 * start.abs()).all(0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest
-from phosphene.images import figure
+from phosphene.images import display, encode, grid
+from phosphene.network.layers import file_prefix
 from phosphene.storage.atomic import write_file, write_manifest
 
 
@@ -50,18 +51,18 @@ class Rendered:
     def displayed(self, images: Tensor | None = None) -> Tensor:
         """Return the images (n, c, h, w) as shown: uint8 after the recipe's display rule."""
         chosen = self.images if images is None else images
-        return figure.to_bytes(figure.DISPLAYS[self.spec["recipe"]["display"]](chosen))
+        return display.to_bytes(display.DISPLAYS[self.spec["recipe"]["display"]](chosen))
 
     @cached_property
-    def pictures(self) -> list[figure.Picture]:
+    def pictures(self) -> list[display.Picture]:
         """The pictures as PIL images, a dead filter's too, uncrossed."""
-        return [figure.picture(one) for one in self.displayed()]
+        return [grid.picture(one) for one in self.displayed()]
 
-    def grid(self, columns: int | None = None, images: Tensor | None = None) -> figure.Picture:
+    def grid(self, columns: int | None = None, images: Tensor | None = None) -> display.Picture:
         """Return all pictures on one sheet with 5 black pixels between them; dead filters are darkened and crossed."""
-        pictures = self.pictures if images is None else [figure.picture(one) for one in self.displayed(images)]
-        tiles = [figure.crossed(one) if dead else one for one, dead in zip(pictures, self.dead, strict=True)]
-        return figure.grid(tiles, columns)
+        pictures = self.pictures if images is None else [grid.picture(one) for one in self.displayed(images)]
+        tiles = [grid.cross_out(one) if dead else one for one, dead in zip(pictures, self.dead, strict=True)]
+        return grid.grid(tiles, columns)
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return what the file of one picture carries about itself; `channel` where it shows a filter or a class."""
@@ -85,10 +86,10 @@ class Rendered:
         where = Path(folder)
         prefix = file_prefix(self.spec["layers"])
         pictures = [
-            write_file(where / f"{prefix}_{name}.png", figure.png(one, self.metadata(index)))
+            write_file(where / f"{prefix}_{name}.png", encode.png(one, self.metadata(index)))
             for index, (name, one) in enumerate(zip(self.names, self.pictures, strict=True))
         ]
-        sheet = write_file(where / "grid.png", figure.png(self.grid(columns), self.spec))
+        sheet = write_file(where / "grid.png", encode.png(self.grid(columns), self.spec))
         entries = [
             {
                 "file": path.name,
@@ -110,13 +111,7 @@ class Rendered:
         """
         if not self.moments:
             raise InvalidRequest("there are no moments to show; render with film=24")
-        return write_file(Path(path), figure.gif([self.grid(images=one) for one in self.moments]))
+        return write_file(Path(path), encode.gif([self.grid(images=one) for one in self.moments]))
 
     def _repr_png_(self) -> bytes:
-        return figure.png(self.grid(), self.spec)
-
-
-def file_prefix(layers: Sequence[str]) -> str:
-    """Return `layer_<layer>` for file names, with what a file name cannot hold replaced."""
-    shown = "_".join(layers) or "output"
-    return "layer_" + "".join(one if one.isalnum() or one in "._-@#" else "_" for one in shown)
+        return encode.png(self.grid(), self.spec)

@@ -102,7 +102,7 @@ def momentum(rate: float, keep: float = 0.9, epsilon: float = 1e-30) -> StepRule
     return rule
 
 
-STEPS: dict[str, Callable[..., StepRule]] = {
+STEP_RULES: dict[str, Callable[..., StepRule]] = {
     "max": max_step,
     "std": std_step,
     "rms": rms_step,

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Transform = Callable[[Tensor, "Draws"], Tensor]
+Transform = Callable[[Tensor, "RandomDraws"], Tensor]
 
 
-class Draws:
+class RandomDraws:
     """Random numbers for a batch of images, each image from its own generator."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ def affine(pixels: float = 0.0, degrees: float = 0.0, scale: float = 0.0, least:
     unmoved: what a network makes of pixels that no resampling has smoothed is worth climbing, and gone when they move.
     """
 
-    def transform(image: Tensor, draws: Draws) -> Tensor:
+    def transform(image: Tensor, draws: RandomDraws) -> Tensor:
         shift = draws.uniform(-pixels, pixels, (2,))
         turn = draws.either_way(degrees, least)
         return resample(image, shift, turn, 1 + draws.either_way(scale, least))
@@ -76,7 +76,7 @@ def affine(pixels: float = 0.0, degrees: float = 0.0, scale: float = 0.0, least:
 def jitter(pixels: int = 8) -> Transform:
     """Return a transform that moves each image by whole pixels, up to ±`pixels` down and right, wrapping around."""
 
-    def transform(image: Tensor, draws: Draws) -> Tensor:
+    def transform(image: Tensor, draws: RandomDraws) -> Tensor:
         moves = draws.uniform(-pixels, pixels + 1, (2,)).floor().long().to(image.device)
         for axis in (-2, -1):
             places = torch.arange(image.shape[axis], device=image.device) - moves[:, axis, None]
@@ -90,7 +90,7 @@ def jitter(pixels: int = 8) -> Transform:
 def scale(low: float = 0.9, high: float = 1.1) -> Transform:
     """Return a transform that scales each image about its centre by a factor uniform in [low, high)."""
 
-    def transform(image: Tensor, draws: Draws) -> Tensor:
+    def transform(image: Tensor, draws: RandomDraws) -> Tensor:
         factor = draws.uniform(low, high)
         still = torch.zeros_like(factor)
         return resample(image, torch.stack([still, still], 1), still, factor)
@@ -112,7 +112,7 @@ def blur(sigma: float = 1.0) -> Transform:
     """Return a Gaussian blur of standard deviation `sigma` pixels, mirrored at the border."""
     radius = max(1, math.ceil(3 * sigma))
 
-    def transform(image: Tensor, draws: Draws) -> Tensor:
+    def transform(image: Tensor, draws: RandomDraws) -> Tensor:
         at = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
         kernel = torch.exp(-(at**2) / (2 * sigma**2))
         kernel = kernel / kernel.sum()

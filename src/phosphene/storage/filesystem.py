@@ -28,7 +28,7 @@ OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", 
 PART = ".part"  # how the names of unfinished files end
 
 
-class Place(Protocol):
+class FileSystem(Protocol):
     """Names of files are relative, with "/" between folders; a folder is there where a file in it is."""
 
     def read(self, name: str) -> bytes:
@@ -56,7 +56,7 @@ class Place(Protocol):
         """Return a context in which no other process is in the same context for that folder, where that is possible."""
 
 
-class Folder:
+class LocalFolder:
     """A folder on a disk."""
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +80,7 @@ class Folder:
         (self.path / name).unlink(missing_ok=True)
 
     def has(self, name: str) -> bool:
-        return there(f"{self.path}/{name}")
+        return exists(f"{self.path}/{name}")
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -89,7 +89,7 @@ class Folder:
             return []
 
     def folders_with(self, folder: str, name: str) -> set[str]:
-        return {one for one in self.names(folder) if there(f"{self.path}/{folder}/{one}/{name}")}
+        return {one for one in self.names(folder) if exists(f"{self.path}/{folder}/{one}/{name}")}
 
     def check_writable(self) -> None:
         try:
@@ -108,7 +108,7 @@ class Folder:
             os.close(handle)
 
 
-def there(path: str) -> bool:
+def exists(path: str) -> bool:
     """Return whether a file is there; unlike `os.path.exists`, a disk that fails is no answer."""
     try:
         os.stat(path)
@@ -134,7 +134,7 @@ def locked(handle: int) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_UN)  # closing would not do where a process was forked meanwhile
 
 
-class Remote:
+class RemoteFiles:
     """Files behind a URL. A connection that drops is tried again; each try does the whole of it anew."""
 
     def __init__(self, url: str) -> None:
@@ -149,13 +149,13 @@ class Remote:
         return f"{self.root}/{name}".rstrip("/")
 
     def read(self, name: str) -> bytes:
-        return bytes(patiently(lambda: self.files.cat_file(self.path(name))))
+        return bytes(with_retries(lambda: self.files.cat_file(self.path(name))))
 
     def write(self, name: str, content: bytes) -> None:
         if self.whole_puts:
-            patiently(lambda: self.files.pipe_file(self.path(name), content))
+            with_retries(lambda: self.files.pipe_file(self.path(name), content))
         else:
-            patiently(lambda: self.replace(self.path(name), content))
+            with_retries(lambda: self.replace(self.path(name), content))
 
     def replace(self, path: str, content: bytes) -> None:
         """Write a file by way of a temporary name beside it: not all servers keep a half-sent file to themselves."""
@@ -178,12 +178,12 @@ class Remote:
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
-            patiently(lambda: self.files.rm_file(self.path(name)))
+            with_retries(lambda: self.files.rm_file(self.path(name)))
 
     def has(self, name: str) -> bool:
         self.files.invalidate_cache()  # another driver may have written
         try:
-            patiently(lambda: self.files.info(self.path(name)))  # `exists` would take a dropped connection for a no
+            with_retries(lambda: self.files.info(self.path(name)))  # `exists` would take a dropped connection for a no
         except FileNotFoundError:
             return False
         return True
@@ -191,7 +191,7 @@ class Remote:
     def names(self, folder: str) -> list[str]:
         self.files.invalidate_cache()
         try:
-            found = patiently(lambda: self.files.ls(self.path(folder), detail=False))
+            found = with_retries(lambda: self.files.ls(self.path(folder), detail=False))
         except FileNotFoundError:
             return []
         return [name for one in found if (name := self.inside(one, folder))]
@@ -201,7 +201,7 @@ class Remote:
             return {one for one in self.names(folder) if self.has(f"{folder}/{one}/{name}")}
         self.files.invalidate_cache()
         try:
-            found = patiently(lambda: self.files.find(self.path(folder)))  # one request a thousand files
+            found = with_retries(lambda: self.files.find(self.path(folder)))  # one request a thousand files
         except FileNotFoundError:
             return set()
         parts = (self.inside(one, folder).split("/") for one in found)
@@ -221,7 +221,7 @@ class Remote:
         yield  # there are no locks behind URLs
 
 
-def patiently(action: Callable[[], Any]) -> Any:
+def with_retries(action: Callable[[], Any]) -> Any:
     """Return what an action returns, trying again after what may have been a dropped connection."""
     for wait in WAITS:
         try:
@@ -233,7 +233,7 @@ def patiently(action: Callable[[], Any]) -> Any:
     return action()
 
 
-def open_place(url: str) -> Place:
+def open_place(url: str) -> FileSystem:
     """Return the folder, or what is behind the URL.
 
     Raises:
@@ -244,20 +244,21 @@ def open_place(url: str) -> Place:
         raise InvalidRequest("an empty name is no place for a store; give a folder or a URL")
     scheme, mark, path = url.partition("://")
     if not mark:
-        return Folder(Path(url))
+        return LocalFolder(Path(url))
     if scheme in ("file", "local"):
-        return Folder(Path(path))
+        return LocalFolder(Path(path))
     if "::" in url or "?" in url:
-        raise InvalidRequest(f"{shown(url)} is no place for a store: give a URL without :: and ?")
+        raise InvalidRequest(f"{display_name(url)} is no place for a store: give a URL without :: and ?")
     try:
-        return Remote(url)
+        return RemoteFiles(url)
     except ImportError as error:
-        raise ExtraMissing(
-            f"{shown(url)} needs a package that is not installed; install it with: pip install {package(scheme, error)}"
-        ) from error
+        advice = f"install it with: pip install {package(scheme, error)}"
+        raise ExtraMissing(f"{display_name(url)} needs a package that is not installed; {advice}") from error
     except ValueError as error:
-        reason = hidden(str(error), url)
-        raise InvalidRequest(f"{shown(url)} is no place for a store: {reason}; give a folder, or another URL") from None
+        reason = without_secrets(str(error), url)
+        raise InvalidRequest(
+            f"{display_name(url)} is no place for a store: {reason}; give a folder, or another URL"
+        ) from None
 
 
 def package(scheme: str, error: ImportError) -> str:
@@ -269,15 +270,15 @@ def package(scheme: str, error: ImportError) -> str:
     return {"smbclient": "smbprotocol", "webdav4": "webdav4[fsspec]"}.get(missing, missing)
 
 
-def shown(url: str) -> str:
+def display_name(url: str) -> str:
     """Return a URL as messages may show it: without user, password and query."""
     return re.sub(r"://(?:[^/\s]*@|[^/\s:]*:[^\s]*@)", "://", re.sub(r"(://[^\s?]*)\?\S+", r"\1", url))
 
 
-def hidden(text: str, url: str) -> str:
+def without_secrets(text: str, url: str) -> str:
     """Return a text, such as an error's, without the credentials of a URL."""
     user = re.search(r"://([^/\s]*|[^/\s:]*:[^\s]*)@", url)
     password = user[1].partition(":")[2] if user else ""
     for secret in (password, unquote(password)):
         text = text.replace(secret, "…") if secret else text
-    return shown(text)
+    return display_name(text)

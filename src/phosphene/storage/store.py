@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from phosphene.errors import EntryNotFound, InvalidRequest, OutputRefused, PhospheneError, StoreRefused
-from phosphene.storage.filesystem import PART, Place, hidden, open_place, shown
+from phosphene.storage.filesystem import PART, FileSystem, display_name, open_place, without_secrets
 
 FORMAT = 1
 KINDS = ("jobs", "layers", "evidence", "atlases")
@@ -37,10 +37,10 @@ class Store:
     url: str
 
     def __repr__(self) -> str:
-        return f"Store({shown(self.url)})"
+        return f"Store({display_name(self.url)})"
 
     @cached_property
-    def place(self) -> Place:
+    def place(self) -> FileSystem:
         """Where the bytes lie."""
         return open_place(self.url)
 
@@ -52,7 +52,7 @@ class Store:
             StoreRefused: it cannot be read.
         """
         with self.reading(name):
-            return self.place.read(checked(name))
+            return self.place.read(valid_path(name))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file that appears whole or not at all; a dropped connection is tried again.
@@ -61,17 +61,17 @@ class Store:
             OutputRefused: it cannot be written.
         """
         with self.writing(name):
-            self.place.write(checked(name), content)
+            self.place.write(valid_path(name), content)
 
     def done(self, kind: str) -> set[str]:
         """Return the digests of the finished entries; one listing."""
         with self.reading(kind):
-            return self.place.folders_with(known(kind), MANIFEST)
+            return self.place.folders_with(valid_kind(kind), MANIFEST)
 
     def has(self, kind: str, digest: str) -> bool:
         """Return whether an entry is finished now, by this driver or another."""
         with self.reading(kind):
-            return self.place.has(f"{entry(kind, digest)}/{MANIFEST}")
+            return self.place.has(f"{entry_path(kind, digest)}/{MANIFEST}")
 
     def put(self, kind: str, digest: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
         """Write an entry, its manifest last, or replace it.
@@ -86,8 +86,10 @@ class Store:
         Raises:
             OutputRefused: it cannot be written; the entry then counts as not done.
         """
-        where = entry(kind, digest)
-        content = spelled({**manifest, "files": {part(name): facts(one) for name, one in files.items()}})
+        where = entry_path(kind, digest)
+        content = signed_json(
+            {**manifest, "files": {valid_name(name): checksum_of(one) for name, one in files.items()}}
+        )
         with self.writing(where), self.place.alone(where):
             with suppress(FileNotFoundError):
                 if self.place.read(f"{where}/{MANIFEST}") != content:
@@ -113,7 +115,7 @@ class Store:
             EntryNotFound: the entry is not done.
             StoreRefused: it is damaged.
         """
-        name = f"{entry(kind, digest)}/{MANIFEST}"
+        name = f"{entry_path(kind, digest)}/{MANIFEST}"
         return self.whole(name, self.read(name))
 
     def get(self, kind: str, digest: str, name: str, manifest: Mapping[str, Any] | None = None) -> bytes:
@@ -127,7 +129,7 @@ class Store:
             EntryNotFound: the entry is not done, or holds no such file.
             StoreRefused: the file is damaged, or gone.
         """
-        where = f"{entry(kind, digest)}/{name}"
+        where = f"{entry_path(kind, digest)}/{name}"
         if manifest is not None:
             with suppress(EntryNotFound, StoreRefused):
                 return self.agreeing(where, name, manifest["files"])
@@ -143,19 +145,19 @@ class Store:
             raise self.damaged(where, "it is gone") from None
         if len(content) != files[name]["bytes"]:
             raise self.damaged(where, f"it has {len(content)} bytes of {files[name]['bytes']}")
-        if facts(content) != files[name]:
+        if checksum_of(content) != files[name]:
             raise self.damaged(where, "its bytes have changed")
         return content
 
     def fail(self, kind: str, digest: str, message: str) -> None:
         """Record why an entry could not be made; forgotten when it is, and pointless where another driver made it."""
         if not self.has(kind, digest):
-            self.write(f"{entry(kind, digest)}/{ERROR}", spelled({"error": message}))
+            self.write(f"{entry_path(kind, digest)}/{ERROR}", signed_json({"error": message}))
 
     def failures(self, kind: str) -> dict[str, str]:
         """Return why entries could not be made, by digest; none of those that were made since."""
         with self.reading(kind):
-            failed = self.place.folders_with(known(kind), ERROR)
+            failed = self.place.folders_with(valid_kind(kind), ERROR)
         found = {}
         for digest in sorted(failed - self.done(kind)):
             name = f"{kind}/{digest}/{ERROR}"
@@ -185,7 +187,7 @@ class Store:
 
     def shown(self, name: str) -> str:
         """Return a place in the store as messages show it."""
-        return f"{shown(self.url).rstrip('/')}/{name}" if name else shown(self.url)
+        return f"{display_name(self.url).rstrip('/')}/{name}" if name else display_name(self.url)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
@@ -197,7 +199,7 @@ class Store:
         except FileNotFoundError as error:
             raise EntryNotFound(f"{self.shown(name)} is not there; run the atlas that makes it") from error
         except Exception as error:  # libraries for URLs have errors of their own
-            reason = hidden(reason_of(error), self.url)
+            reason = without_secrets(reason_of(error), self.url)
             raise StoreRefused(f"{self.shown(name)} cannot be read: {reason}; mend that, or give another place") from (
                 error if reason == reason_of(error) else None
             )
@@ -210,7 +212,7 @@ class Store:
         except PhospheneError:
             raise
         except Exception as error:  # libraries for URLs have errors of their own
-            reason = hidden(reason_of(error), self.url)
+            reason = without_secrets(reason_of(error), self.url)
             raise OutputRefused(
                 f"{self.shown(name)} cannot be written: {reason}; mend that, or give another place, and run the same "
                 "command again: what is finished is kept"
@@ -276,7 +278,7 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
-def spelled(content: Mapping[str, Any]) -> bytes:
+def signed_json(content: Mapping[str, Any]) -> bytes:
     """Return JSON that carries its own digest, as `check`."""
     return json_bytes({**content, "check": digest_of(content)})
 
@@ -286,7 +288,7 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def facts(content: bytes) -> dict[str, Any]:
+def checksum_of(content: bytes) -> dict[str, Any]:
     """Return the size and SHA-256 of a file."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -296,7 +298,7 @@ def reason_of(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
-def known(kind: str) -> str:
+def valid_kind(kind: str) -> str:
     """Return a kind of entry.
 
     Raises:
@@ -307,21 +309,21 @@ def known(kind: str) -> str:
     return kind
 
 
-def entry(kind: str, digest: str) -> str:
+def entry_path(kind: str, digest: str) -> str:
     """Return the folder of an entry."""
-    return f"{known(kind)}/{part(digest)}"
+    return f"{valid_kind(kind)}/{valid_name(digest)}"
 
 
-def checked(name: str) -> str:
+def valid_path(name: str) -> str:
     """Return a name that stays inside the store.
 
     Raises:
         InvalidRequest: it would not.
     """
-    return "/".join(part(one) for one in name.split("/"))
+    return "/".join(valid_name(one) for one in name.split("/"))
 
 
-def part(name: str) -> str:
+def valid_name(name: str) -> str:
     """Return a name of one file or folder."""
     if not name or name.startswith(".") or any(one in '/\\:*?"<>|' or not one.isprintable() for one in name):
         raise InvalidRequest(f"{name!r} is no name for a file in a store; use letters, digits and ._-")

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phosphene.errors import InvalidRequest, LayerRefused, PhospheneError
+from phosphene.errors import InvalidRequest, LayerRefused, PhospheneError, first_line
 from phosphene.network.capture import PLAIN, Layout, borrowed
-from phosphene.network.layers import typed
+from phosphene.network.layers import escape_digits
 from phosphene.network.loading import load
-from phosphene.network.model import Model, first_line
+from phosphene.network.model import Model
 
-Described = tuple[str, tuple[int, ...], str]
+WeightSpecs = tuple[str, tuple[int, ...], str]
 TOGETHER = 64  # samples that go through the network at once, where the data is not in batches
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class TrainedNetwork:
     """A network under training.
 
     Attributes:
@@ -40,7 +40,7 @@ class Subject:
 
     name: str
     weights: Callable[[], dict[str, Tensor]]
-    described: Callable[[], list[Described]]
+    described: Callable[[], list[WeightSpecs]]
     kernels: Mapping[str, Callable[[], Tensor]]
     kinds: Mapping[str, str]
     total_gradient: Callable[..., dict[str, Tensor]]
@@ -49,31 +49,31 @@ class Subject:
     scale: Callable[[], float] | None = None
 
 
-def subject_of(network: nn.Module | Model) -> Subject:
+def torch_network(network: nn.Module | Model) -> TrainedNetwork:
     """Return a PyTorch network as a subject; what compiles or distributes it is looked through."""
     handle = network if isinstance(network, Model) else None
-    module = bare(network.module if isinstance(network, Model) else network)
+    module = unwrap(network.module if isinstance(network, Model) else network)
     weights = partial(trainable, module)
     layout, modules = (handle.layout, handle.modules) if handle else (PLAIN, dict(module.named_modules()))
     found = {path: one for path, one in modules.items() if path and layout.kernel(one) is not None}
-    return Subject(
+    return TrainedNetwork(
         name=handle.name if handle else type(module).__name__,
         weights=weights,
-        described=partial(described, module),
-        kernels={typed(path): partial(kernel, layout, module, path, one) for path, one in found.items()},
-        kinds={typed(path): type(one).__name__ for path, one in found.items()},
+        described=partial(weight_specs, module),
+        kernels={escape_digits(path): partial(kernel, layout, module, path, one) for path, one in found.items()},
+        kinds={escape_digits(path): type(one).__name__ for path, one in found.items()},
         total_gradient=partial(total_gradient, module, handle.forward if handle else module, weights),
         model=(lambda: handle) if handle else partial(load, module),
     )
 
 
-def bare(module: nn.Module) -> nn.Module:
+def unwrap(module: nn.Module) -> nn.Module:
     """Return the user's own network inside what `torch.compile` or data parallelism made of it."""
     for name in ("_orig_mod", "module"):
         inner = getattr(module, name, None)
         wraps = name == "_orig_mod" or type(module).__name__.endswith("DataParallel")
         if wraps and isinstance(inner, nn.Module):
-            return bare(inner)
+            return unwrap(inner)
     return module
 
 
@@ -82,7 +82,7 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
     return {name: one for name, one in module.named_parameters() if one.requires_grad}
 
 
-def described(module: nn.Module) -> list[Described]:
+def weight_specs(module: nn.Module) -> list[WeightSpecs]:
     """Return name, shape and number format of every weight, each once."""
     return [(name, tuple(one.shape), str(one.dtype).removeprefix("torch.")) for name, one in module.named_parameters()]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest
-from phosphene.training.history import Entry, size_of
+from phosphene.training.history import EpochRecord, size_of
 
 
 def check_cap(store: Path, each: int, count: int, cap: int) -> None:
@@ -26,17 +26,17 @@ def check_cap(store: Path, each: int, count: int, cap: int) -> None:
         )
 
 
-def bytes_of(entry: Entry) -> int:
+def bytes_of(entry: EpochRecord) -> int:
     """Return what an entry takes on the disk at most."""
     kernels = [one.weights for one in entry.kernels.values()]
-    return space(
+    return bytes_per_epoch(
         kernels,
         [one.mean for one in entry.gradients.values()],
         0 if entry.filters is None else entry.filters.images.numel(),
     )
 
 
-def space(kernels: Sequence[Tensor], gradients: Sequence[Tensor], pixels: int) -> int:
+def bytes_per_epoch(kernels: Sequence[Tensor], gradients: Sequence[Tensor], pixels: int) -> int:
     """Return what arrays and pictures take on the disk at most, with what is written about them.
 
     A gradient's histogram is a line for each power of two; pictures are there singly and as a grid, before packing.

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from phosphene.errors import ExtraMissing, InvalidRequest, LayerNotFound, nearest
-from phosphene.images import figure
-from phosphene.inspection.kernels import BETWEEN, GAP, STYLES, numbered
+from phosphene.images import captions, display, encode, grid
+from phosphene.inspection.kernels import BETWEEN, GAP, STYLES, index_labels
 from phosphene.storage.atomic import check_writable, write_file
 from phosphene.training.history import History
-from phosphene.training.timeline import Drawn, Look, Rendered
+from phosphene.training.timeline import FilterTimeline, KernelTimeline, LayerTimeline
 
 STRIP, FRAME = (1600, 1440), (1200, 840)  # pixels that the tiles of a strip, or of a film's frame, take at most
 ROWS, FRAMES = 30, 100  # epochs that are shown at most, evenly spread
 READABLE, FEWER, LINES = 12, 24, 8  # side of a kernel, epochs and input channels of a strip where not everything fits
-BAND = 8  # pixels between the epochs of a strip
+EPOCH_GAP = 8  # pixels between the epochs of a strip
 METRICS = 3  # numbers that are written beside an epoch
 PACE = (80, 800)  # milliseconds that a frame of a film stays, between which 8 seconds are shared out
 
 
-def strip(history: History, layer: str | int, style: str = "signed") -> figure.Picture:
+def strip(history: History, layer: str | int, style: str = "signed") -> display.Picture:
     """Return a row an epoch of a layer: its rendered filters where the run holds them, else its kernels.
 
     A column is a filter, and where kernels see several channels, the lines of a row are these. All epochs share one
@@ -38,19 +38,19 @@ def strip(history: History, layer: str | int, style: str = "signed") -> figure.P
     Raises:
         LayerNotFound: the run does not hold the layer. InvalidRequest: it holds no epoch, or there is no such style.
     """
-    return course(history, layer, style).strip()
+    return layer_strip(history, layer, style).strip()
 
 
-def film(history: History, layer: str | int, style: str = "signed") -> list[figure.Picture]:
+def film(history: History, layer: str | int, style: str = "signed") -> list[display.Picture]:
     """Return the sheet of a layer after each epoch, all of one size and on one scale; at most 100, evenly spread.
 
     Raises:
         LayerNotFound, InvalidRequest: as in `strip`.
     """
-    return course(history, layer, style).film()
+    return layer_strip(history, layer, style).film()
 
 
-def save_film(frames: Sequence[figure.Picture], path: str | Path) -> Path:
+def save_film(frames: Sequence[display.Picture], path: str | Path) -> Path:
     """Write frames as an animated GIF, or an MP4 where the program `ffmpeg` is installed; both rest on the last one.
 
     Raises:
@@ -61,9 +61,9 @@ def save_film(frames: Sequence[figure.Picture], path: str | Path) -> Path:
     check_film(target)
     if not frames:
         raise InvalidRequest("a film needs at least one frame")
-    shown = list(figure.same_size(frames))
+    shown = list(encode.same_size(frames))
     pace = max(PACE[0], min(PACE[1], 8000 // len(shown)))
-    return write_file(target, figure.gif(shown, pace) if target.suffix.lower() == ".gif" else figure.mp4(shown, pace))
+    return write_file(target, encode.gif(shown, pace) if target.suffix.lower() == ".gif" else encode.mp4(shown, pace))
 
 
 def check_film(target: Path) -> None:
@@ -81,7 +81,7 @@ def check_film(target: Path) -> None:
     check_writable(target, folder=False)
 
 
-class Plan(NamedTuple):
+class StripLayout(NamedTuple):
     """How much is shown, and how large."""
 
     size: tuple[int, int]  # of a tile
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
+class LayerStrip:
     """What a layer looked like after each epoch of a training.
 
     Attributes:
@@ -104,10 +104,10 @@ class Course:
 
     history: History
     layer: str
-    look: Look
+    look: LayerTimeline
     style: str
 
-    def facts(self, plan: Plan) -> dict[str, Any]:
+    def facts(self, plan: StripLayout) -> dict[str, Any]:
         """Return in JSON terms what a strip or film shows."""
         return {
             "run": str(self.history.folder),
@@ -123,71 +123,71 @@ class Course:
             "versions": self.history.facts["versions"],
         }
 
-    def strip(self) -> figure.Picture:
+    def strip(self) -> display.Picture:
         """Return a row an epoch."""
         plan = strip_plan(self.look)
         width, shown = plan.size[1], plan.epochs
         rows = [self.mosaic(self.sized(epoch, plan).transpose(0, 1), plan) for epoch in shown]
-        body = figure.joined(rows, down=True, gap=BAND)
-        step = rows[0].height + BAND
+        body = captions.stack_images(rows, down=True, gap=EPOCH_GAP)
+        step = rows[0].height + EPOCH_GAP
         middles = {index * step + rows[0].height // 2: epoch for index, epoch in enumerate(shown)}
         names = self.named(plan.columns, width + GAP)
-        sides = [figure.ruled(body, {y: f"epoch {epoch}" for y, epoch in middles.items()}, names)]
+        sides = [captions.with_axis_labels(body, {y: f"epoch {epoch}" for y, epoch in middles.items()}, names)]
         metrics = {epoch: self.history.metrics(epoch) for epoch in shown}
         for name in list(metrics[shown[-1]])[:METRICS]:
             cells = {y: number(metrics[epoch].get(name)) for y, epoch in middles.items()}
-            sides.append(figure.column(name, cells, body.height))
+            sides.append(captions.column(name, cells, body.height))
         said = self.said(plan, "column", "line", "row")
         return self.captioned(sides, f"{self.layer} · {self.look.noun}, epoch by epoch", said)
 
-    def film(self) -> list[figure.Picture]:
+    def film(self) -> list[display.Picture]:
         """Return a frame an epoch."""
         plan = frame_plan(self.look)
         said = self.said(plan, "row" if plan.lines > 1 else "", "column", "frame")
-        return list(figure.same_size([self.frame(epoch, plan, said) for epoch in plan.epochs]))
+        return list(encode.same_size([self.frame(epoch, plan, said) for epoch in plan.epochs]))
 
-    def frame(self, epoch: int, plan: Plan, said: Sequence[str]) -> figure.Picture:
+    def frame(self, epoch: int, plan: StripLayout, said: Sequence[str]) -> display.Picture:
         """Return the sheet of one epoch, a row a filter and a column a channel, or filter by filter."""
         sheet = self.mosaic(self.sized(epoch, plan), plan)
         height, width = (side + GAP for side in plan.size)
         if plan.lines > 1:
-            names = numbered(range(plan.lines), width, 28)
-            body = figure.ruled(sheet, self.named(plan.filters, height, 14), names)
+            names = index_labels(range(plan.lines), width, 28)
+            body = captions.with_axis_labels(sheet, self.named(plan.filters, height, 14), names)
         else:
-            firsts = numbered(range(0, plan.filters, plan.columns), height, 14)
-            body = figure.ruled(sheet, {y: self.look.names[int(one)] for y, one in firsts.items()})
+            firsts = index_labels(range(0, plan.filters, plan.columns), height, 14)
+            body = captions.with_axis_labels(sheet, {y: self.look.names[int(one)] for y, one in firsts.items()})
         found = list(self.history.metrics(epoch).items())[:METRICS]
         metrics = " · ".join(f"{name} {number(one)}" for name, one in found) or " "
         return self.captioned([body], f"{self.layer} · epoch {epoch}", said, metrics)
 
-    def sized(self, epoch: int, plan: Plan) -> Tensor:
+    def sized(self, epoch: int, plan: StripLayout) -> Tensor:
         """Return the tiles of an epoch, (filters, lines, h, w, 3), uint8, as large as the plan has them."""
         tiles, broken = self.look.tiles(epoch, plan.filters, plan.lines)
         flat = tiles.flatten(0, 1).permute(0, 3, 1, 2)
-        levels = figure.resized(flat.flatten(0, 1).double(), plan.size).round().to(torch.uint8)
+        levels = display.resized(flat.flatten(0, 1).double(), plan.size).round().to(torch.uint8)
         sized = levels.view(*flat.shape[:2], *plan.size).permute(0, 2, 3, 1).view(*tiles.shape[:2], *plan.size, 3)
-        sign = figure.crossed(figure.blank(*plan.size))
+        sign = grid.cross_out(grid.blank_tile(*plan.size))
         sized[broken] = torch.from_numpy(np.array(sign))
         return sized
 
-    def mosaic(self, tiles: Tensor, plan: Plan) -> figure.Picture:
+    def mosaic(self, tiles: Tensor, plan: StripLayout) -> display.Picture:
         """Return tiles (rows, columns, h, w, 3) with lines between them that are grey where tiles may be white."""
-        return figure.mosaic(tiles.flatten(0, 1), plan.columns, GAP, BETWEEN if plan.lines > 1 else 255)
+        return grid.mosaic(tiles.flatten(0, 1), plan.columns, GAP, BETWEEN if plan.lines > 1 else 255)
 
     def named(self, count: int, step: int, room: int = 28) -> dict[int, str]:
         """Return the names of the first filters at the pixels where they belong."""
-        return {place: self.look.names[int(one)] for place, one in numbered(range(count), step, room).items()}
+        return {place: self.look.names[int(one)] for place, one in index_labels(range(count), step, room).items()}
 
     def captioned(
-        self, parts: list[figure.Picture], title: str, said: Sequence[str], above: str = ""
-    ) -> figure.Picture:
+        self, parts: list[display.Picture], title: str, said: Sequence[str], above: str = ""
+    ) -> display.Picture:
         """Return pictures side by side with the colour bar, under what is said about them."""
-        bars = [figure.colour_bar(*self.look.scale, min(240, max(100, parts[0].height)))] if self.look.scale else []
-        body = figure.joined([*parts, *bars])
-        note = figure.flowed([self.history.facts["model"], *said], max(body.width, 640))
-        return figure.captioned(body, title, f"{above}\n{note}" if above else note)
+        bars = [captions.colour_bar(*self.look.scale, min(240, max(100, parts[0].height)))] if self.look.scale else []
+        body = captions.stack_images([*parts, *bars])
+        note = captions.wrap_text([self.history.facts["model"], *said], max(body.width, 640))
+        return captions.with_caption(body, title, f"{above}\n{note}" if above else note)
 
-    def said(self, plan: Plan, filter_: str, channel: str, epoch: str) -> list[str]:
+    def said(self, plan: StripLayout, filter_: str, channel: str, epoch: str) -> list[str]:
         """Return what is shown of how many, one filter a row or the like."""
         count, lines = self.look.shape[:2]
         every, shown = len(self.look.epochs), len(plan.epochs)
@@ -208,11 +208,11 @@ class Course:
         target = Path(path)
         if target.suffix.lower() == ".png":
             facts = self.facts(strip_plan(self.look))
-            return write_file(target, figure.png(self.strip(), facts)), facts
+            return write_file(target, encode.png(self.strip(), facts)), facts
         return save_film(self.film(), target), self.facts(frame_plan(self.look))
 
 
-def course(history: History, layer: str | int, style: str = "signed") -> Course:
+def layer_strip(history: History, layer: str | int, style: str = "signed") -> LayerStrip:
     """Return what a layer looked like over a training, ready to be drawn.
 
     Raises:
@@ -226,8 +226,8 @@ def course(history: History, layer: str | int, style: str = "signed") -> Course:
     path = rendered if layer == rendered and rendered else found(history, layer)
     epochs = [one for one in history.epochs if history.entry(one)["filters"]] if path == rendered else []
     if epochs:
-        return Course(history, path, Rendered(history, epochs), style)
-    return Course(history, path, Drawn(history, found(history, path), style), style)
+        return LayerStrip(history, path, FilterTimeline(history, epochs), style)
+    return LayerStrip(history, path, KernelTimeline(history, found(history, path), style), style)
 
 
 def found(history: History, layer: str | int) -> str:
@@ -241,22 +241,22 @@ def found(history: History, layer: str | int) -> str:
         raise LayerNotFound(f"{history.folder} holds nothing of a layer {str(layer)!r}; {near}") from error
 
 
-def strip_plan(look: Look) -> Plan:
+def strip_plan(look: LayerTimeline) -> StripLayout:
     """Return how a strip is laid out: everything as large as fits, else what is readable and the first of it."""
     filters, lines = look.shape[:2]
     rows = min(len(look.epochs), ROWS)
     across, down = STRIP
     for height, width in look.sizes():
-        if filters * (width + GAP) <= across and rows * (lines * (height + GAP) + BAND) <= down:
-            return Plan((height, width), filters, lines, filters, evenly(look.epochs, rows))
+        if filters * (width + GAP) <= across and rows * (lines * (height + GAP) + EPOCH_GAP) <= down:
+            return StripLayout((height, width), filters, lines, filters, evenly(look.epochs, rows))
     height, width = readable(look.sizes())
     filters, rows = max(1, min(filters, across // (width + GAP))), min(rows, FEWER)
-    lines = max(1, min(lines, LINES, (down // rows - BAND) // (height + GAP)))
-    rows = max(1, min(rows, down // (lines * (height + GAP) + BAND)))
-    return Plan((height, width), filters, lines, filters, evenly(look.epochs, rows))
+    lines = max(1, min(lines, LINES, (down // rows - EPOCH_GAP) // (height + GAP)))
+    rows = max(1, min(rows, down // (lines * (height + GAP) + EPOCH_GAP)))
+    return StripLayout((height, width), filters, lines, filters, evenly(look.epochs, rows))
 
 
-def frame_plan(look: Look) -> Plan:
+def frame_plan(look: LayerTimeline) -> StripLayout:
     """Return how a film's frame is laid out: a row a filter and a column a channel, or filters in a near square."""
     filters, lines = look.shape[:2]
     across, down = FRAME
@@ -265,12 +265,12 @@ def frame_plan(look: Look) -> Plan:
     for height, width in look.sizes():
         columns, rows = (lines, filters) if lines > 1 else (side, math.ceil(filters / side))
         if columns * (width + GAP) <= across and rows * (height + GAP) <= down:
-            return Plan((height, width), filters, lines, columns, shown)
+            return StripLayout((height, width), filters, lines, columns, shown)
     height, width = readable(look.sizes())
     columns, rows = max(1, across // (width + GAP)), max(1, down // (height + GAP))
     if lines > 1:
-        return Plan((height, width), min(filters, rows), min(lines, columns), min(lines, columns), shown)
-    return Plan((height, width), min(filters, rows * columns), 1, min(filters, columns), shown)
+        return StripLayout((height, width), min(filters, rows), min(lines, columns), min(lines, columns), shown)
+    return StripLayout((height, width), min(filters, rows * columns), 1, min(filters, columns), shown)
 
 
 def readable(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

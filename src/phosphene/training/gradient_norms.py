@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest
-from phosphene.images import figure
+from phosphene.images import captions, display, encode
 from phosphene.storage.atomic import write_file
 from phosphene.training.history import History
 
@@ -34,7 +34,7 @@ PANELS = (
 )
 
 
-def curves(history: History) -> figure.Picture:
+def curves(history: History) -> display.Picture:
     """Return the curves of every weight's gradient over the epochs, on a logarithmic scale, coloured by depth.
 
     Three plots: the L2 norm of the gradient, the mean of its magnitudes, and its norm over that of the weight. A
@@ -43,7 +43,7 @@ def curves(history: History) -> figure.Picture:
     Raises:
         InvalidRequest: the run holds no finished epoch, or no gradients.
     """
-    return Sizes.of(history).picture()
+    return GradientNorms.of(history).picture()
 
 
 def verdicts(history: History) -> list[str]:
@@ -69,11 +69,11 @@ def verdicts(history: History) -> list[str]:
     Raises:
         InvalidRequest: the run holds no finished epoch, or no gradients.
     """
-    return Sizes.of(history).verdicts()
+    return GradientNorms.of(history).verdicts()
 
 
 @dataclass(frozen=True, eq=False)
-class Sizes:
+class GradientNorms:
     """The sizes of a training's gradients.
 
     Attributes:
@@ -101,7 +101,7 @@ class Sizes:
     first: Tensor
 
     @classmethod
-    def of(cls, history: History) -> Sizes:
+    def of(cls, history: History) -> GradientNorms:
         """Return the sizes that a record holds."""
         history.chosen(None)  # refuses a run without epochs
         entries = {epoch: history.entry(epoch)["gradients"] for epoch in history.epochs}
@@ -259,16 +259,16 @@ class Sizes:
         Raises:
             OutputRefused: it cannot be written.
         """
-        return write_file(Path(path), figure.png(self.picture(), self.facts()))
+        return write_file(Path(path), encode.png(self.picture(), self.facts()))
 
-    def picture(self) -> figure.Picture:
+    def picture(self) -> display.Picture:
         """Return the curves; see `curves`."""
         parts = (f"{len(self.names)} weights", self.kind, "triangle: 0", "cross: NaN or infinity")
-        said = [figure.flowed(sentence.split(), PLOT[0], " ") for sentence in self.verdicts()]
-        note = "\n".join([figure.flowed(parts, PLOT[0]), *said])
-        return figure.captioned(self.plot(), f"{self.history.facts['model']} · gradients, epoch by epoch", note)
+        said = [captions.wrap_text(sentence.split(), PLOT[0], " ") for sentence in self.verdicts()]
+        note = "\n".join([captions.wrap_text(parts, PLOT[0]), *said])
+        return captions.with_caption(self.plot(), f"{self.history.facts['model']} · gradients, epoch by epoch", note)
 
-    def plot(self) -> figure.Picture:
+    def plot(self) -> display.Picture:
         """Return the three plots with the legend to their right."""
         from matplotlib import colormaps  # with the next two most of a second
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -40,7 +40,7 @@ class RunningGradients:
     """The sums that an epoch's gradients come to; nothing waits for the device until `take`."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Sum] = {}
+        self.sums: dict[str, RunningSum] = {}
         self.batches = 0
 
     def add(self, gradients: Mapping[str, Tensor], scale: float = 1.0) -> None:
@@ -48,7 +48,7 @@ class RunningGradients:
         found = {name: dense(one, scale) for name, one in gradients.items()}
         for name, one in found.items():
             if name not in self.sums:
-                self.sums[name] = Sum.of(one)
+                self.sums[name] = RunningSum.of(one)
         sums, batch = [self.sums[name] for name in found], list(found.values())
         if not batch:
             return
@@ -67,7 +67,7 @@ class RunningGradients:
 
 
 @dataclass
-class Sum:
+class RunningSum:
     """The sums of one weight tensor's gradients, on its device."""
 
     entries: Tensor
@@ -79,7 +79,7 @@ class Sum:
     batches: int = 0
 
     @classmethod
-    def of(cls, gradient: Tensor) -> Sum:
+    def of(cls, gradient: Tensor) -> RunningSum:
         """Return sums of nothing, for gradients like this one."""
         number, count = gradient.new_zeros((), dtype=torch.float64), gradient.new_zeros((), dtype=torch.int64)
         return cls(
@@ -148,7 +148,7 @@ class SinceLast:
 NOTHING: tuple[weakref.ref[Tensor], int, Tensor] = (weakref.ref(torch.empty(0)), -1, torch.empty(0))
 
 
-def of_one(gradient: Tensor) -> Gradient:
+def single_batch(gradient: Tensor) -> Gradient:
     """Return what a single gradient comes to."""
     running = RunningGradients()
     running.add({"": gradient})

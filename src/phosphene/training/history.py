@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest, LayerNotFound, ModelNotFound, WeightsRefused, nearest
-from phosphene.images.figure import Picture
+from phosphene.images.display import Picture
 from phosphene.inspection.kernels import Kernels
 from phosphene.rendering.result import Rendered
 from phosphene.storage.atomic import check_writable, write_file, write_manifest
@@ -34,7 +34,7 @@ KERNELS, GRADIENTS, FILTERS = "kernels.safetensors", "gradients.safetensors", "f
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class EpochRecord:
     """What is recorded of one epoch.
 
     Attributes:
@@ -61,7 +61,7 @@ class Entry:
         weights = {name: statistics(one, self.weight_norms[name]) for name, one in self.gradients.items()}
         return {
             "epoch": self.epoch,
-            "metrics": {name: spelled(one) for name, one in self.metrics.items()},
+            "metrics": {name: json_number(one) for name, one in self.metrics.items()},
             "gradients": {**self.facts, "weights": weights} if self.facts else None,
             "filters": self.filters.spec if self.filters else None,
             "notes": list(self.notes),
@@ -72,9 +72,9 @@ def statistics(gradient: Gradient, weight_norm: float) -> dict[str, Any]:
     """Return what is known of a gradient beside its array, in JSON terms; the histogram by power of two."""
     counts = {histogram_name(number): int(count) for number, count in enumerate(gradient.histogram) if count}
     return {
-        "mean_abs": spelled(gradient.mean_abs),
-        "norm": spelled(gradient.norm),
-        "weight_norm": spelled(weight_norm),
+        "mean_abs": json_number(gradient.mean_abs),
+        "norm": json_number(gradient.norm),
+        "weight_norm": json_number(weight_norm),
         "size": gradient.mean.numel(),
         "batches": gradient.batches,
         "nonfinite": gradient.nonfinite,
@@ -88,15 +88,15 @@ def histogram_name(number: int) -> str:
     return {0: "zero", 255: "nonfinite"}.get(number, str(number - BIAS))
 
 
-def spelled(number: float) -> float | str:
+def json_number(number: float) -> float | str:
     """Return a number as JSON can hold it: what is not finite as "NaN", "Infinity" or "-Infinity"."""
     return number if math.isfinite(number) else json.dumps(number)
 
 
-def unspelled(value: Any) -> Any:
+def from_json_number(value: Any) -> Any:
     """Return what was read with the numbers that `spelled` wrote as text."""
     if isinstance(value, dict):
-        return {name: unspelled(one) for name, one in value.items()}
+        return {name: from_json_number(one) for name, one in value.items()}
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
@@ -157,8 +157,8 @@ class History:
     def entry(self, epoch: int | None = None) -> dict[str, Any]:
         """Return what is recorded of an epoch beside arrays and pictures."""
         path = self.place(self.chosen(epoch)) / MANIFEST
-        with whole(path):
-            return {name: unspelled(one) for name, one in json.loads(path.read_text(encoding="utf-8")).items()}
+        with refusing_damage(path):
+            return {name: from_json_number(one) for name, one in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def metrics(self, epoch: int | None = None) -> dict[str, float]:
         """Return an epoch's metrics."""
@@ -185,13 +185,16 @@ class History:
             LayerNotFound, InvalidRequest: there is no such layer, or epoch.
         """
         path, number = self.find(layer), self.chosen(epoch)
-        with whole(self.place(number) / KERNELS), safetensors.safe_open(self.place(number) / KERNELS, "pt") as file:
+        with (
+            refusing_damage(self.place(number) / KERNELS),
+            safetensors.safe_open(self.place(number) / KERNELS, "pt") as file,
+        ):
             return kernels_of(path, file.get_tensor(path), self.facts, number)
 
     def gradients(self, epoch: int | None = None) -> dict[str, Tensor]:
         """Return an epoch's gradient of every trainable weight, in the network's order; {} where none are recorded."""
         path = self.place(self.chosen(epoch)) / GRADIENTS
-        with whole(path):
+        with refusing_damage(path):
             found = safetensors.torch.load_file(path) if path.exists() else {}
         return {one["name"]: found[one["name"]] for one in self.facts["weights"] if one["name"] in found}
 
@@ -207,7 +210,7 @@ class History:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["pictures"]
         return {one["picture"]: opened(folder / one["file"]) for one in listed}
 
-    def write(self, entry: Entry) -> int:
+    def write(self, entry: EpochRecord) -> int:
         """Write an epoch's entry, its manifest last, and return its size in bytes.
 
         Raises:
@@ -246,7 +249,7 @@ class History:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[None]:
+def refusing_damage(path: Path) -> Iterator[None]:
     """Refuse a file of an epoch that turns out to be damaged.
 
     Raises:
@@ -306,7 +309,7 @@ def is_history(path: str | Path) -> bool:
         return False
 
 
-def continued(folder: Path, facts: Mapping[str, Any]) -> History:
+def resume_or_create(folder: Path, facts: Mapping[str, Any]) -> History:
     """Return the record in a folder, begun anew or gone on with.
 
     Raises:

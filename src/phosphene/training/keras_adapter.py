@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from phosphene.errors import InvalidRequest, ModelRefused
 from phosphene.network.capture import borrowed
 from phosphene.network.loading import load
-from phosphene.network.loading.keras_module import Network, addresses, kernel_of, takes_training
+from phosphene.network.loading.keras_module import KerasModule, addresses, kernel_of, takes_training
 from phosphene.network.model import Model
-from phosphene.training.adapter import TOGETHER, Described, Subject
+from phosphene.training.adapter import TOGETHER, TrainedNetwork, WeightSpecs
 
 SOUGHT = ("kernel", "depthwise_kernel", "pointwise_kernel")  # where layers hold what `kernel_of` reads
 KINDS = ("SeparableConv2D", "DepthwiseConv2D", "Conv2DTranspose")  # whose kernels lie otherwise than Conv2D's
 
 
-def subject_of_keras(network: Any) -> Subject:
+def keras_network(network: Any) -> TrainedNetwork:
     """Return a Keras network as a subject, on whichever backend it runs: torch, TensorFlow or JAX.
 
     Its weights go by their Keras path, its layers by the address that `load` gives them.
@@ -39,17 +39,17 @@ def subject_of_keras(network: Any) -> Subject:
     if not network.built or not network.variables:
         raise ModelRefused(f"{network.name} has no weights yet; build it, or run it once, before it is recorded")
     backend = backend_of()
-    if backend not in SLOPES:
-        raise ModelRefused(f"Keras runs on {backend}, and is recorded on one of: {', '.join(SLOPES)}")
+    if backend not in GRADIENTS:
+        raise ModelRefused(f"Keras runs on {backend}, and is recorded on one of: {', '.join(GRADIENTS)}")
     on_torch = backend == "torch"
     layers = {path: one for path, one in addresses(network).items() if readable(one)}
-    return Subject(
+    return TrainedNetwork(
         name=str(network.name),
         weights=partial(trainable, network),
         described=partial(described, network),
         kernels={path: partial(kernel, network, one) for path, one in layers.items()},
         kinds={path: type(one).__name__ for path, one in layers.items()},
-        total_gradient=partial(total_gradient, network, SLOPES[backend](network)),
+        total_gradient=partial(total_gradient, network, GRADIENTS[backend](network)),
         model=partial(handle, network) if on_torch else None,
         has_grad=on_torch,
         scale=partial(loss_scale, network) if on_torch else None,
@@ -84,7 +84,7 @@ def named(network: Any) -> dict[str, Any]:
     return names
 
 
-def described(network: Any) -> list[Described]:
+def described(network: Any) -> list[WeightSpecs]:
     """Return name, shape and number format of every weight."""
     return [(name, tuple(one.shape), str(one.dtype)) for name, one in named(network).items()]
 
@@ -150,10 +150,12 @@ class Batch(NamedTuple):
         return len(next(one for one in sys.modules["keras"].tree.flatten(self.inputs) if one is not None))
 
 
-Slopes = Callable[[Batch, Any], Sequence[Tensor]]  # (batch, loss) -> gradient of each trainable weight
+GradientFunction = Callable[[Batch, Any], Sequence[Tensor]]  # (batch, loss) -> gradient of each trainable weight
 
 
-def total_gradient(network: Any, slopes: Slopes, data: Any, loss: Any, limit: int | None = None) -> dict[str, Tensor]:
+def total_gradient(
+    network: Any, slopes: GradientFunction, data: Any, loss: Any, limit: int | None = None
+) -> dict[str, Tensor]:
     """Return the gradient of the mean loss over all samples with respect to every trainable weight (R2.2a).
 
     The network is in inference mode, so that the figure does not depend on how the data are cut into batches; it, its
@@ -177,7 +179,7 @@ def total_gradient(network: Any, slopes: Slopes, data: Any, loss: Any, limit: in
         raise InvalidRequest(f"a loss is (outputs, targets) -> the batch's mean loss, not {loss!r}")
     sums: list[Tensor] = []
     samples = 0
-    with left_as_found(network):
+    with restoring_state(network):
         names = list(trainable(network))
         for batch in islice(batches(data), limit):
             found = [
@@ -282,7 +284,7 @@ def mean_loss(network: Any, batch: Batch, loss: Any) -> Any:
     return network._compute_loss(batch.inputs, batch.targets, outputs, batch.weights, training=False)
 
 
-def torch_slopes(network: Any) -> Slopes:
+def torch_gradients(network: Any) -> GradientFunction:
     """Return what differentiates on torch; `.grad` is not touched."""
 
     def slopes(batch: Batch, loss: Any) -> list[Tensor]:
@@ -299,7 +301,7 @@ def torch_slopes(network: Any) -> Slopes:
     return slopes
 
 
-def tensorflow_slopes(network: Any) -> Slopes:
+def tensorflow_gradients(network: Any) -> GradientFunction:
     """Return what differentiates on TensorFlow, with a tape of its own."""
     tensorflow: Any = importlib.import_module("tensorflow")
 
@@ -314,7 +316,7 @@ def tensorflow_slopes(network: Any) -> Slopes:
     return slopes
 
 
-def jax_slopes(network: Any) -> Slopes:
+def jax_gradients(network: Any) -> GradientFunction:
     """Return what differentiates on JAX: compiled once for each loss and shape of batch, where the network may be."""
     jax: Any = importlib.import_module("jax")
 
@@ -346,11 +348,11 @@ def jax_slopes(network: Any) -> Slopes:
     return slopes
 
 
-SLOPES = {"torch": torch_slopes, "tensorflow": tensorflow_slopes, "jax": jax_slopes}
+GRADIENTS = {"torch": torch_gradients, "tensorflow": tensorflow_gradients, "jax": jax_gradients}
 
 
 @contextmanager
-def left_as_found(network: Any) -> Iterator[None]:
+def restoring_state(network: Any) -> Iterator[None]:
     """Give a network back as it was: losses that layers added, metrics, states of random generators, and flags."""
     synchronise(network)
     layers = network._flatten_layers()
@@ -358,7 +360,7 @@ def left_as_found(network: Any) -> Iterator[None]:
     metrics = list(network.metrics)
     values = [(one, number_of(one)) for one in (*network.non_trainable_variables, *network.metrics_variables)]
     draws = random.getstate(), np.random.get_state()
-    frozen = borrowed(Network(network, addresses(network), True)) if backend_of() == "torch" else nullcontext()
+    frozen = borrowed(KerasModule(network, addresses(network), True)) if backend_of() == "torch" else nullcontext()
     try:
         with seeds_kept(), frozen:
             yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import operator
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from phosphene.errors import Interrupted, InvalidRequest, LayerNotFound
+from phosphene.arguments import whole_number
+from phosphene.errors import Interrupted, InvalidRequest, LayerNotFound, first_line
+from phosphene.network.channel_ranges import parse_channels
 from phosphene.network.loading.keras import is_keras_model
-from phosphene.network.model import Model, first_line, parse_channels
+from phosphene.network.model import Model
 from phosphene.rendering.objectives import channel
 from phosphene.rendering.recipes import Recipe, find_recipe
 from phosphene.rendering.render import render
 from phosphene.rendering.result import Rendered
-from phosphene.training.adapter import Subject, subject_of
-from phosphene.training.disk_budget import bytes_of, check_cap, in_bytes, space
-from phosphene.training.gradient_statistics import Gradient, RunningGradients, SinceLast, of_one
-from phosphene.training.history import Entry, History, continued, kernels_of, size_of
-from phosphene.training.keras_adapter import subject_of_keras
-from phosphene.training.writers import checked, publish
+from phosphene.training.adapter import TrainedNetwork, torch_network
+from phosphene.training.disk_budget import bytes_of, bytes_per_epoch, check_cap, in_bytes
+from phosphene.training.gradient_statistics import Gradient, RunningGradients, SinceLast, single_batch
+from phosphene.training.history import EpochRecord, History, kernels_of, resume_or_create, size_of
+from phosphene.training.keras_adapter import keras_network
+from phosphene.training.writers import matched_writers, publish
 from phosphene.version import __version__
 
 CAP = 10 * 2**30
@@ -71,7 +72,7 @@ class Recorder:
 
     def __init__(
         self,
-        model: nn.Module | Model | Subject,
+        model: nn.Module | Model | TrainedNetwork,
         store: str | Path,
         layers: str = "conv*",
         gradients: str | None = "running",
@@ -89,13 +90,13 @@ class Recorder:
         self.subject = as_subject(model)
         self.layers = matching(layers, self.subject.kinds)
         check(self.subject, gradients, data, every)
-        checked(writer)
+        matched_writers(writer)
         find_recipe(recipe)
         if epochs is not None:
-            check_count("epochs", epochs, 0)
+            whole_number(epochs, "epochs")
         store = Path(store).expanduser()
         self.kind, self.every, self.data, self.loss, self.writer = gradients, every, data, loss, writer
-        self.film = None if filters is None else film_of(self.subject, filters, recipe)
+        self.film = None if filters is None else epoch_filters_of(self.subject, filters, recipe)
         if gradients == "epoch":
             self.subject.total_gradient(data, loss, 1)  # what does not work is better known before the training
         self.cap = cap
@@ -105,9 +106,9 @@ class Recorder:
             facts = self.facts()
             kernels = [self.subject.kernels[path]() for path in self.layers]
             weights = list(self.subject.weights().values()) if self.kind else []
-            each = space(kernels, weights, self.film.pixels if self.film else 0)
+            each = bytes_per_epoch(kernels, weights, self.film.pixels if self.film else 0)
             check_cap(store, each, -(-(epochs or 1) // self.every), cap)
-            self.history = continued(store, facts)
+            self.history = resume_or_create(store, facts)
             self.used = size_of(self.history.folder)
             self.last = max(self.history.epochs, default=-1)
 
@@ -174,7 +175,7 @@ class Recorder:
         Raises:
             InvalidRequest: the number is none, a metric is no number, or no backward pass was seen.
         """
-        epoch = check_count("an epoch", epoch, 0)
+        epoch = whole_number(epoch, "an epoch")
         numbers = {name: as_number(name, one) for name, one in metrics.items()}
         if self.history is None:
             return
@@ -193,7 +194,7 @@ class Recorder:
         if self.writer is not None:
             publish(self.writer, entry)
 
-    def entry(self, epoch: int, metrics: Mapping[str, float], described: Mapping[str, Any]) -> Entry:
+    def entry(self, epoch: int, metrics: Mapping[str, float], described: Mapping[str, Any]) -> EpochRecord:
         """Return what is to be recorded of an epoch of what the record describes."""
         facts: dict[str, Any] = {}
         if self.kind == "running":
@@ -203,14 +204,14 @@ class Recorder:
             self.clipped.clear()
         elif self.kind == "epoch":
             facts = {"kind": "epoch", "read": "of the total loss", "batches": 1}
-            found = {name: of_one(one) for name, one in self.subject.total_gradient(self.data, self.loss).items()}
+            found = {name: single_batch(one) for name, one in self.subject.total_gradient(self.data, self.loss).items()}
         else:
             found = {}
         weights = self.subject.weights()
         kernels = {path: self.subject.kernels[path]().detach().cpu().clone().contiguous() for path in self.layers}
         filters, notes = self.film.rendered() if self.film else (None, ())
         ordered = {name: found[name] for name in weights if name in found}
-        return Entry(
+        return EpochRecord(
             epoch=epoch,
             metrics=metrics,
             kernels={path: kernels_of(path, one, described, epoch) for path, one in kernels.items()},
@@ -221,7 +222,7 @@ class Recorder:
             notes=(*notes, *not_finite(epoch, ordered)),
         )
 
-    def keep(self, history: History, entry: Entry) -> list[str]:
+    def keep(self, history: History, entry: EpochRecord) -> list[str]:
         """Write an entry, and return what the user should know: that it does not fit the cap or the disk, or replaces.
 
         Whatever happens here, the training goes on.
@@ -244,7 +245,7 @@ class Recorder:
         return notes
 
 
-class Film(NamedTuple):
+class EpochFilters(NamedTuple):
     """Filters that are rendered after every epoch, from the same seed."""
 
     model: Model
@@ -271,18 +272,18 @@ class Film(NamedTuple):
             return None, (f"filters were not rendered: {first_line(error)}",)
 
 
-def as_subject(model: Any) -> Subject:
+def as_subject(model: Any) -> TrainedNetwork:
     """Return what is recorded, whichever framework it is of.
 
     Raises:
         InvalidRequest: it is no network.
     """
-    if isinstance(model, Subject):
+    if isinstance(model, TrainedNetwork):
         return model
     if is_keras_model(model):
-        return subject_of_keras(model)
+        return keras_network(model)
     if isinstance(model, nn.Module | Model):
-        return subject_of(model)
+        return torch_network(model)
     raise InvalidRequest(f"a Recorder watches a torch.nn.Module or a Keras model, not a {type(model).__name__}")
 
 
@@ -299,7 +300,7 @@ def matching(pattern: str, kinds: Mapping[str, str]) -> list[str]:
     return found
 
 
-def check(subject: Subject, gradients: str | None, data: Any, every: int) -> None:
+def check(subject: TrainedNetwork, gradients: str | None, data: Any, every: int) -> None:
     """Refuse settings that cannot be recorded."""
     if any(type(one).__name__ == "DTensor" for one in subject.weights().values()):
         raise InvalidRequest(
@@ -315,24 +316,9 @@ def check(subject: Subject, gradients: str | None, data: Any, every: int) -> Non
             "gradients='running' reads what backward passes leave in .grad, which this backend has not; give "
             "gradients='epoch' with data=, or gradients=None"
         )
-    check_count("every", every, 1)
+    whole_number(every, "every", 1)
     if gradients == "running" and not subject.weights():
         raise InvalidRequest("no weight of the network is trained; unfreeze some, or record with gradients=None")
-
-
-def check_count(name: str, number: Any, least: int) -> int:
-    """Return a whole number, of whatever kind.
-
-    Raises:
-        InvalidRequest: it is none, or too small.
-    """
-    try:
-        count = -1 if isinstance(number, bool) else operator.index(number)
-    except TypeError:
-        count = -1
-    if count < least:
-        raise InvalidRequest(f"{name} is a whole number from {least} on, not {number!r}")
-    return count
 
 
 def check_kinds(**given: tuple[Any, Any]) -> None:
@@ -354,7 +340,7 @@ def scale_of(scaler: Any) -> float:
     return 1.0 if taken_out else float(scaler.get_scale())
 
 
-def film_of(subject: Subject, filters: str, recipe: str | Recipe) -> Film:
+def epoch_filters_of(subject: TrainedNetwork, filters: str, recipe: str | Recipe) -> EpochFilters:
     """Return the filters that LAYER:CHANNELS means.
 
     Raises:
@@ -367,7 +353,7 @@ def film_of(subject: Subject, filters: str, recipe: str | Recipe) -> Film:
     found = model.find(int(layer) if layer.isdigit() else layer)
     if found.channels is None or not found.is_map:
         raise InvalidRequest(f"{layer} has no map of channels to render; give a convolution as LAYER:0:8")
-    return Film(model, found.path, parse_channels(channels or "all", found.channels), find_recipe(recipe))
+    return EpochFilters(model, found.path, parse_channels(channels or "all", found.channels), find_recipe(recipe))
 
 
 def is_first_process() -> bool:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phosphene.images import figure
-from phosphene.inspection.kernels import LARGEST, REACH, SMALLEST, STYLES, as_levels
+from phosphene.images import display
+from phosphene.inspection.kernels import LARGEST, SCALE_IN_RMS, SMALLEST, STYLES, as_levels
 from phosphene.training.history import History
 
 SIDES = (160, 128, 96, 64, 48)  # pixels of a rendered picture's longer side
 
 
-class Look(ABC):
+class LayerTimeline(ABC):
     """What there is to see of a layer: kernels, or rendered filters.
 
     Attributes:
@@ -45,7 +45,7 @@ class Look(ABC):
         """Return the sizes (h, w) at which a tile may be shown, the largest first."""
 
 
-class Drawn(Look):
+class KernelTimeline(LayerTimeline):
     """The kernels of a layer, as a look."""
 
     noun = "kernels"
@@ -71,7 +71,7 @@ class Drawn(Look):
         broken = ~weights.isfinite().flatten(2).all(2)
         levels = as_levels(weights.nan_to_num(0, 0, 0), self.low, self.high)
         if not self.order:
-            return figure.painted(levels, self.colours), broken
+            return display.apply_colormap(levels, self.colours), broken
         colours = levels.flip(1) if self.order == "bgr" else levels
         return colours.permute(0, 2, 3, 1)[:, None], broken.any(1, keepdim=True)
 
@@ -79,7 +79,7 @@ class Drawn(Look):
         return enlarged(self.shape[2:], LARGEST if self.shape[1] > 1 else 2 * LARGEST)
 
 
-class Rendered(Look):
+class FilterTimeline(LayerTimeline):
     """The pictures that were rendered of a layer's filters, as a look."""
 
     noun = "filters"
@@ -118,7 +118,7 @@ def common_scale(epochs: Sequence[tuple[float, float, float, int]], about_zero: 
     lows, highs, squares, counts = zip(*epochs, strict=True)
     low, high, count = min(lows), max(highs), sum(counts)
     if count and (about_zero or low == high):
-        high = min(max(abs(low), abs(high)), REACH * math.sqrt(sum(squares) / count)) or 1.0
+        high = min(max(abs(low), abs(high)), SCALE_IN_RMS * math.sqrt(sum(squares) / count)) or 1.0
         low = -high
     return (low, high) if count else (-1.0, 1.0)
 

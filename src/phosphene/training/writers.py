@@ -7,7 +7,6 @@ entries that are 0), `gradient_nonfinite_batches/` where there are any, `gradien
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
@@ -16,10 +15,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from phosphene.errors import ExtraMissing, InvalidRequest
-from phosphene.images.figure import Picture
+from phosphene.errors import InvalidRequest, require_extra
+from phosphene.images.display import Picture
 from phosphene.training.gradient_statistics import BIAS, EXPONENTS, Gradient
-from phosphene.training.history import Entry
+from phosphene.training.history import EpochRecord
 
 FAILED: WeakSet[Any] = WeakSet()  # writers that the user was warned about
 STEPS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the last step of each run of Weights & Biases
@@ -27,10 +26,10 @@ EPOCH = "phosphene_epoch"  # what the panels of Weights & Biases are drawn over
 NUMBERS = ("epoch_metrics", "gradient_norm", "gradient_mean_abs", "gradient_zeros", "gradient_nonfinite_batches")
 GROUPS = (*NUMBERS, "gradient_log2", "kernels", "filters")
 
-Show = Callable[[Any, Entry], None]  # what one kind of writer does with an epoch
+Show = Callable[[Any, EpochRecord], None]  # what one kind of writer does with an epoch
 
 
-def publish(writer: Any, entry: Entry) -> None:
+def publish(writer: Any, entry: EpochRecord) -> None:
     """Show what was recorded of an epoch.
 
     Whatever a writer fails with, the training goes on: the first failure of each is a warning, the others are silent.
@@ -42,7 +41,7 @@ def publish(writer: Any, entry: Entry) -> None:
     Raises:
         InvalidRequest: the writer is neither.
     """
-    found = checked(writer)
+    found = matched_writers(writer)
     for one, kind in found:
         try:
             kind(one, entry)
@@ -56,7 +55,7 @@ def publish(writer: Any, entry: Entry) -> None:
                 )
 
 
-def checked(writer: Any) -> list[tuple[Any, Show]]:
+def matched_writers(writer: Any) -> list[tuple[Any, Show]]:
     """Return every writer with what shows an epoch on it, so that a wrong one is refused before the training.
 
     Raises:
@@ -72,7 +71,7 @@ def checked(writer: Any) -> list[tuple[Any, Show]]:
         if has(run, "add_scalar", "add_image", "add_histogram_raw"):
             found.append((run, to_tensorboard))
         elif has(run, "log", "define_metric"):
-            wandb()
+            require_extra("wandb", "wandb")
             found.append((run, to_wandb))
         else:
             what = f"the module {one.__name__}, in which no run goes on" if isinstance(one, ModuleType) else type(one)
@@ -88,19 +87,7 @@ def has(writer: Any, *methods: str) -> bool:
     return all(callable(getattr(writer, one, None)) for one in methods)
 
 
-def wandb() -> Any:
-    """Return the package of Weights & Biases.
-
-    Raises:
-        ExtraMissing: it is not installed.
-    """
-    try:
-        return importlib.import_module("wandb")
-    except ImportError as error:
-        raise ExtraMissing("wandb is not installed; install it with: pip install 'phosphene[wandb]'") from error
-
-
-def to_tensorboard(writer: Any, entry: Entry) -> None:
+def to_tensorboard(writer: Any, entry: EpochRecord) -> None:
     """Write an epoch into TensorBoard's event file, the epoch being the step."""
     for name, number in scalars(entry):
         writer.add_scalar(name, number, entry.epoch)
@@ -125,14 +112,14 @@ def to_tensorboard(writer: Any, entry: Entry) -> None:
         writer.flush()
 
 
-def to_wandb(run: Any, entry: Entry) -> None:
+def to_wandb(run: Any, entry: EpochRecord) -> None:
     """Log an epoch to a run of Weights & Biases, all in one row.
 
     A row that lies before the run's last step would be thrown away by it, and logging without a step would push away
     what the user logs for the same step afterwards. So the row's step is the epoch where nobody else has gone further,
     else where the run stands. The panels are drawn over the epoch in either case.
     """
-    package = wandb()
+    package = require_extra("wandb", "wandb")
     row: dict[str, Any] = {EPOCH: entry.epoch, **dict(scalars(entry))}
     row |= {name: package.Histogram(np_histogram=bins) for name, bins in histograms(entry)}
     row |= {name: package.Image(picture.convert("RGB")) for name, picture in pictures(entry)}
@@ -147,7 +134,7 @@ def to_wandb(run: Any, entry: Entry) -> None:
     run.log(row, step=step)
 
 
-def scalars(entry: Entry) -> Iterator[tuple[str, float]]:
+def scalars(entry: EpochRecord) -> Iterator[tuple[str, float]]:
     """Yield the numbers of an epoch by name; none is taken to a logarithm: both tools have a logarithmic axis."""
     for name, number in entry.metrics.items():
         yield f"epoch_metrics/{name}", float(number)
@@ -159,7 +146,7 @@ def scalars(entry: Entry) -> Iterator[tuple[str, float]]:
             yield f"gradient_nonfinite_batches/{name}", gradient.nonfinite
 
 
-def histograms(entry: Entry) -> Iterator[tuple[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
+def histograms(entry: EpochRecord) -> Iterator[tuple[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
     """Yield (counts, edges) of log2 |g| for each weight tensor, without the empty bins at both ends.
 
     The bins are one wide in the logarithm, for on a linear axis all of a gradient would be one stroke at 0. Zeros and
@@ -182,7 +169,7 @@ def log_bins(gradient: Gradient) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, 
     return counts[low : high + 1], edges
 
 
-def pictures(entry: Entry) -> Iterator[tuple[str, Picture]]:
+def pictures(entry: EpochRecord) -> Iterator[tuple[str, Picture]]:
     """Yield the kernel sheet of each layer, its first page where it has several, and the rendered filters."""
     for layer, kernels in entry.kernels.items():
         yield f"kernels/{layer}", kernels.grid()

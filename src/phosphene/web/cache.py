@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 
-class Held(NamedTuple, Generic[T]):
+class CacheEntry(NamedTuple, Generic[T]):
     """Something kept: how much it counts, and until when it is taken as it is."""
 
     value: T
@@ -20,7 +20,7 @@ class Held(NamedTuple, Generic[T]):
     until: float
 
 
-class Shelf(Generic[T]):
+class SizedCache(Generic[T]):
     """What was read of late, by key. Threads may share one.
 
     Attributes:
@@ -30,7 +30,7 @@ class Shelf(Generic[T]):
 
     def __init__(self, most: int, seconds: float = math.inf) -> None:
         self.most, self.seconds = most, seconds
-        self.held: OrderedDict[Hashable, Held[T]] = OrderedDict()
+        self.held: OrderedDict[Hashable, CacheEntry[T]] = OrderedDict()
         self.lock = Lock()
 
     def get(self, key: Hashable, read: Callable[[T | None], tuple[T, int]]) -> T:
@@ -42,7 +42,7 @@ class Shelf(Generic[T]):
                 return before.value
         value, size = read(before.value if before else None)  # two threads may both, which costs time alone
         with self.lock:
-            self.held[key] = Held(value, size, monotonic() + self.seconds)
+            self.held[key] = CacheEntry(value, size, monotonic() + self.seconds)
             self.held.move_to_end(key)
             total = sum(one.size for one in self.held.values())
             while total > self.most and len(self.held) > 1:

@@ -12,7 +12,7 @@ from phosphene.web.site import Site
 
 INDEX, MARK = "index.html", "made-by-phosphene.txt"
 OWN = (MARK, INDEX, "static", "atlas", "evidence", "runs")
-WHAT = (
+MARKER_TEXT = (
     "The files here were written by `phosphene export`, which may be run again into this folder.\n"
     "Open index.html. The next export takes away those of the files below that it has not:\n"
 )
@@ -34,14 +34,14 @@ def export(site: Site, folder: Path, watch: Callable[[int, int], None] | None = 
     check_own(folder)
     paths = [one for one in dict.fromkeys(site.paths()) if one != INDEX]
     earlier = exported(folder)
-    write_file(folder / MARK, marked([*paths, INDEX, *earlier]))  # of both, should this be cut off
+    write_file(folder / MARK, marker_text([*paths, INDEX, *earlier]))  # of both, should this be cut off
     for done, path in enumerate(paths, 1):
         write_file(folder / path, site.get(path).body)
         if watch:
             watch(done, len(paths) + 1)
     kept = {one.casefold() for one in (*paths, INDEX)}  # some disks do not tell "A" from "a"
     sweep(folder, [one for one in earlier if one.casefold() not in kept])
-    write_file(folder / MARK, marked([*paths, INDEX]))
+    write_file(folder / MARK, marker_text([*paths, INDEX]))
     write_file(folder / INDEX, site.get(INDEX).body)
     if watch:
         watch(len(paths) + 1, len(paths) + 1)
@@ -57,9 +57,9 @@ def check_own(folder: Path) -> None:
         raise InvalidRequest(f"{folder} holds other files, such as {other}; give the export a folder of its own")
 
 
-def marked(paths: Iterable[str]) -> bytes:
+def marker_text(paths: Iterable[str]) -> bytes:
     """Return what the marker file says: what it is for, and what was written."""
-    return "\n".join([WHAT, *sorted(set(paths)), ""]).encode()
+    return "\n".join([MARKER_TEXT, *sorted(set(paths)), ""]).encode()
 
 
 def exported(folder: Path) -> list[str]:

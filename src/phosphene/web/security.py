@@ -37,7 +37,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 READS = ("GET", "HEAD")
-OPEN = re.compile("/healthz|/static/[^/]+")  # what nobody needs a token for: nothing of the store is there
+PUBLIC_PATHS = re.compile("/healthz|/static/[^/]+")  # what nobody needs a token for: nothing of the store is there
 SLOWEST = 30.0  # seconds that a body may take to arrive
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -51,14 +51,14 @@ FORM = (
 )
 
 
-class Refused(NamedTuple):
+class RequestRefused(NamedTuple):
     """Why a request goes no further."""
 
     status: int
     sentence: str
 
 
-class Guard:
+class SecurityMiddleware:
     """ASGI middleware that lets through what comes from this page's own address, and with a token who has it.
 
     Args:
@@ -90,7 +90,7 @@ class Guard:
         refused = host_refused(request.headers, self.names) or site_refused(request.method, request.headers)
         if refused:
             return told(request, refused)
-        free = OPEN.fullmatch(request.scope["path"])
+        free = PUBLIC_PATHS.fullmatch(request.scope["path"])
         return self.token_asked(request, self.token) if self.token and not free else None
 
     def token_asked(self, request: Request, token: str) -> Response | None:
@@ -107,19 +107,21 @@ class Guard:
             return response
         given = "That is not the token" if "token" in request.query_params else "This page needs its token"
         sentence = f"{given}: type it here, or open the address that `phosphene serve` has printed."
-        return told(request, Refused(403, sentence), FORM)
+        return told(request, RequestRefused(403, sentence), FORM)
 
 
-def host_refused(headers: Headers, names: frozenset[str] | None) -> Refused | None:
+def host_refused(headers: Headers, names: frozenset[str] | None) -> RequestRefused | None:
     """Return why the name by which the server was called is refused, if it is; see `Guard`."""
     given = headers.getlist("host")
     host = host_of(given[0]) if len(given) == 1 else None
     if host is None:
-        return Refused(400, "The request has no Host, or more than one, or one that is none; send the page's own.")
+        return RequestRefused(
+            400, "The request has no Host, or more than one, or one that is none; send the page's own."
+        )
     if is_loopback(host) if names is None else is_loopback(host) or is_address(host) or host in names:
         return None
     also = "localhost or 127.0.0.1" if names is None else "its address, or by the name given with --host"
-    return Refused(421, f"This server does not answer to the name {host}; call it by {also}.")
+    return RequestRefused(421, f"This server does not answer to the name {host}; call it by {also}.")
 
 
 def host_of(header: str) -> str | None:
@@ -152,7 +154,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (is_address(host) and ip_address(host).is_loopback)
 
 
-def site_refused(method: str, headers: Headers) -> Refused | None:
+def site_refused(method: str, headers: Headers) -> RequestRefused | None:
     """Return why a request that another site made the browser send is refused; following a link to a page is not."""
     origin, host = headers.get("origin"), headers.get("host", "").lower()
     foreign = headers.get("sec-fetch-site", "none").lower() not in ("none", "same-origin")
@@ -160,7 +162,7 @@ def site_refused(method: str, headers: Headers) -> Refused | None:
     own = origin is None or origin.lower() in (f"http://{host}", f"https://{host}")
     if own and (followed or not foreign):
         return None
-    return Refused(403, "The request came from a page of another site; open this page in a tab of its own.")
+    return RequestRefused(403, "The request came from a page of another site; open this page in a tab of its own.")
 
 
 def same(given: str, wanted: str) -> bool:
@@ -198,7 +200,7 @@ def cleaned(request: Request) -> Response:
     return HTMLResponse(page, 200, {"Refresh": f"0; url={address}", "Cache-Control": "no-store"})
 
 
-def told(request: Request, refused: Refused, more: str = "") -> Response:
+def told(request: Request, refused: RequestRefused, more: str = "") -> Response:
     """Return a refusal as a page, or where a script asked as JSON."""
     headers = {"Cache-Control": "no-store"}
     if wants_json(request):

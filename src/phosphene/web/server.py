@@ -33,9 +33,9 @@ from phosphene.errors import (
     PhospheneError,
     StoreRefused,
 )
-from phosphene.web.security import HEADERS, Guard, wants_json
+from phosphene.web.security import HEADERS, SecurityMiddleware, wants_json
 from phosphene.web.site import Content, Site
-from phosphene.web.templating import page
+from phosphene.web.templating import render_template
 
 THREADS = 8  # that read the store and make pages at the same time
 CONNECTIONS = 800  # at once, which leaves room below the 1,024 files that a process mostly may open
@@ -82,7 +82,7 @@ def application(
 
     shown = Starlette(
         routes=[Route("/healthz", healthy), *live, Route("/{path:path}", get)],
-        middleware=[Middleware(Guard, names=names, token=token)],
+        middleware=[Middleware(SecurityMiddleware, names=names, token=token)],
         exception_handlers={PhospheneError: refused, HTTPException: failed, Exception: unforeseen},
     )
     shown.state.live, shown.state.close = site.live, on_shutdown
@@ -110,7 +110,7 @@ def answered(site: Site, request: Request) -> Response:
         headers["Vary"] = "Accept-Encoding"
     if known(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    body = packed(request, content)
+    body = gzipped(request, content)
     if body is not content.body:
         headers["Content-Encoding"] = "gzip"
     return Response(body, 200, headers, content.media_type)
@@ -143,7 +143,7 @@ def known(request: Request, tag: str) -> bool:
     return tag.removeprefix("W/") in given or given == ["*"]
 
 
-def packed(request: Request, content: Content) -> bytes:
+def gzipped(request: Request, content: Content) -> bytes:
     """Return the bytes to send: text smaller, where the browser can read that. Runs in a thread, as it takes a while.
 
     Starlette's own middleware would do it for the routes of live use too, which send their events one by one.
@@ -157,7 +157,7 @@ def packed(request: Request, content: Content) -> bytes:
 def refused(request: Request, error: Exception) -> Response:
     """Answer with the sentence of an error of ours."""
     status = next(number for kind, number in STATUS if isinstance(error, kind))
-    return told(request, status, str(error))
+    return titled_error(request, status, str(error))
 
 
 def failed(request: Request, error: Exception) -> Response:
@@ -166,7 +166,7 @@ def failed(request: Request, error: Exception) -> Response:
     sentence = error.detail
     if error.status_code == 405:
         sentence = f"{request.method} is not for this address; open it as a page."
-    return told(request, error.status_code, sentence, dict(error.headers or {}))
+    return titled_error(request, error.status_code, sentence, dict(error.headers or {}))
 
 
 def unforeseen(request: Request, error: Exception) -> Response:
@@ -174,10 +174,12 @@ def unforeseen(request: Request, error: Exception) -> Response:
 
     The connection ends, as nobody knows what of the request has been read.
     """
-    return told(request, 500, "Something failed here; the server's log says what.", {**HEADERS, "Connection": "close"})
+    return titled_error(
+        request, 500, "Something failed here; the server's log says what.", {**HEADERS, "Connection": "close"}
+    )
 
 
-def told(request: Request, status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
+def titled_error(request: Request, status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
     """Return an error as a page, or where a script asked as JSON."""
     shown = {"Cache-Control": "no-store", **(headers or {})}
     if wants_json(request):
@@ -186,7 +188,7 @@ def told(request: Request, status: int, sentence: str, headers: dict[str, str] |
     depth = min(request.scope.get("raw_path", b"/").partition(b"?")[0].count(b"/") - 1, DEEPEST)
     here = "x/" * depth + "error.html"
     title = TITLES.get(status, "This cannot be shown")
-    content = page("error.html", here, request.app.state.live, title=title, sentence=sentence)
+    content = render_template("error.html", here, request.app.state.live, title=title, sentence=sentence)
     return Response(content, status, shown, "text/html; charset=utf-8")
 
 
@@ -222,7 +224,7 @@ def not_bound(host: str, port: int, error: OSError) -> str:
     return f"nothing can listen at {host}: {error.strerror}; give --host an address of this machine"
 
 
-class Serving(uvicorn.Server):
+class Server(uvicorn.Server):
     """A server that says when it is ready, and when it ends first has the work under way stop."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None], close: Callable[[], None]) -> None:
@@ -247,8 +249,8 @@ def serve(shown: Starlette, at: socket.socket, ready: Callable[[], None] = lambd
         at: a socket that listens.
         ready: called when the first request can come.
     """
-    with signals_spent():
-        Serving(configured(shown), ready, shown.state.close).run([at])
+    with without_reraised_signals():
+        Server(configured(shown), ready, shown.state.close).run([at])
 
 
 def configured(shown: Starlette) -> uvicorn.Config:
@@ -271,7 +273,7 @@ def configured(shown: Starlette) -> uvicorn.Config:
 
 
 @contextmanager
-def signals_spent() -> Iterator[None]:
+def without_reraised_signals() -> Iterator[None]:
     """Let a signal end the server and no more: when it has ended, uvicorn raises the signal again."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     try:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 from phosphene.errors import EntryNotFound
 from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
-from phosphene.web.cache import Shelf
-from phosphene.web.slugs import layer_path, layer_slug
-from phosphene.web.store_reader import Gallery
-from phosphene.web.templating import page
-from phosphene.web.urls import evidence_href, file_href, filter_href, layer_href, network_href
+from phosphene.web.cache import SizedCache
+from phosphene.web.store_reader import StoreReader
+from phosphene.web.templating import render_template
+from phosphene.web.urls import evidence_href, file_href, filter_href, layer_href, layer_path, layer_slug, network_href
 from phosphene.web.views.atlas import cards, layer_view, network_view
-from phosphene.web.views.filter import filter_view, nowhere
-from phosphene.web.views.training import Training
+from phosphene.web.views.filter import filter_view, unrendered_view
+from phosphene.web.views.training import TrainingView
 
 HTML = "text/html; charset=utf-8"
 MEDIA_TYPES = {
@@ -57,11 +56,11 @@ class Site:
     """
 
     def __init__(
-        self, gallery: Gallery, runs: Sequence[Training], live: bool = False, damaged: Sequence[str] = ()
+        self, gallery: StoreReader, runs: Sequence[TrainingView], live: bool = False, damaged: Sequence[str] = ()
     ) -> None:
         self.gallery, self.runs, self.live = gallery, {one.name: one for one in runs}, live
         self.damaged = tuple(damaged)
-        self.pages: Shelf[Content] = Shelf(PAGES)
+        self.pages: SizedCache[Content] = SizedCache(PAGES)
         self.static = {one.name: one for one in files("phosphene.web").joinpath("static").iterdir() if one.is_file()}
 
     def get(self, path: str) -> Content:
@@ -130,7 +129,9 @@ class Site:
         shown = {"atlases": cards(self.gallery), "runs": [one.card() for one in self.runs.values()]}
         jobs = self.gallery.unfinished() if self.live else 0  # of what is being made plain files know nothing
         damaged = [*self.damaged, *self.gallery.damaged()]
-        return content(page("index.html", "index.html", self.live, unfinished=jobs, damaged=damaged, **shown), HTML)
+        return content(
+            render_template("index.html", "index.html", self.live, unfinished=jobs, damaged=damaged, **shown), HTML
+        )
 
     def photo(self, d: str) -> dict[str, Any]:
         """Return what `photo.html` shows."""
@@ -158,23 +159,23 @@ class Site:
             except EntryNotFound:
                 if not self.live:
                     raise
-                return nowhere(self.gallery, d, path, n)
+                return unrendered_view(self.gallery, d, path, n)
 
-        return content(page("filter.html", here, self.live, **made()), HTML)
+        return content(render_template("filter.html", here, self.live, **made()), HTML)
 
     def view(self, here: str, template: str, context: Callable[[], dict[str, Any]], *about: str) -> Content:
         """Return the page of an atlas or a layer, which is kept until its manifest changes."""
 
         def read(_: object) -> tuple[Content, int]:
-            made = content(page(template, here, self.live, **context()), HTML)
+            made = content(render_template(template, here, self.live, **context()), HTML)
             return made, len(made.body)
 
         return self.pages.get((here, self.gallery.mark(*about)), read)
 
-    def of_run(self, here: str, run: Training, rest: str) -> Content:
+    def of_run(self, here: str, run: TrainingView, rest: str) -> Content:
         """Return what lies in the folder of a training run."""
         if rest == "index.html":
-            return content(page("run.html", here, self.live, **run.view()), HTML)
+            return content(render_template("run.html", here, self.live, **run.view()), HTML)
         return content(*run.file(rest))
 
 

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 from phosphene.atlases.report import verdicts_of
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import EntryNotFound, InvalidRequest, PhospheneError, StoreRefused, nearest
-from phosphene.evidence.collect import Evidence, stored
-from phosphene.storage.store import MANIFEST, STORE, Store, entry, open_store
+from phosphene.evidence.collect import Evidence, load_evidence
+from phosphene.storage.store import MANIFEST, STORE, Store, entry_path, open_store
 from phosphene.training.history import History, is_history, open_history
-from phosphene.web.cache import Shelf
-from phosphene.web.slugs import layer_path, layer_slug
-from phosphene.web.urls import DIGITS
+from phosphene.web.cache import SizedCache
+from phosphene.web.urls import DIGITS, layer_path, layer_slug
 
-__all__ = ["AtlasFacts", "Filter", "Gallery", "found_at", "layer_path", "layer_slug"]
+__all__ = ["AtlasFacts", "Filter", "StoreReader", "layer_path", "layer_slug", "stores_and_records_at"]
 
 SECONDS = 3.0  # that something is kept
 MANIFESTS = 24_000_000  # bytes of manifests, as they lie in the store
@@ -51,7 +50,7 @@ class Filter(NamedTuple):
     job: Mapping[str, Any]
 
 
-class Found(NamedTuple):
+class StoresAndRecords(NamedTuple):
     """What there is at a place to be shown, and a sentence on each store or record that cannot be read."""
 
     stores: list[Store]
@@ -59,7 +58,7 @@ class Found(NamedTuple):
     damaged: list[str]
 
 
-class Gallery:
+class StoreReader:
     """The atlases of some stores. Threads may share one.
 
     Attributes:
@@ -68,11 +67,11 @@ class Gallery:
 
     def __init__(self, stores: Sequence[Store], seconds: float = SECONDS) -> None:
         self.stores = tuple(stores)
-        self.places: Shelf[dict[str, tuple[Store, str]]] = Shelf(1, seconds)
-        self.manifests: Shelf[Manifest] = Shelf(MANIFESTS, seconds)
-        self.known: Shelf[Evidence] = Shelf(EVIDENCE)
-        self.worked: Shelf[int] = Shelf(1, seconds)
-        self.jobs: Shelf[frozenset[str]] = Shelf(JOBS)
+        self.places: SizedCache[dict[str, tuple[Store, str]]] = SizedCache(1, seconds)
+        self.manifests: SizedCache[Manifest] = SizedCache(MANIFESTS, seconds)
+        self.known: SizedCache[Evidence] = SizedCache(EVIDENCE)
+        self.worked: SizedCache[int] = SizedCache(1, seconds)
+        self.jobs: SizedCache[frozenset[str]] = SizedCache(JOBS)
 
     def atlases(self) -> list[AtlasFacts]:
         """Return all atlases that can be read, by the names of their networks; see `damaged`."""
@@ -147,7 +146,7 @@ class Gallery:
     def evidence(self, d: str) -> Evidence | None:
         """Return what photos do to the network of an atlas, without the crops; None where none were shown."""
         digest, store = self.atlas(d)["evidence"], self.store_of(d)
-        return digest and self.known.get((store, digest), lambda _: (stored(store, digest, sheets=False), 1))
+        return digest and self.known.get((store, digest), lambda _: (load_evidence(store, digest, sheets=False), 1))
 
     def photos(self, d: str) -> int | None:
         """Return how many photos were shown to the network of an atlas; None where none were."""
@@ -234,7 +233,7 @@ class Gallery:
         """Return a manifest; one whose bytes are as before is not parsed again."""
 
         def read(before: Manifest | None) -> tuple[Manifest, int]:
-            name = f"{entry(kind, digest)}/{MANIFEST}"
+            name = f"{entry_path(kind, digest)}/{MANIFEST}"
             content = store.read(name)
             mark = hashlib.sha256(content).hexdigest()
             same = before and before.mark == mark
@@ -243,7 +242,7 @@ class Gallery:
         return self.manifests.get((store, kind, digest), read)
 
 
-def found_at(place: str | Path) -> Found:
+def stores_and_records_at(place: str | Path) -> StoresAndRecords:
     """Return the stores and the records of trainings at a place: it is one, or a folder with some one level down.
 
     Raises:
@@ -252,14 +251,14 @@ def found_at(place: str | Path) -> Found:
     """
     folder = Path(place)
     if "://" in str(place):
-        return Found([open_store(place)], [], [])
+        return StoresAndRecords([open_store(place)], [], [])
     try:
         inner = sorted(one for one in folder.iterdir() if one.is_dir())
     except OSError as error:
         raise InvalidRequest(
             f"{place} cannot be read: {error.strerror}; give a store, or a training's folder"
         ) from error
-    found, refused = Found([], [], []), list[PhospheneError]()
+    found, refused = StoresAndRecords([], [], []), list[PhospheneError]()
     for one in [folder] if is_shown(folder) else inner:
         try:
             if (one / STORE).exists():

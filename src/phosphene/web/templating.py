@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from phosphene.version import __version__
 
 
-def page(template: str, here: str, live: bool, **context: Any) -> bytes:
+def render_template(template: str, here: str, live: bool, **context: Any) -> bytes:
     """Return a page as HTML.
 
     Args:

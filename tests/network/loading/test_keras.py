@@ -22,7 +22,7 @@ import phosphene as ph
 from phosphene.errors import ExtraMissing, InvalidRequest, LayerNotFound, ModelNotFound, ModelRefused, WeightsRefused
 from phosphene.network.loading import load
 from phosphene.network.loading.keras import import_keras, preprocessing_of
-from phosphene.network.model import Preprocessing
+from phosphene.network.preprocessing import Preprocessing
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 DATA = Path(__file__).parents[2] / "data/keras"

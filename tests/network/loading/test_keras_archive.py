@@ -15,7 +15,7 @@ import pytest
 
 from phosphene import load
 from phosphene.errors import ModelNotFound, ModelRefused
-from phosphene.network.loading.keras2_config import mended
+from phosphene.network.loading.keras2_config import upgrade_config
 from phosphene.network.loading.keras_archive import HDF5, ZIP, first_bytes, is_saved_model, read_saved, strangers
 
 DATA = Path(__file__).parents[2] / "data/keras"
@@ -258,7 +258,7 @@ def test_mending_says_what_keras_2_left_unsaid() -> None:
         ],
     }
     before = json.dumps(old)
-    assert mended(old) == {
+    assert upgrade_config(old) == {
         "class_name": "Sequential",
         "config": {
             "name": "sequential",
@@ -272,7 +272,7 @@ def test_mending_says_what_keras_2_left_unsaid() -> None:
         },
     }
     assert json.dumps(old) == before
-    assert mended(mended(old)) == mended(old)
+    assert upgrade_config(upgrade_config(old)) == upgrade_config(old)
 
 
 def test_mending_counts_calls_of_inner_networks_from_zero() -> None:
@@ -290,7 +290,7 @@ def test_mending_counts_calls_of_inner_networks_from_zero() -> None:
         "input_layers": [["photo", 0, 0]],
         "output_layers": [["base", 2, 0]],
     }
-    new = mended({"class_name": "Model", "config": whole})["config"]
+    new = upgrade_config({"class_name": "Model", "config": whole})["config"]
     assert new["layers"][1]["inbound_nodes"] == [[["base", 0, 0, {}], ["base", 1, 0, {}]]]
     assert new["output_layers"] == ["base", 2, 0]  # from which Keras 3 takes the one itself
     assert new["layers"][0]["config"]["input_layers"] == ["i", 0, 0]
@@ -314,9 +314,9 @@ def test_mending_turns_arithmetic_on_the_input_into_rescaling(
         "config": {"name": "op", "function": function, "dtype": "float32"},
         "inbound_nodes": [["photo", 0, 0, {"y": number, "name": None}]],
     }
-    new = mended(old)
+    new = upgrade_config(old)
     assert new["class_name"] == "Rescaling"
     assert new["config"] == {"name": "op", "scale": scale, "offset": offset}
     assert new["inbound_nodes"] == [[["photo", 0, 0, {}]]]
     other = {**old, "config": {"name": "op", "function": "image.resize"}}
-    assert mended(other)["class_name"] == "TFOpLambda"
+    assert upgrade_config(other)["class_name"] == "TFOpLambda"

@@ -17,7 +17,8 @@ from torch import nn
 
 import phosphene.network.loading
 from phosphene import errors
-from phosphene.network.model import Model, Preprocessing
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 RANDOM = "random weights: the pictures show the architecture, not anything learned"
 UNNORMALISED = "no normalisation was given: the network gets values of 0..1"

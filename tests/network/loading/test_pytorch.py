@@ -18,7 +18,7 @@ from torch import nn
 from phosphene import errors
 from phosphene.network.loading.pytorch import UNNORMALISED
 from phosphene.network.loading.weights import RANDOM
-from phosphene.network.model import Preprocessing
+from phosphene.network.preprocessing import Preprocessing
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

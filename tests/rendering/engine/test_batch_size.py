@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import phosphene as ph
-from phosphene.rendering.engine import batch_size as batching
-from phosphene.rendering.engine.batch_size import bytes_of_maps, chosen_batch, free_memory
+from phosphene.network import memory
+from phosphene.network.memory import free_memory
+from phosphene.rendering.engine.batch_size import bytes_of_maps, chosen_batch
 
 CPU = torch.device("cpu")
 
@@ -25,8 +26,8 @@ def model() -> ph.Model:
 
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(batching, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(batching, "CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     return tmp_path
 
 

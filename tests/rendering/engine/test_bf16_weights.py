@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from phosphene.rendering.engine.bf16_weights import Lowered
+from phosphene.rendering.engine.bf16_weights import Bf16Weights
 
 
 class Own(nn.Conv2d):
@@ -19,7 +19,7 @@ def convolution() -> nn.Conv2d:
 
 
 def test_autocast_finds_the_same_numbers(convolution: nn.Conv2d) -> None:
-    image, low = torch.rand(2, 3, 9, 9), Lowered([convolution])
+    image, low = torch.rand(2, 3, 9, 9), Bf16Weights([convolution])
     with torch.autocast("cpu", torch.bfloat16):
         known = convolution(image)
         with low.weights():
@@ -30,7 +30,7 @@ def test_autocast_finds_the_same_numbers(convolution: nn.Conv2d) -> None:
 
 
 def test_weights_are_converted_once_and_again_when_they_change(convolution: nn.Conv2d) -> None:
-    low, kept = Lowered([convolution]), []
+    low, kept = Bf16Weights([convolution]), []
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16), low.weights():
             kept.append(convolution.weight)
@@ -42,7 +42,7 @@ def test_weights_are_converted_once_and_again_when_they_change(convolution: nn.C
 
 def test_only_where_autocast_asks_for_it(convolution: nn.Conv2d) -> None:
     double, own = nn.Conv2d(3, 8, 3).double(), Own(3, 8, 3)
-    low = Lowered([convolution, double, own, nn.ReLU()])
+    low = Bf16Weights([convolution, double, own, nn.ReLU()])
     with low.weights():
         assert convolution.weight.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16), low.weights():
@@ -51,7 +51,7 @@ def test_only_where_autocast_asks_for_it(convolution: nn.Conv2d) -> None:
 
 def test_an_error_leaves_the_weights_as_they_were(convolution: nn.Conv2d) -> None:
     weight = convolution.weight
-    with pytest.raises(ZeroDivisionError), torch.autocast("cpu", torch.bfloat16), Lowered([convolution]).weights():
+    with pytest.raises(ZeroDivisionError), torch.autocast("cpu", torch.bfloat16), Bf16Weights([convolution]).weights():
         raise ZeroDivisionError
     assert convolution.weight is weight
     assert convolution.weight.dtype == torch.float32

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import phosphene as ph
-from phosphene.rendering.engine.cuda_graph import Drawn, Steps, cuda_graph, graphed_climb
-from phosphene.rendering.engine.forward import fast_reading
-from phosphene.rendering.gradient_ascent import Base, Frame, Plan, climb
-from phosphene.rendering.recipes import RECIPES, Recipe, part
-from phosphene.rendering.transforms import Draws, affine, jitter
+from phosphene.rendering.engine.cuda_graph import GraphedSteps, PredrawnNumbers, ascend_with_cuda_graph, cuda_graph
+from phosphene.rendering.engine.forward import fast_forward_pass
+from phosphene.rendering.gradient_ascent import AscentPlan, Frame, StartImage, ascend
+from phosphene.rendering.recipes import RECIPES, Recipe, choice
+from phosphene.rendering.transforms import RandomDraws, affine, jitter
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 
@@ -72,8 +72,8 @@ def as_it_is(step: Callable[[], None]) -> Callable[[], None]:
 def frames(
     model: ph.Model, objective: ph.Objective, recipe: Recipe, loop: Any, exact: int | None = None
 ) -> list[Frame]:
-    with fast_reading(model, objective) as (read, _):
-        plan = Plan(objective, recipe, Base(3), ("layer",), model.like, exact)
+    with fast_forward_pass(model, objective) as (read, _):
+        plan = AscentPlan(objective, recipe, StartImage(3), ("layer",), model.like, exact)
         return list(loop(read, plan, range(objective.n)))
 
 
@@ -87,7 +87,7 @@ def assert_same(ours: list[Frame], plain: list[Frame], tolerance: float) -> None
 
 RULES = {
     "fourier": RECIPES["fourier"],
-    "momentum": dataclasses.replace(RECIPES["fourier"], step_rule=part("momentum", rate=0.1)),
+    "momentum": dataclasses.replace(RECIPES["fourier"], step_rule=choice("momentum", rate=0.1)),
     "maco": RECIPES["maco"],
     "rms": RECIPES["rms"],
     "max-step": RECIPES["max-step"],
@@ -95,7 +95,13 @@ RULES = {
     "dream": dataclasses.replace(RECIPES["dream"], sizes=(18, 24)),
     "all transforms": dataclasses.replace(
         RECIPES["fourier"],
-        transforms=(part("scale"), part("rotate"), part("jitter", pixels=3), part("pad", pixels=2), part("blur")),
+        transforms=(
+            choice("scale"),
+            choice("rotate"),
+            choice("jitter", pixels=3),
+            choice("pad", pixels=2),
+            choice("blur"),
+        ),
     ),
 }
 
@@ -105,9 +111,9 @@ def test_frames_are_those_of_the_plain_loop(small_net: nn.Sequential, name: str)
     model = ph.load(small_net, input_size=32)
     recipe = RULES[name].at(size=24, steps=6)
     objective = ph.channel("4", [0, 5, 3]) - 0.1 * ph.total_variation()
-    plain = frames(model, objective, recipe, climb)
-    assert_same(frames(model, objective, recipe, partial(graphed_climb, capture=recorded)), plain, 1e-9)
-    uncaptured = frames(model, objective, recipe, partial(graphed_climb, capture=as_it_is))
+    plain = frames(model, objective, recipe, ascend)
+    assert_same(frames(model, objective, recipe, partial(ascend_with_cuda_graph, capture=recorded)), plain, 1e-9)
+    uncaptured = frames(model, objective, recipe, partial(ascend_with_cuda_graph, capture=as_it_is))
     assert_same(uncaptured, plain, 1e-9)
 
 
@@ -120,8 +126,8 @@ def test_other_objectives_and_a_direction(small_net: nn.Sequential) -> None:
         ph.layer("4"),
     ):
         recipe = RECIPES["fast"].at(size=32, steps=5)
-        ours = frames(model, objective, recipe, partial(graphed_climb, capture=recorded))
-        assert_same(ours, frames(model, objective, recipe, climb), 1e-9)
+        ours = frames(model, objective, recipe, partial(ascend_with_cuda_graph, capture=recorded))
+        assert_same(ours, frames(model, objective, recipe, ascend), 1e-9)
 
 
 def test_each_number_format_and_scale_is_captured_on_its_own(small_net: nn.Sequential) -> None:
@@ -134,9 +140,9 @@ def test_each_number_format_and_scale_is_captured_on_its_own(small_net: nn.Seque
 
     recipe = dataclasses.replace(RECIPES["multi-scale"], sizes=(16, 24), steps=5)
     objective = ph.channel("4", [0, 1])
-    low = frames(model, objective, recipe, partial(graphed_climb, capture=counted), exact=3)
+    low = frames(model, objective, recipe, partial(ascend_with_cuda_graph, capture=counted), exact=3)
     assert len(captured) == 3  # float32 and bfloat16 at the first scale, bfloat16 at the second
-    plain = frames(model, objective, recipe, climb, exact=3)
+    plain = frames(model, objective, recipe, ascend, exact=3)
     # in float32 the two agree to rounding; from there on bfloat16 may turn that into its own rounding
     assert_same([*low[:3]], [*plain[:3]], 1e-5)
     for one, other in zip(low, plain, strict=True):
@@ -156,11 +162,11 @@ class Forbidding(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_a_repeated_step_asks_the_host_for_nothing(small_net: nn.Sequential, name: str) -> None:
     model = ph.load(small_net, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.3], input_size=32)
     objective = ph.channel("4", [0, 5]) + ph.direction("4", torch.eye(8)[:2])
-    with fast_reading(model, objective, ("folded",)) as (read, _):
-        plan = Plan(objective, RULES[name].at(size=24, steps=6), Base(3), ("layer",), model.like)
+    with fast_forward_pass(model, objective, ("folded",)) as (read, _):
+        plan = AscentPlan(objective, RULES[name].at(size=24, steps=6), StartImage(3), ("layer",), model.like)
         draws = plan.draws([0, 1])
         shape, start = plan.base.start(24, None, 0, draws)
-        steps = Steps(read, plan, torch.tensor([0, 1]), plan.parameterization(shape, start), draws)
+        steps = GraphedSteps(read, plan, torch.tensor([0, 1]), plan.parameterization(shape, start), draws)
         steps.begin(True)
         with Forbidding():  # type: ignore[no-untyped-call]
             steps.make()
@@ -170,15 +176,15 @@ def test_a_repeated_step_asks_the_host_for_nothing(small_net: nn.Sequential, nam
 def test_numbers_drawn_in_advance_are_those_drawn_one_by_one() -> None:
     transforms = [affine(4, 8, 0.1), jitter(5)]
     image, number = torch.zeros(3, 1, 8, 8, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
-    one_by_one, seeds = Draws([7, 8, 9]), [7, 8, 9]
-    advance = Drawn(Draws(seeds), transforms, image, 20, number)
+    one_by_one, seeds = RandomDraws([7, 8, 9]), [7, 8, 9]
+    advance = PredrawnNumbers(RandomDraws(seeds), transforms, image, 20, number)
     for step in range(20):
         number.fill_(step)
         advance.next = 0
         for low, high, shape in ((-4.0, 4.0, (2,)), (-1.0, 1.0, ()), (-1.0, 1.0, ()), (-5.0, 6.0, (2,))):
             assert torch.equal(advance.uniform(low, high, shape), one_by_one.uniform(low, high, shape))
     # and the generators stand where the plain loop leaves them
-    assert torch.equal(Draws.normal(advance, (4,)), one_by_one.normal((4,)))
+    assert torch.equal(RandomDraws.normal(advance, (4,)), one_by_one.normal((4,)))
 
 
 @gpu
@@ -187,7 +193,9 @@ def test_a_gpu_makes_the_frames_of_the_plain_loop(small_net: nn.Sequential, name
     model = ph.load(small_net.cuda(), input_size=32)
     recipe = RULES[name].at(size=24, steps=6)
     objective = ph.channel("4", [0, 5, 3])
-    assert_same(frames(model, objective, recipe, graphed_climb), frames(model, objective, recipe, climb), 1e-9)
+    assert_same(
+        frames(model, objective, recipe, ascend_with_cuda_graph), frames(model, objective, recipe, ascend), 1e-9
+    )
 
 
 @gpu

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 import phosphene as ph
-from phosphene.rendering.engine.forward import SHORTCUTS, fast_reading
-from phosphene.rendering.objectives import Objective, Reads
+from phosphene.rendering.engine.forward import SHORTCUTS, fast_forward_pass
+from phosphene.rendering.objectives import Objective, ScalarRead
 
 
 def lively(module: nn.Module) -> nn.Module:
@@ -34,7 +34,7 @@ def made(build: Callable[[], nn.Module]) -> nn.Module:
 def scored(model: ph.Model, objective: Objective, image: Tensor, shortcuts: tuple[str, ...]) -> tuple[Any, ...]:
     """Return scores (n,), their gradient, and the shortcuts taken."""
     items = torch.arange(len(image))
-    with fast_reading(model, objective, shortcuts) as (read, taken):
+    with fast_forward_pass(model, objective, shortcuts) as (read, taken):
         leaf = image.clone().requires_grad_()
         scores = objective.score(read(leaf, items), leaf, items)
         return scores.detach(), torch.autograd.grad(scores.sum(), leaf)[0], taken()
@@ -129,7 +129,7 @@ def test_sums_and_multiples_keep_what_they_read(small_net: nn.Sequential) -> Non
     model = ph.load(small_net, input_size=16)
     image = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     both = ph.channel(".4", [1, 2]) - 0.5 * ph.channel(".0", 3) + ph.total_variation() * 2 - 1
-    assert both.reads == {".4": Reads((1, 2), True), ".0": Reads((3, 3), True)}
+    assert both.reads == {".4": ScalarRead((1, 2), True), ".0": ScalarRead((3, 3), True)}
     assert_same(model, both, image, {"linear"})
     mixed = ph.channel(".4", [1, 2]) + ph.channel(".4", [2, 1])  # reads two channels of a layer
     assert mixed.reads == {}
@@ -215,7 +215,7 @@ def test_the_module_is_left_as_it_was(small_net: nn.Sequential, untouched: Any) 
     parameters = dict(small_net.named_parameters())
 
     def interrupted() -> None:
-        with fast_reading(model, ph.channel(".4", 1)) as (read, _):
+        with fast_forward_pass(model, ph.channel(".4", 1)) as (read, _):
             read(torch.rand(1, 3, 16, 16, dtype=torch.float64), torch.tensor([0]))
             raise KeyboardInterrupt
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import phosphene as ph
-from phosphene.rendering.engine.precision import chosen_precision, exact_steps
+from phosphene.rendering.engine.precision import chosen_precision, float32_steps
 from phosphene.rendering.recipes import RECIPES
 
 
@@ -51,6 +51,6 @@ def test_other_words_are_refused() -> None:
 
 
 def test_the_first_fifth_is_exact() -> None:
-    assert exact_steps(RECIPES["fast"], "fp32") is None
-    assert exact_steps(RECIPES["fast"], "bf16") == 7  # of 32
-    assert exact_steps(RECIPES["multi-scale"], "bf16") == 48  # of 12 · 20
+    assert float32_steps(RECIPES["fast"], "fp32") is None
+    assert float32_steps(RECIPES["fast"], "bf16") == 7  # of 32
+    assert float32_steps(RECIPES["multi-scale"], "bf16") == 48  # of 12 · 20

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phosphene.rendering.engine.subpixel_backward import gradient, narrow, subpixel, taps
+from phosphene.rendering.engine.subpixel_backward import few_channel_convolutions, gradient, subpixel, taps
 
 
 def test_the_taps_of_a_block_by_hand() -> None:
@@ -52,7 +52,7 @@ def test_values_are_the_convolutions_own_and_low_precision_is_only_rounding() ->
     image = torch.rand(2, 3, 20, 20, requires_grad=True)
     plain = convolution(image)
     known = torch.autograd.grad(plain.square().sum(), image)[0]
-    with subpixel(narrow([convolution])):
+    with subpixel(few_channel_convolutions([convolution])):
         made = convolution(image)
         assert torch.equal(made, plain)
         torch.testing.assert_close(torch.autograd.grad(made.square().sum(), image)[0], known, rtol=1e-5, atol=1e-5)
@@ -83,7 +83,7 @@ def test_only_convolutions_that_it_knows_are_changed() -> None:
     ]
     patched = nn.Conv2d(3, 8, 3)
     patched.forward = lambda image: image  # type: ignore[method-assign,assignment]
-    assert narrow([*others, *fits, patched]) == fits
+    assert few_channel_convolutions([*others, *fits, patched]) == fits
 
 
 def test_an_error_leaves_nothing_behind() -> None:

@@ -27,16 +27,17 @@ import torch
 from phosphene.atlases.plan import Job
 from phosphene.atlases.runners.pool import (
     CannotStart,
-    Death,
     Outcome,
-    Refusal,
-    attempt,
+    WorkerDied,
+    WorkerRefused,
     check_workers,
-    packed,
-    unpacked,
-    work_off,
+    pickle_model,
+    run_jobs,
+    try_job,
+    unpickle_model,
 )
-from phosphene.network.model import Model, first_line
+from phosphene.errors import first_line
+from phosphene.network.model import Model
 
 # what a worker runs: it ends when the other end of its line to the driver does, as soon as it has begun
 PROGRAM = """
@@ -99,7 +100,7 @@ def processors() -> int:
 def in_this_process(model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
     """Yield the outcomes of jobs, one after the other."""
     for job in jobs:
-        yield attempt(model, job)
+        yield try_job(model, job)
 
 
 def in_processes(model: Model, jobs: Iterable[Job], places: list[str | None]) -> Generator[Outcome, None, None]:
@@ -110,10 +111,10 @@ def in_processes(model: Model, jobs: Iterable[Job], places: list[str | None]) ->
     """
     # without a name on the disk, so that nothing is left of it; every worker reads the same one
     with tempfile.TemporaryFile() as content:
-        content.write(packed(model))
+        content.write(pickle_model(model))
         content.flush()
         free = deque(places)
-        yield from work_off(lambda: Process(content, free), first_done, len(places), jobs)
+        yield from run_jobs(lambda: Process(content, free), first_done, len(places), jobs)
 
 
 class Process:
@@ -141,17 +142,17 @@ class Process:
         with suppress(OSError):  # it has died, which is found out when it is waited for
             self.connection.send(job)
 
-    def answer(self) -> Outcome | Death | Refusal:
+    def answer(self) -> Outcome | WorkerDied | WorkerRefused:
         """Return what the process sends, or that it has died."""
         try:
-            received: Outcome | Refusal = self.connection.recv()
+            received: Outcome | WorkerRefused = self.connection.recv()
             return received
         except (EOFError, OSError):
             code = self.process.wait()
             if code >= 0:  # nobody killed it, and a worker that has started never ends by itself
-                return Refusal(f"a worker did not start ({self.last_words() or f'exit code {code}'})")
+                return WorkerRefused(f"a worker did not start ({self.last_words() or f'exit code {code}'})")
             name = signal.Signals(-code).name
-            return Death(f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}")
+            return WorkerDied(f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}")
 
     def last_words(self) -> str:
         """Return the last line that the process wrote."""
@@ -167,21 +168,23 @@ class Process:
         self.free.append(self.place)
 
 
-def first_done(busy: Collection[Process]) -> tuple[Process, Outcome | Death | Refusal]:
+def first_done(busy: Collection[Process]) -> tuple[Process, Outcome | WorkerDied | WorkerRefused]:
     """Wait until one of the processes has an answer, or has died, and return it."""
     by_connection = {one.connection: one for one in busy}
     process = by_connection[wait(list(by_connection))[0]]  # type: ignore[index]
     return process, process.answer()
 
 
-def serve(connection_number: int, content_number: int, device: str | None) -> None:
+def worker_main(connection_number: int, content_number: int, device: str | None) -> None:
     """Be a worker: load the model, then do one job after the other."""
     connection = Connection(connection_number)
     try:
         with mmap.mmap(content_number, 0, access=mmap.ACCESS_READ) as content:
-            model = unpacked(content, device)
+            model = unpickle_model(content, device)
     except Exception as error:
-        connection.send(Refusal(f"a worker could not load the network ({type(error).__name__}: {first_line(error)})"))
+        connection.send(
+            WorkerRefused(f"a worker could not load the network ({type(error).__name__}: {first_line(error)})")
+        )
         return
     while True:
-        connection.send(attempt(model, connection.recv()))
+        connection.send(try_job(model, connection.recv()))

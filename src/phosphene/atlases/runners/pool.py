@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from phosphene.arguments import whole_number
 from phosphene.atlases.plan import Job
-from phosphene.atlases.render_job import work
-from phosphene.errors import InvalidRequest, ModelRefused, PhospheneError, Unfinished
+from phosphene.atlases.render_job import render_job
+from phosphene.errors import ModelRefused, PhospheneError, Unfinished, first_line
 from phosphene.network.loading import load
-from phosphene.network.model import Model, first_line
+from phosphene.network.model import Model
 
 RETRIES = 2  # how often a job is tried again whose worker died
 
@@ -34,14 +35,14 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Death:
+class WorkerDied:
     """A worker ended in the middle of its job; `reason` says what is known of it."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Refusal:
+class WorkerRefused:
     """A worker could not make the model that it was given."""
 
     reason: str
@@ -61,7 +62,7 @@ class Worker(Hashable, Protocol):
 
 
 AnyWorker = TypeVar("AnyWorker", bound=Worker)
-Wait = Callable[[Collection[AnyWorker]], tuple[AnyWorker, "Outcome | Death | Refusal"]]
+Wait = Callable[[Collection[AnyWorker]], tuple[AnyWorker, "Outcome | WorkerDied | WorkerRefused"]]
 
 
 class CannotStart(Unfinished):
@@ -72,10 +73,10 @@ class CannotStart(Unfinished):
         self.jobs = list(jobs)
 
 
-def attempt(model: Model, job: Job) -> Outcome:
+def try_job(model: Model, job: Job) -> Outcome:
     """Return what comes of a job, whatever it is."""
     try:
-        return Outcome(job, *work(model, job))
+        return Outcome(job, *render_job(model, job))
     except KeyboardInterrupt:  # which the error of an interrupted render is too
         raise
     except (Exception, SystemExit) as error:
@@ -83,7 +84,7 @@ def attempt(model: Model, job: Job) -> Outcome:
         return Outcome(job, error=str(error) if known else f"{type(error).__name__}: {first_line(error)}")
 
 
-def work_off(
+def run_jobs(
     hire: Callable[[], AnyWorker], wait: Wait[AnyWorker], slots: int, jobs: Iterable[Job]
 ) -> Generator[Outcome, None, None]:
     """Yield the outcomes of jobs that up to `slots` workers do, each one job at a time.
@@ -119,9 +120,9 @@ def work_off(
                 idle.append(worker)
             else:
                 worker.dismiss()
-            if isinstance(came, Refusal):
+            if isinstance(came, WorkerRefused):
                 raise CannotStart(came.reason, [job, *busy.values(), *again])
-            if isinstance(came, Death):
+            if isinstance(came, WorkerDied):
                 deaths[job.digest] += 1
                 if deaths[job.digest] <= RETRIES:
                     again.append(job)
@@ -137,11 +138,11 @@ def work_off(
 
 def check_workers(workers: int | None, least: int) -> None:
     """Refuse a number of workers that is none."""
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < least):
-        raise InvalidRequest(f"workers is a whole number of at least {least}, not {workers!r}")
+    if workers is not None:
+        whole_number(workers, "workers", least)
 
 
-def packed(model: Model, pickler: Any = None) -> bytes:
+def pickle_model(model: Model, pickler: Any = None) -> bytes:
     """Return what makes a model in another process: its reference, or where it has none, the object itself.
 
     `pickler` has `dumps`; by default it is cloudpickle where that is installed, which packs classes of a script or a
@@ -166,7 +167,7 @@ def best_pickler() -> Any:
         return pickle
 
 
-def unpacked(content: Any, device: str | None = None) -> Model:
+def unpickle_model(content: Any, device: str | None = None) -> Model:
     """Return the model that `packed` packed into bytes, on a device of its own where one is given.
 
     Raises:

@@ -7,7 +7,6 @@ replaced as soon as there is room for another.
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import logging
 import os
 import re
@@ -21,9 +20,18 @@ from typing import Any
 import torch
 
 from phosphene.atlases.plan import Job
-from phosphene.atlases.runners.pool import Death, Outcome, Refusal, attempt, check_workers, packed, unpacked, work_off
-from phosphene.errors import ExtraMissing, Unfinished
-from phosphene.network.model import Model, first_line
+from phosphene.atlases.runners.pool import (
+    Outcome,
+    WorkerDied,
+    WorkerRefused,
+    check_workers,
+    pickle_model,
+    run_jobs,
+    try_job,
+    unpickle_model,
+)
+from phosphene.errors import Unfinished, first_line, require_extra
+from phosphene.network.model import Model
 
 HOST_AND_PORT = re.compile(r"\[?([^/\s]+?)\]?:(\d{1,5})")
 PATIENCE = 10  # seconds for somebody to answer at an address
@@ -56,28 +64,16 @@ class RayRunner:
             Unfinished: the cluster cannot be joined, or has no such processor.
             CannotStart: the workers cannot load the model.
         """
-        ray = import_ray()
+        ray = require_extra("ray", "ray")
         with cluster(ray, self.address, self.workers):
             gpu, slots = places_of(ray, model, self.gpu, self.workers)
-            content = ray.put(packed(model, ray.cloudpickle))
+            content = ray.put(pickle_model(model, ray.cloudpickle))
             kind = ray.remote(Hand).options(num_cpus=0 if gpu else 1, num_gpus=int(gpu))
 
             def hire() -> Actor:
                 return Actor(ray, kind.remote(content, "cuda" if gpu else "cpu"))
 
-            yield from work_off(hire, first_done, slots, jobs)
-
-
-def import_ray() -> Any:
-    """Return the module `ray`.
-
-    Raises:
-        ExtraMissing: it is not installed.
-    """
-    try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise ExtraMissing("Ray is not installed; install it with: pip install 'phosphene[ray]'") from error
+            yield from run_jobs(hire, first_done, slots, jobs)
 
 
 @contextmanager
@@ -157,15 +153,17 @@ class Hand:
         self.content, self.device = content, device
         self.model: Model | None = None
 
-    def work(self, job: Job) -> Outcome | Refusal:
+    def work(self, job: Job) -> Outcome | WorkerRefused:
         """Do a job."""
         if self.model is None:
             try:
-                self.model = unpacked(self.content, self.device)
+                self.model = unpickle_model(self.content, self.device)
             except Exception as error:
-                return Refusal(f"Ray's workers cannot load the network ({type(error).__name__}: {first_line(error)})")
+                return WorkerRefused(
+                    f"Ray's workers cannot load the network ({type(error).__name__}: {first_line(error)})"
+                )
             self.content = b""
-        return attempt(self.model, job)
+        return try_job(self.model, job)
 
 
 class Actor:
@@ -179,20 +177,20 @@ class Actor:
         """Send a job; it waits for the actor, which waits for a place."""
         self.promise = self.handle.work.remote(job)
 
-    def answer(self) -> Outcome | Death | Refusal:
+    def answer(self) -> Outcome | WorkerDied | WorkerRefused:
         """Return what the actor made, or that it has died, or that its answer went down with its node."""
         try:
-            answer: Outcome | Refusal = self.ray.get(self.promise)
+            answer: Outcome | WorkerRefused = self.ray.get(self.promise)
             return answer
         except self.ray.exceptions.RayError as error:
-            return Death(f"{type(error).__name__}: {first_line(error)}")
+            return WorkerDied(f"{type(error).__name__}: {first_line(error)}")
 
     def dismiss(self) -> None:
         """End the actor at once, so that another has its place."""
         self.ray.kill(self.handle)
 
 
-def first_done(busy: Collection[Actor]) -> tuple[Actor, Outcome | Death | Refusal]:
+def first_done(busy: Collection[Actor]) -> tuple[Actor, Outcome | WorkerDied | WorkerRefused]:
     """Wait until one of the actors has an answer, or has died, and return it."""
     by_promise = {one.promise: one for one in busy}
     actor = by_promise[next(iter(busy)).ray.wait(list(by_promise), num_returns=1)[0][0]]

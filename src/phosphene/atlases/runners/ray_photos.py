@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from phosphene.atlases.runners.pool import check_workers, packed, unpacked
-from phosphene.atlases.runners.ray import cluster, import_ray, places_of
-from phosphene.errors import Unfinished
+from phosphene.atlases.runners.pool import check_workers, pickle_model, unpickle_model
+from phosphene.atlases.runners.ray import cluster, places_of
+from phosphene.errors import Unfinished, first_line, require_extra
 from phosphene.evidence.collect import packed as packed_partial
 from phosphene.evidence.collect import unpacked as unpacked_partial
-from phosphene.evidence.photo_pass import Partial, Viewing
-from phosphene.network.model import first_line
+from phosphene.evidence.photo_pass import Partial, PhotoPass
 
 
 @dataclass(frozen=True)
-class RayShow:
+class RayPhotoRunner:
     """Shows the photos for `evidence(…, show=RayShow())`.
 
     Attributes:
@@ -42,7 +41,7 @@ class RayShow:
         check_workers(self.workers, least=1)
 
     def __call__(
-        self, viewing: Viewing, lots: Sequence[int], watch: Callable[[int], None]
+        self, viewing: PhotoPass, lots: Sequence[int], watch: Callable[[int], None]
     ) -> Generator[Partial, None, None]:
         """Yield what is known of each lot, in order.
 
@@ -52,7 +51,7 @@ class RayShow:
         """
         if not lots:
             return
-        ray = import_ray()
+        ray = require_extra("ray", "ray")
         list(viewing.partials([]))  # what can be refused is refused here
         with cluster(ray, self.address, self.workers):
             gpu, slots = places_of(ray, viewing.model, self.gpu, self.workers)
@@ -62,11 +61,11 @@ class RayShow:
                     yield partial
 
     def coming(
-        self, ray: Any, viewing: Viewing, lots: Sequence[int], gpu: bool, workers: int
+        self, ray: Any, viewing: PhotoPass, lots: Sequence[int], gpu: bool, workers: int
     ) -> Generator[tuple[int, Partial], None, None]:
         """Yield the number of each lot and what is known of it, as they are done."""
         rest = viewing.photos, viewing.layers, viewing.size, viewing.top
-        asked = ray.put((packed(viewing.model, ray.cloudpickle), rest))
+        asked = ray.put((pickle_model(viewing.model, ray.cloudpickle), rest))
         numbers = ray.data.from_items([{"lot": one} for one in lots], override_num_blocks=len(lots))
         found = numbers.map_batches(
             Eye,
@@ -101,11 +100,11 @@ class Eye:
     """What runs as an actor: it loads its network, and shows it one lot after the other."""
 
     def __init__(self, asked: Sequence[Any], device: str) -> None:
-        content, rest = import_ray().get(asked[0])
-        model = unpacked(content, device)
+        content, rest = require_extra("ray", "ray").get(asked[0])
+        model = unpickle_model(content, device)
         if device == "cpu":
             torch.set_num_threads(1)  # sums are then taken in one order, whatever the machine
-        self.viewing = Viewing(model, *rest)
+        self.viewing = PhotoPass(model, *rest)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return what is known of the lots of a batch, as bytes."""

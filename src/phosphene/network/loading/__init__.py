@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from phosphene.errors import InvalidRequest, ModelNotFound
+from phosphene.errors import InvalidRequest, ModelNotFound, first_line
 from phosphene.network.loading.keras import BYTES, from_application, from_keras, is_keras_model
 from phosphene.network.loading.keras_archive import is_saved_model
 from phosphene.network.loading.pytorch import UNNORMALISED, Sources, from_module, from_reference
-from phosphene.network.model import Model, Preprocessing, first_line
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 
 def load(

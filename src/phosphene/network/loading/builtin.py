@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from phosphene.errors import ModelNotFound
 from phosphene.images.photo import Fit
 from phosphene.network.loading.weights import seeded
-from phosphene.network.model import Model, Preprocessing
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 # convolutions per block and their output channels (Simonyan & Zisserman 2015, configuration E)
 VGG19_BLOCKS = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))

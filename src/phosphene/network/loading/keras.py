@@ -20,16 +20,24 @@ from typing import Any
 
 import torch
 
-from phosphene.errors import ExtraMissing, InvalidRequest, ModelNotFound, ModelRefused, WeightsRefused, nearest
+from phosphene.errors import (
+    ExtraMissing,
+    InvalidRequest,
+    ModelNotFound,
+    ModelRefused,
+    WeightsRefused,
+    first_line,
+    nearest,
+    require_extra,
+)
 from phosphene.images.photo import Fit
 from phosphene.network.loading.builtin import imagenet_names
-from phosphene.network.loading.keras2_config import mended
+from phosphene.network.loading.keras2_config import upgrade_config
 from phosphene.network.loading.keras_archive import (
     CONFIG,
     Saved,
     check_datasets,
     entries,
-    import_h5py,
     is_keras,
     read_saved,
     strangers,
@@ -37,7 +45,7 @@ from phosphene.network.loading.keras_archive import (
 from phosphene.network.loading.keras_module import (
     FIRST,
     LAST,
-    Network,
+    KerasModule,
     addresses,
     first_channels,
     input_shape,
@@ -54,7 +62,8 @@ from phosphene.network.loading.pytorch import (
     with_logits,
 )
 from phosphene.network.loading.weights import seeded
-from phosphene.network.model import Model, Preprocessing, first_line
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 BYTES = "its first layer rescales pixels, so that it gets values of 0..255"
 TRUST = "load it with --trust (in Python trust=True) if you trust where it is from, or give the model object"
@@ -70,12 +79,7 @@ def import_keras() -> Any:
     """
     if sys.modules.get("keras") is None:
         with torch_backend():
-            try:
-                importlib.import_module("keras")
-            except ImportError as error:
-                raise ExtraMissing(
-                    f"Keras models need the keras extra: pip install 'phosphene[keras]' ({first_line(error)})"
-                ) from error
+            require_extra("keras", "keras")
     keras: Any = sys.modules["keras"]
     if not hasattr(keras, "config") or not hasattr(keras.config, "backend"):
         version = getattr(keras, "__version__", "?")
@@ -111,7 +115,7 @@ def making() -> Iterator[None]:
         yield
 
 
-def handle_of(network: Any, sources: Sources) -> Model:
+def keras_model_handle(network: Any, sources: Sources) -> Model:
     """Return the handle of a Keras network, used where it is.
 
     Raises:
@@ -133,7 +137,7 @@ def handle_of(network: Any, sources: Sources) -> Model:
     channels = own or sources.channels_in or first_channels(layers)
     if sources.channels_in not in (None, channels):
         raise InvalidRequest(f"{name} takes images of {channels} channels, not {sources.channels_in}")
-    module = Network(network, layers, last)
+    module = KerasModule(network, layers, last)
     model = Model(
         module=module,
         name=name,
@@ -164,10 +168,10 @@ def from_keras(model: Any, sources: Sources, trust: bool = False) -> Model:
         if sources.weights is not None:
             raise ModelRefused("a model object already has its weights; load them into it before, or load by reference")
         import_keras()
-        return handle_of(model, sources)
+        return keras_model_handle(model, sources)
     saved = read_saved(Path(model))
     keras = import_keras()
-    config = mended(saved.config) if saved.is_old else saved.config
+    config = upgrade_config(saved.config) if saved.is_old else saved.config
     needs = ", ".join(strangers(config, is_class(keras), is_function(keras))[:5])
     if needs and not trust:
         raise ModelRefused(f"{model} needs {needs}, and making that runs its author's code; {TRUST}")
@@ -246,7 +250,7 @@ def as_keras_reads(saved: Saved, config: dict[str, Any], folder: Path) -> Path:
                         shutil.copyfileobj(source, target)
     else:
         shutil.copyfile(saved.path, path)
-        with import_h5py().File(path, "r+") as file:
+        with require_extra("h5py", "keras").File(path, "r+") as file:
             file.attrs["model_config"] = json.dumps(config).encode()
     return path
 
@@ -275,7 +279,7 @@ def loaded_into(network: Any, sources: Sources) -> Any:
 
 def named(network: Any, reference: str, sources: Sources) -> Model:
     """Return the handle of a network that was loaded by reference."""
-    model = handle_of(network, replace(sources, weights=None))
+    model = keras_model_handle(network, replace(sources, weights=None))
     return replace(model, name=reference, ref=reference, notes=(*sources.notes, *model.notes))
 
 

@@ -9,7 +9,7 @@ Config = dict[str, Any]
 
 NETWORKS = ("Functional", "Model", "Sequential")
 # arguments that Keras 2 wrote down for layers that do not have them
-NEEDLESS = {
+DROPPED_ARGUMENTS = {
     "DepthwiseConv2D": ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"),
     "SeparableConv2D": ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"),
     "Conv2DTranspose": ("groups",),
@@ -24,29 +24,29 @@ STEPS: dict[str, Callable[[float], tuple[float, float]]] = {
 }
 
 
-def mended(config: Any) -> Any:
+def upgrade_config(config: Any) -> Any:
     """Return the config of a network that Keras 2 wrote as Keras 3 reads it; what is given stays as it is."""
     if isinstance(config, list):
-        return [mended(one) for one in config]
+        return [upgrade_config(one) for one in config]
     if not isinstance(config, dict):
         return config
     if set(config) == {"type", "value"} and config["type"] == "ndarray":  # a number that was one of numpy's
         return config["value"]
     kind = config.get("class_name")
     if not isinstance(kind, str):
-        return {key: mended(value) for key, value in config.items()}
+        return {key: upgrade_config(value) for key, value in config.items()}
     config = with_input(config) if kind == "Sequential" else as_rescaling(config) if kind == "TFOpLambda" else config
-    new = {key: mended(value) for key, value in config.items()}
-    return mended_entry(new) if isinstance(new.get("config"), dict) else new
+    new = {key: upgrade_config(value) for key, value in config.items()}
+    return upgrade_layer(new) if isinstance(new.get("config"), dict) else new
 
 
-def mended_entry(new: Config) -> Config:
+def upgrade_layer(new: Config) -> Config:
     """Return the config of one layer or network, of which the parts are mended, with its own arguments mended."""
     kind, inner = new["class_name"], new["config"]
     shape = inner.pop("batch_input_shape", None)
     if kind == "InputLayer" and shape is not None:
         inner["batch_shape"] = shape
-    for name in NEEDLESS.get(kind, ()):
+    for name in DROPPED_ARGUMENTS.get(kind, ()):
         inner.pop(name, None)
     if isinstance(inner.get("axis"), list) and len(inner["axis"]) == 1:
         inner["axis"] = inner["axis"][0]

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phosphene.errors import ExtraMissing, ModelNotFound, ModelRefused
-from phosphene.network.model import first_line
+from phosphene.errors import ExtraMissing, ModelNotFound, ModelRefused, first_line, require_extra
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
 ZIP, HDF5 = b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"
@@ -128,23 +127,10 @@ def too_large(path: Path, unpacked: int) -> ModelRefused:
     )
 
 
-def import_h5py() -> Any:
-    """Return h5py.
-
-    Raises:
-        ExtraMissing: it is not installed.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ExtraMissing("saved Keras models need the keras extra: pip install 'phosphene[keras]'") from error
-    return h5py
-
-
 def read_hdf5(path: Path) -> Saved:
     """Return what an `.h5` or `.hdf5` file holds."""
     check_datasets(path, path)
-    with import_h5py().File(path, "r") as file:
+    with require_extra("h5py", "keras").File(path, "r") as file:
         config, version = file.attrs.get("model_config"), file.attrs.get("keras_version", "")
         if config is None:
             raise ModelRefused(
@@ -170,7 +156,7 @@ def check_datasets(path: Path, file: Any) -> None:
 
     Datasets may claim any shape and store nothing; and links and external storage name files of the reader's machine.
     """
-    h5py = import_h5py()
+    h5py = require_extra("h5py", "keras")
     claimed = 0
     with h5py.File(file, "r") as opened:
         for name, link in links(h5py, opened):

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from phosphene.network.capture import Layout, Splice
+from phosphene.network.capture import InnerHookPoint, Layout
 
 
-class Network(nn.Module):
+class KerasModule(nn.Module):
     """A Keras network as a plain module: takes images (b, c, h, w), has the layers as submodules, never trains.
 
     The Keras network stays what it is, and the user's; here is only how to call it.
@@ -118,7 +118,7 @@ def spliced(layers: Mapping[str, Any]) -> dict[str, nn.Module]:
         activation = getattr(one, "activation", None)
         own = "activation" in vars(one) or "activation" in one._modules
         if own and callable(activation) and one.weights and getattr(activation, "__name__", "") != "linear":
-            modules[f"{path}#{Splice.ACTIVATION}"] = Splice(one, Splice.ACTIVATION)
+            modules[f"{path}#{InnerHookPoint.ACTIVATION}"] = InnerHookPoint(one, InnerHookPoint.ACTIVATION)
     return modules
 
 
@@ -135,7 +135,7 @@ def kernel_of(module: nn.Module) -> Tensor | None:
 
     A depthwise one has one input channel an output; a separable one is the product of its two.
     """
-    layer: Any = module.owner if isinstance(module, Splice) else module
+    layer: Any = module.owner if isinstance(module, InnerHookPoint) else module
     kind = {one.__name__ for one in type(layer).__mro__}
     if "SeparableConv2D" in kind:
         depthwise, pointwise = layer.depthwise_kernel.value, layer.pointwise_kernel.value[0, 0]

@@ -17,13 +17,22 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from phosphene.errors import ExtraMissing, InvalidRequest, ModelNotFound, ModelRefused, SizeRefused, nearest
+from phosphene.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    ModelRefused,
+    SizeRefused,
+    first_line,
+    nearest,
+    require_extra,
+)
 from phosphene.images.photo import Fit
-from phosphene.network.capture import Splice, borrowed
-from phosphene.network.layers import producer
+from phosphene.network.capture import InnerHookPoint, borrowed
+from phosphene.network.layers import producing_call
 from phosphene.network.loading.builtin import BUILTIN, load_builtin
 from phosphene.network.loading.weights import RANDOM, load_weights, randomise, seeded
-from phosphene.network.model import Model, Preprocessing, first_line
+from phosphene.network.model import Model
+from phosphene.network.preprocessing import Preprocessing
 
 UNNORMALISED = "no normalisation was given: the network gets values of 0..1"
 OFFLINE = (
@@ -144,10 +153,7 @@ def from_torchvision(name: str, sources: Sources) -> Model:
 
 def from_timm(name: str, sources: Sources) -> Model:
     """Return a network of timm for any number of channels, preprocessing from its data config."""
-    try:
-        timm: Any = importlib.import_module("timm")
-    except ImportError as error:
-        raise ExtraMissing("timm is not installed; install it with: pip install 'phosphene[timm]'") from error
+    timm = require_extra("timm", "timm")
     known = timm.list_models()
     if name.split(".")[0] not in known:
         raise ModelNotFound(f"timm has no model {name!r}; the nearest are: {nearest(name, known)}")
@@ -253,13 +259,13 @@ def with_logits(model: Model) -> Model:
     squashing = {path: where for path, one in model.modules.items() if (where := squashes(model.modules, path))}
     try:
         with borrowed(model.module), torch.no_grad():
-            last = producer(model.forward, model.modules, model.grey(model.input_size)) if squashing else None
+            last = producing_call(model.forward, model.modules, model.grey(model.input_size)) if squashing else None
     except Exception:  # where the input size was given wrongly, the table of layers says so better
         last = None
     if last is None or last.path not in squashing:
         return model
     owner, where = model.modules[last.path], squashing[last.path]
-    modules = {f"{last.path}#{where}": Splice(owner, where), **model.modules}
+    modules = {f"{last.path}#{where}": InnerHookPoint(owner, where), **model.modules}
     call = f"@{last.call}" if last.call else ""
     return replace(model, modules=modules, logits=f"{last.path}{call}#{where}")
 
@@ -268,9 +274,9 @@ def squashes(modules: Mapping[str, nn.Module], path: str) -> str:
     """Return where to find what a module turns into probabilities at its end, "" for a module that does not."""
     kind, activation = type(modules[path]).__name__, getattr(modules[path], "activation", None)
     name = str(getattr(activation, "__name__", type(activation).__name__))
-    if name.lower() in SQUASHING and f"{path}#{Splice.ACTIVATION}" in modules:
-        return Splice.ACTIVATION
-    return Splice.INPUT if (name if kind == "Activation" else kind).lower() in SQUASHING else ""
+    if name.lower() in SQUASHING and f"{path}#{InnerHookPoint.ACTIVATION}" in modules:
+        return InnerHookPoint.ACTIVATION
+    return InnerHookPoint.INPUT if (name if kind == "Activation" else kind).lower() in SQUASHING else ""
 
 
 def first_channels(module: nn.Module) -> int:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from phosphene.errors import WeightsRefused
-from phosphene.network.model import first_line
+from phosphene.errors import WeightsRefused, first_line
 
 RANDOM = "random weights: the pictures show the architecture, not anything learned"
 SUFFIXES = (".safetensors", ".pt", ".pth")

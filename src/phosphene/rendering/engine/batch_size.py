@@ -7,20 +7,16 @@ memory that is free holds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
 
-import torch
-
-from phosphene.errors import InvalidRequest
+from phosphene.arguments import whole_number
+from phosphene.network.memory import free_memory
 from phosphene.network.model import Model
 
 AT_ONCE = {"cpu": 8}
-ELSEWHERE = 64
+DEFAULT_BATCH = 64
 TRANSIENT = 3  # what a step takes at its peak, over its maps: their gradients, and what an operation works in
-SHARE = 0.8  # of the free memory that may be taken
-CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
+MEMORY_SHARE = 0.8  # of the free memory that may be taken
 
 
 def chosen_batch(model: Model, batch: int | str, paths: Collection[str], size: tuple[int, int]) -> int:
@@ -33,16 +29,16 @@ def chosen_batch(model: Model, batch: int | str, paths: Collection[str], size: t
     if isinstance(batch, int):
         return batch
     device = model.like.device
-    wanted, free = AT_ONCE.get(device.type, ELSEWHERE), free_memory(device)
+    wanted, free = AT_ONCE.get(device.type, DEFAULT_BATCH), free_memory(device)
     if free is None:
         return wanted
-    return max(1, min(wanted, int(SHARE * free / (TRANSIENT * bytes_of_maps(model, paths, size)))))
+    return max(1, min(wanted, int(MEMORY_SHARE * free / (TRANSIENT * bytes_of_maps(model, paths, size)))))
 
 
 def check_batch(batch: int | str) -> None:
     """Refuse what is neither `auto` nor a number of pictures."""
-    if batch != "auto" and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise InvalidRequest(f"batch is 'auto' or a whole number of at least 1, not {batch!r}")
+    if batch != "auto":
+        whole_number(batch, "batch is 'auto' or", 1)
 
 
 def bytes_of_maps(model: Model, paths: Collection[str], size: tuple[int, int]) -> int:
@@ -52,23 +48,3 @@ def bytes_of_maps(model: Model, paths: Collection[str], size: tuple[int, int]) -
     maps = sum((one.channels or 0) * one.size[0] * one.size[1] for one in table[: last + 1] if one.size)
     grown = size[0] * size[1] / (model.input_size[0] * model.input_size[1])
     return int((maps * grown + model.channels_in * size[0] * size[1]) * model.like.element_size())
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return how many bytes can still be had on a device, None where nobody says."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return min(free_of_system(), default=None) if device.type == "cpu" else None
-
-
-def free_of_system() -> Iterator[int]:
-    """Yield the bytes that Linux has left, for everybody and for the group of processes that this one is in."""
-    try:
-        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        yield int(lines["MemAvailable"].split()[0]) * 1024
-        most, taken = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        if most != "max":
-            yield int(most) - int(taken)
-    except (OSError, KeyError, ValueError):
-        return

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from phosphene.network.batchnorm_folding import is_patched
 
 
-class Lowered:
+class Bf16Weights:
     """The weights of plain convolutions in bfloat16, each kept as long as the one it was made from is there."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -29,7 +29,7 @@ class Lowered:
         try:
             for one in self.convolutions:
                 weight = one._parameters.get("weight")
-                if weight is not None and is_lowered(weight):
+                if weight is not None and is_converted(weight):
                     before.append((one, weight))
                     one._parameters["weight"] = self.low(one, weight)
             yield
@@ -47,7 +47,7 @@ class Lowered:
         return known[2]
 
 
-def is_lowered(weight: Tensor) -> bool:
+def is_converted(weight: Tensor) -> bool:
     """Return whether autocast would bring a weight down to bfloat16 now."""
     device = weight.device.type
     asked = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16

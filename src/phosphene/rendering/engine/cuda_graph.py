@@ -16,9 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phosphene.rendering.gradient_ascent import Frame, Plan, Read, clean_scores, score, uphill
+from phosphene.rendering.gradient_ascent import (
+    AscentPlan,
+    Frame,
+    ReadActivations,
+    ascent_direction,
+    clean_scores,
+    score,
+)
 from phosphene.rendering.parameterizations import Parameterization
-from phosphene.rendering.transforms import Draws, Transform
+from phosphene.rendering.transforms import RandomDraws, Transform
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -36,14 +43,16 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def graphed_climb(read: Read, plan: Plan, items: Sequence[int], capture: Capture = cuda_graph) -> Iterator[Frame]:
+def ascend_with_cuda_graph(
+    read: ReadActivations, plan: AscentPlan, items: Sequence[int], capture: Capture = cuda_graph
+) -> Iterator[Frame]:
     """Yield the frames of one batch as `ascent.climb` does; `capture` returns what repeats a step."""
     recipe, draws = plan.recipe, plan.draws(items)
     rows = torch.tensor(items, device=plan.like.device)
     total, done, image = len(recipe.sizes) * recipe.steps, 0, None
     for size in recipe.sizes:
         shape, start = plan.base.start(size, image, recipe.blur, draws)
-        steps = Steps(read, plan, rows, plan.parameterization(shape, start), draws)
+        steps = GraphedSteps(read, plan, rows, plan.parameterization(shape, start), draws)
         repeat, was_exact = steps.make, None
         for _ in range(recipe.steps):
             if was_exact is not plan.is_exact(done):  # a number format of its own is another graph
@@ -60,7 +69,7 @@ def graphed_climb(read: Read, plan: Plan, items: Sequence[int], capture: Capture
     yield Frame(total, total, rows, clean_scores(read, plan.objective, image, rows), image)
 
 
-class Steps:
+class GraphedSteps:
     """The steps at one scale, and the memory that they work in.
 
     Attributes:
@@ -69,7 +78,9 @@ class Steps:
         left: how many steps are to come.
     """
 
-    def __init__(self, read: Read, plan: Plan, rows: Tensor, current: Parameterization, draws: Draws) -> None:
+    def __init__(
+        self, read: ReadActivations, plan: AscentPlan, rows: Tensor, current: Parameterization, draws: RandomDraws
+    ) -> None:
         self.read, self.plan, self.rows, self.current = read, plan, rows, current
         recipe, device = plan.recipe, plan.like.device
         self.transforms, self.rule, self.left, self.exact = plan.transforms(), plan.step_rule(), recipe.steps, True
@@ -78,7 +89,7 @@ class Steps:
         self.number = torch.zeros(1, dtype=torch.long, device=device)
         pace = [recipe.pace(step) for step in range(recipe.steps)]
         self.pace = torch.tensor(pace, dtype=torch.float64).to(device, self.image.dtype)
-        self.drawn = Drawn(draws, self.transforms, self.image, recipe.steps, self.number)
+        self.drawn = PredrawnNumbers(draws, self.transforms, self.image, recipe.steps, self.number)
         self.state: dict[str, Any] | None = None
 
     def begin(self, exact: bool) -> None:
@@ -94,7 +105,7 @@ class Steps:
         for transform in self.transforms:
             seen = transform(seen, self.drawn)
         scores = score(self.read, self.plan.objective, image, seen, self.rows, self.exact)
-        gradient = uphill(scores, self.current.tensor, self.plan.recipe.weight_decay)
+        gradient = ascent_direction(scores, self.current.tensor, self.plan.recipe.weight_decay)
         update, state = self.rule(gradient, self.state)
         with torch.no_grad():
             self.image.copy_(image)
@@ -118,7 +129,7 @@ class Steps:
         return torch.tensor(value, dtype=torch.float64).to(self.number.device)
 
 
-class Drawn(Draws):
+class PredrawnNumbers(RandomDraws):
     """The random numbers of all steps, drawn in advance: each draw of a step reads its row of a table.
 
     They are the numbers that the plain loop draws, since a generator's next number does not depend on how many are
@@ -126,7 +137,7 @@ class Drawn(Draws):
     """
 
     def __init__(
-        self, draws: Draws, transforms: Sequence[Transform], image: Tensor, steps: int, number: Tensor
+        self, draws: RandomDraws, transforms: Sequence[Transform], image: Tensor, steps: int, number: Tensor
     ) -> None:
         self.generators, self.number, self.next = draws.generators, number, 0
         self.wishes: list[tuple[float, float, tuple[int, ...]]] = []

@@ -23,26 +23,29 @@ from torch import Tensor, nn
 
 from phosphene.network.batchnorm_folding import has_hooks, is_patched
 from phosphene.network.layers import Layer
+from phosphene.network.memory import channels_last_on_cpu
 from phosphene.network.model import Model
-from phosphene.rendering.engine.bf16_weights import Lowered
-from phosphene.rendering.engine.linear_readout import Functional, laid_out
-from phosphene.rendering.engine.receptive_crop import cropping_of
-from phosphene.rendering.engine.subpixel_backward import narrow, subpixel
-from phosphene.rendering.gradient_ascent import Read
+from phosphene.rendering.engine.bf16_weights import Bf16Weights
+from phosphene.rendering.engine.linear_readout import LinearReadout
+from phosphene.rendering.engine.receptive_crop import receptive_crop_of
+from phosphene.rendering.engine.subpixel_backward import few_channel_convolutions, subpixel
+from phosphene.rendering.gradient_ascent import ReadActivations
 from phosphene.rendering.objectives import Acts, Address, Objective
 
 SHORTCUTS = ("linear", "folded", "subpixel", "cropped")
 
 
-class Fast(NamedTuple):
+class FastForward(NamedTuple):
     """What reads no more of a network than an objective needs; `taken` says which shortcuts it has found to apply."""
 
-    read: Read
+    read: ReadActivations
     taken: Callable[[], tuple[str, ...]]
 
 
 @contextmanager
-def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = SHORTCUTS) -> Iterator[Fast]:
+def fast_forward_pass(
+    model: Model, objective: Objective, shortcuts: Sequence[str] = SHORTCUTS
+) -> Iterator[FastForward]:
     """Borrow a network and yield what reads as much of it as an objective needs; see `Model.reading`."""
     found = {one: model.find(one) for one in objective.reads}
     # a layer that has not the channels says so itself, when it is scored
@@ -50,16 +53,20 @@ def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = 
     plain = [one for one, layer in layers.items() if "linear" in shortcuts and is_plain(model, layer)]
     folding = model.folding(objective.layers) if "folded" in shortcuts else None
     left_out = {module_of(model, layers[one]) for one in plain}
-    first = narrow(one for one in model.modules.values() if one not in left_out) if "subpixel" in shortcuts else []
-    low = Lowered(model.modules.values())
+    first = (
+        few_channel_convolutions(one for one in model.modules.values() if one not in left_out)
+        if "subpixel" in shortcuts
+        else []
+    )
+    low = Bf16Weights(model.modules.values())
     with model.reading(objective.layers, inputs=plain) as borrowed:
 
         def read(image: Tensor) -> dict[Address, Tensor]:
             with folding.folded() if folding else nullcontext(), subpixel(first), low.weights():
-                return borrowed(laid_out(image))
+                return borrowed(channels_last_on_cpu(image))
 
-        functionals = {one: Functional(module_of(model, layers[one]), one, objective.reads[one]) for one in plain}
-        cropping = cropping_of(objective, layers, functionals, read) if "cropped" in shortcuts else None
+        functionals = {one: LinearReadout(module_of(model, layers[one]), one, objective.reads[one]) for one in plain}
+        cropping = receptive_crop_of(objective, layers, functionals, read) if "cropped" in shortcuts else None
 
         def run(image: Tensor, items: Tensor) -> Acts:
             if cropping and (crop := cropping.of(image)):
@@ -78,7 +85,7 @@ def fast_reading(model: Model, objective: Objective, shortcuts: Sequence[str] = 
             }
             return tuple(name for name, one in applies.items() if one)
 
-        yield Fast(run, taken)
+        yield FastForward(run, taken)
 
 
 def module_of(model: Model, layer: Layer) -> Any:

@@ -17,7 +17,7 @@ from phosphene.errors import InvalidRequest
 from phosphene.network.model import Model
 from phosphene.rendering.recipes import Recipe
 
-EXACT = 5  # the first one in so many steps of a climb is not in bfloat16
+FLOAT32_SHARE = 5  # the first one in so many steps of a climb is not in bfloat16
 FORMATS = ("fp32", "bf16", "auto")
 
 
@@ -38,9 +38,9 @@ def chosen_precision(model: Model, precision: str) -> str:
     return "bf16" if is_dense(model) and multiplies_bfloat16(model.like.device) else "fp32"
 
 
-def exact_steps(recipe: Recipe, precision: str) -> int | None:
+def float32_steps(recipe: Recipe, precision: str) -> int | None:
     """Return how many steps come before bfloat16 sets in, None where it never does."""
-    return None if precision == "fp32" else math.ceil(len(recipe.sizes) * recipe.steps / EXACT)
+    return None if precision == "fp32" else math.ceil(len(recipe.sizes) * recipe.steps / FLOAT32_SHARE)
 
 
 def is_dense(model: Model) -> bool:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phosphene.network.device_constant import Constant
+from phosphene.network.device_constant import DeviceConstant
 from phosphene.network.layers import Layer
-from phosphene.rendering.engine.linear_readout import Functional, Position, channel_of
-from phosphene.rendering.objectives import Address, Objective, Reads, pick, position_in
+from phosphene.rendering.engine.linear_readout import LinearReadout, Position, convolution_channel
+from phosphene.rendering.objectives import Address, Objective, ScalarRead, pick, position_in
 
-WORTH = 0.7  # of the picture's pixels that a crop may keep at most: a larger one saves too little
+MAX_CROP_SHARE = 0.7  # of the picture's pixels that a crop may keep at most: a larger one saves too little
 
 
 class Crop(NamedTuple):
@@ -24,7 +24,7 @@ class Crop(NamedTuple):
     position: Position
 
 
-class Cropping:
+class ReceptiveCrop:
     """What gives a neuron's value from the part of the picture that it sees.
 
     Attributes:
@@ -35,12 +35,12 @@ class Cropping:
         self,
         layer: Layer,
         address: Address,
-        reads: Reads,
-        functional: Functional | None,
+        reads: ScalarRead,
+        functional: LinearReadout | None,
         read: Callable[[Tensor], dict[Address, Tensor]],
     ) -> None:
         self.field, self.layer, self.reads = layer.receptive_field, address, reads
-        self.functional, self.read, self.channels = functional, read, Constant(torch.tensor(reads.channels))
+        self.functional, self.read, self.channels = functional, read, DeviceConstant(torch.tensor(reads.channels))
         self.crops: dict[torch.Size, Crop | None] = {}
 
     def of(self, image: Tensor) -> Crop | None:
@@ -61,7 +61,7 @@ class Cropping:
                 return None
             crop = Crop(down[0], right[0], (down[1], right[1]))
             part = noise[..., crop.rows, crop.columns]
-            if part.numel() > WORTH * noise.numel():
+            if part.numel() > MAX_CROP_SHARE * noise.numel():
                 return None
             try:
                 cut = self.values(part)
@@ -89,7 +89,7 @@ class Cropping:
         chosen = list(dict.fromkeys(self.reads.channels))
         if self.functional is None:
             return act[:, chosen]
-        return torch.cat([channel_of(self.functional.convolution, act, one) for one in chosen], 1)
+        return torch.cat([convolution_channel(self.functional.convolution, act, one) for one in chosen], 1)
 
     def numbers(self, act: Tensor, items: Tensor, position: Position) -> Tensor:
         """Return the neurons' values (b,), from what the convolution is given or what the layer returned."""
@@ -99,12 +99,12 @@ class Cropping:
         return pick(act[..., row, column], self.channels, items)
 
 
-def cropping_of(
+def receptive_crop_of(
     objective: Objective,
     layers: Mapping[Address, Layer],
-    functionals: Mapping[Address, Functional],
+    functionals: Mapping[Address, LinearReadout],
     read: Callable[[Tensor], dict[Address, Tensor]],
-) -> Cropping | None:
+) -> ReceptiveCrop | None:
     """Return what crops for an objective that reads single neurons of one of the layers alone, None for any other."""
     if len(objective.layers) != 1 or objective.layers[0] not in layers:
         return None
@@ -112,7 +112,7 @@ def cropping_of(
     layer, reads = layers[address], objective.reads[address]
     if reads.mean or layer.receptive_field is None or not layer.is_map:
         return None
-    return Cropping(layer, address, reads, functionals.get(address), read)
+    return ReceptiveCrop(layer, address, reads, functionals.get(address), read)
 
 
 def tolerance(dtype: torch.dtype) -> tuple[float, float]:

@@ -23,12 +23,12 @@ from phosphene.network.batchnorm_folding import is_patched
 LANES = 16  # channels that a vector holds in float32
 
 
-def narrow(modules: Iterable[nn.Module]) -> list[nn.Conv2d]:
+def few_channel_convolutions(modules: Iterable[nn.Module]) -> list[nn.Conv2d]:
     """Return the convolutions among modules whose gradient is found faster so: on a CPU, of at most four channels."""
-    return [one for one in modules if type(one) is nn.Conv2d and is_narrow(one)]
+    return [one for one in modules if type(one) is nn.Conv2d and has_few_channels(one)]
 
 
-def is_narrow(convolution: nn.Conv2d) -> bool:
+def has_few_channels(convolution: nn.Conv2d) -> bool:
     """Return whether a convolution is of the kind that `gradient_kernel` knows, and nobody has changed it."""
     return (
         convolution.in_channels <= 4
@@ -56,11 +56,11 @@ def subpixel(convolutions: Collection[nn.Conv2d]) -> Iterator[None]:
 
 def forward(convolution: nn.Conv2d, input: Tensor) -> Tensor:
     """Return what the convolution makes of images; the second name is what `nn.Conv2d` calls them."""
-    found: Tensor = Narrow.apply(input, convolution.weight, convolution)
+    found: Tensor = SubpixelConv.apply(input, convolution.weight, convolution)
     return found
 
 
-class Narrow(torch.autograd.Function):
+class SubpixelConv(torch.autograd.Function):
     """A convolution, whose gradient with respect to the image alone is found as a sub-pixel convolution."""
 
     @staticmethod

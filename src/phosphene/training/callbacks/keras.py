@@ -7,22 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from phosphene.errors import ExtraMissing, InvalidRequest
-from phosphene.network.model import first_line
+from phosphene.errors import InvalidRequest, require_extra
 from phosphene.rendering.recipes import Recipe
 from phosphene.training.history import History
-from phosphene.training.keras_adapter import backend_of, loss_scale, seeds_kept, subject_of_keras
+from phosphene.training.keras_adapter import backend_of, keras_network, loss_scale, seeds_kept
 from phosphene.training.recorder import CAP, Recorder
 
-try:
-    import keras
-except ImportError as error:
-    raise ExtraMissing(
-        f"watching a Keras training needs the keras extra: pip install 'phosphene[keras]' ({first_line(error)})"
-    ) from error
+keras = require_extra("keras", "keras")
 
 
-class KerasRecorder(keras.callbacks.Callback):  # type: ignore[misc]
+class KerasRecorder(keras.callbacks.Callback):  # type: ignore[misc, name-defined]
     """Records a training with `fit`, epoch by epoch, and leaves the training as it is.
 
     On the torch backend `gradients="running"` reads what each training step leaves in `.grad`: of one batch, before
@@ -92,7 +86,7 @@ class KerasRecorder(keras.callbacks.Callback):  # type: ignore[misc]
         """Make the recorder in the first epoch: from its number follows how many are to come."""
         if self.recorder is not None:
             return
-        subject = subject_of_keras(self.model)
+        subject = keras_network(self.model)
         if subject.scale is not None:
             subject = replace(subject, scale=lambda: self.scale)
         last = (self.params or {}).get("epochs")

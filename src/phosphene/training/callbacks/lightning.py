@@ -7,23 +7,23 @@ training with the mean over the processes in the last of them; then the scale of
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from phosphene.errors import ExtraMissing, InvalidRequest, nearest
+from phosphene.errors import InvalidRequest, nearest, require_extra
 from phosphene.rendering.recipes import Recipe
-from phosphene.training.adapter import Subject, subject_of
+from phosphene.training.adapter import TrainedNetwork, torch_network
 from phosphene.training.history import History, open_history
 from phosphene.training.recorder import CAP, Recorder
-from phosphene.training.writers import checked
+from phosphene.training.writers import matched_writers
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # the same under two names
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")  # no process has a whole weight
@@ -35,12 +35,9 @@ def callback_class() -> Any:
     Raises:
         ExtraMissing: there is neither.
     """
-    for name in sorted(PACKAGES, key=lambda one: one not in sys.modules):
-        try:
-            return importlib.import_module(name).Callback
-        except ImportError:
-            continue
-    raise ExtraMissing("Lightning is not installed; install it with: pip install 'phosphene[lightning]'")
+    imported = [name for name in PACKAGES if name in sys.modules]
+    available = imported or [name for name in PACKAGES if find_spec(name.partition(".")[0])] or PACKAGES
+    return require_extra(available[0], "lightning").Callback
 
 
 class LightningRecorder(callback_class()):  # type: ignore[misc]
@@ -120,9 +117,9 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
         )
         self.steps, self.earlier = 0, dict(trainer.callback_metrics)
 
-    def watched(self, network: nn.Module) -> Subject:
+    def watched(self, network: nn.Module) -> TrainedNetwork:
         """Return a network as a subject, whose weights are those of the optimizer that steps, while one does."""
-        subject = subject_of(network)
+        subject = torch_network(network)
         return replace(subject, weights=partial(self.stepping_only, subject.weights))
 
     def stepping_only(self, weights: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -208,7 +205,7 @@ def loggers_of(trainer: Any) -> list[Any]:
     found = []
     for logger in trainer.loggers:
         try:
-            found += [one for one, _ in checked(logger.experiment)]
+            found += [one for one, _ in matched_writers(logger.experiment)]
         except InvalidRequest:
             continue
     if not found:

@@ -9,7 +9,6 @@ evaluated, only after `on_epoch_end`.
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 import warnings
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from phosphene.errors import ExtraMissing, InvalidRequest
+from phosphene.errors import InvalidRequest, require_extra
 from phosphene.rendering.recipes import Recipe
 from phosphene.training.history import History, open_history
 from phosphene.training.recorder import CAP, Recorder
@@ -33,12 +32,7 @@ def callback_class() -> Any:
     Raises:
         ExtraMissing: it is not installed.
     """
-    try:
-        return importlib.import_module("transformers").TrainerCallback
-    except ImportError as error:
-        raise ExtraMissing(
-            "transformers is not installed; install it with: pip install 'phosphene[transformers]'"
-        ) from error
+    return require_extra("transformers", "transformers").TrainerCallback
 
 
 class TransformersRecorder(callback_class()):  # type: ignore[misc]

@@ -44,7 +44,7 @@ def identity_of(atlas: Mapping[str, Any]) -> Identity:
     return Identity(atlas["fingerprint"], size and tuple(size))
 
 
-class Bench:
+class ModelThread:
     """A thread, and the networks that only this thread touches; the last ones used are kept."""
 
     def __init__(self, name: str, open_network: Callable[[Mapping[str, Any]], Model]) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from phosphene.atlases.verdicts import DEAD, Verdict, same, span
 from phosphene.errors import EntryNotFound, LayerRefused
 from phosphene.evidence.collect import Evidence
-from phosphene.evidence.photo_pass import visiting
-from phosphene.images import figure
+from phosphene.evidence.photo_pass import photo_runs
+from phosphene.images import display, encode, grid
 from phosphene.images.photo import Fit, decode
 from phosphene.inspection.activations import activations
 from phosphene.inspection.attribution_methods import INPUT_METHODS
@@ -22,7 +22,7 @@ from phosphene.inspection.explain import explain
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 from phosphene.web.live.render_request import data_uri
-from phosphene.web.store_reader import Gallery, layer_slug
+from phosphene.web.store_reader import StoreReader, layer_slug
 
 BYTES, PIXELS, LONGER = 20_000_000, 40_000_000, 1024  # of an upload, unpacked, and of the longer side that is kept
 OF_LAYER, OF_ALL = 8, 24  # filters that are shown
@@ -64,7 +64,7 @@ def explained(model: Model, photo: Tensor, method: str, layer: str | None, targe
         if classifies(model):
             raise
         note = f"{model.name} names no classes, so there is no heat map; its filters and activations are below."
-        return {"classes": [], "note": note, "picture": webp_uri(figure.picture(photo[0]))}
+        return {"classes": [], "note": note, "picture": webp_uri(grid.picture(photo[0]))}
     return {
         "classes": [asdict(one) for one in heat.top],
         "target": asdict(heat.target),
@@ -84,21 +84,21 @@ def activation_sheet(model: Model, photo: Tensor, layer: str) -> bytes:
     return webp_bytes(activations(model, photo, [layer]).grid(model.find(layer).path))
 
 
-def webp_bytes(picture: figure.Picture) -> bytes:
+def webp_bytes(picture: display.Picture) -> bytes:
     """Return a picture as WebP bytes, shrunk until there are few enough."""
-    content = figure.webp(picture, QUALITY)
+    content = encode.webp(picture, QUALITY)
     while len(content) > MOST:
         picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))
-        content = figure.webp(picture, QUALITY)
+        content = encode.webp(picture, QUALITY)
     return content
 
 
-def webp_uri(picture: figure.Picture) -> str:
+def webp_uri(picture: display.Picture) -> str:
     """Return a picture as an address that a page may show."""
     return data_uri("image/webp", webp_bytes(picture))
 
 
-def excited(model: Model, photo: Tensor, gallery: Gallery, d: str) -> dict[str, Any]:
+def top_filters(model: Model, photo: Tensor, gallery: StoreReader, d: str) -> dict[str, Any]:
     """Return which filters of an atlas a photo excites most, of each layer and of all, in JSON terms.
 
     With photos in the store, by the excitation ratio: 1 is the strongest of those photos, 0 their mean. Else 1 is the
@@ -109,7 +109,7 @@ def excited(model: Model, photo: Tensor, gallery: Gallery, d: str) -> dict[str, 
     paths = [one["path"] for one in gallery.atlas(d)["layers"] if evidence is None or one["path"] in evidence]
     if not paths:
         raise EntryNotFound("this atlas has no filters yet")
-    size, fit = sight(model, gallery, d, paths[0], evidence)
+    size, fit = size_and_fit(model, gallery, d, paths[0], evidence)
     layers = [model.find(path) for path in paths]
     means = channel_means(model, layers, fit(photo, size)[0])
     grey = means if evidence else channel_means(model, layers, model.grey(size))
@@ -123,7 +123,9 @@ def excited(model: Model, photo: Tensor, gallery: Gallery, d: str) -> dict[str, 
     return {"size": list(size), "photos": photos, "layers": found, "strongest": every[:OF_ALL]}
 
 
-def sight(model: Model, gallery: Gallery, d: str, path: str, evidence: Evidence | None) -> tuple[tuple[int, int], Fit]:
+def size_and_fit(
+    model: Model, gallery: StoreReader, d: str, path: str, evidence: Evidence | None
+) -> tuple[tuple[int, int], Fit]:
     """Return the size (h, w) at which photos, or else pictures, were seen, and how a photo is brought to it."""
     if evidence:
         spec = evidence.about["spec"]
@@ -142,7 +144,7 @@ def channel_means(model: Model, layers: Sequence[Layer], image: Tensor) -> list[
         sums = torch.promote_types(act.dtype, torch.float32)
         found[number] = act.mean((-2, -1), dtype=sums)[0].double().cpu()
 
-    with visiting(model, layers) as visit, model.taking((image.shape[-2], image.shape[-1])):
+    with photo_runs(model, layers) as visit, model.taking((image.shape[-2], image.shape[-1])):
         visit(image.to(model.like), see)
     return [found[number] for number in range(len(layers))]
 

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 from phosphene.errors import ChannelNotFound, PhospheneError
 from phosphene.network.model import Model
 from phosphene.rendering.gradient_ascent import Frame
-from phosphene.rendering.render import falls_due
-from phosphene.web.live.model_pool import Bench, Identity, opened, refusal, second
-from phosphene.web.live.render_request import Wish, channels_of, drawn, framed
-from phosphene.web.store_reader import Gallery
+from phosphene.rendering.render import is_film_frame
+from phosphene.web.live.model_pool import Identity, ModelThread, opened, refusal, second
+from phosphene.web.live.render_request import RenderRequest, channels_of, frame_event, render_response
+from phosphene.web.store_reader import StoreReader
 
 WAITING = 20  # renders that wait for the one under way
 SEATS, VISITORS = 4, 40  # photos that are in memory at once, and those who wait with theirs
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """Too many wait already."""
 
 
-class Left(Exception):
+class ViewerGone(Exception):
     """Ends a render that nobody looks at any more."""
 
 
@@ -49,7 +49,7 @@ class Event(NamedTuple):
     facts: dict[str, Any]
 
 
-class Rendering:
+class RenderTask:
     """A render that somebody waits for, or looks on at.
 
     Attributes:
@@ -58,7 +58,7 @@ class Rendering:
         begun: whether its turn has come.
     """
 
-    def __init__(self, atlas: Mapping[str, Any], wish: Wish) -> None:
+    def __init__(self, atlas: Mapping[str, Any], wish: RenderRequest) -> None:
         self.atlas, self.wish = atlas, wish
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
@@ -87,16 +87,16 @@ class Rendering:
             Left: nobody looks any more.
         """
         if self.gone.is_set():
-            raise Left
+            raise ViewerGone
         now = monotonic()
         early = now - self.shown < 1 / OFTEN or self.events.qsize() > UNREAD
-        if early and not falls_due(frame, LEAST):
+        if early and not is_film_frame(frame, LEAST):
             return
         self.shown = now
-        self.tell("frame", **framed(frame, display))
+        self.tell("frame", **frame_event(frame, display))
 
 
-class Studio:
+class RenderQueue:
     """The networks of a gallery's atlases, each loaded at first use, and the line of renders, one at a time.
 
     Args:
@@ -104,14 +104,14 @@ class Studio:
         model: a network that was loaded already, for the atlases that were made with it.
     """
 
-    def __init__(self, gallery: Gallery, device: str = "cpu", model: Model | None = None) -> None:
+    def __init__(self, gallery: StoreReader, device: str = "cpu", model: Model | None = None) -> None:
         self.gallery = gallery
         self.given = Identity.of(model) if model else None
         other = second(model) if model else None
-        self.photos = Bench("photos", partial(opened, device=device, given=model))
+        self.photos = ModelThread("photos", partial(opened, device=device, given=model))
         apart = model is None or other is not None
-        self.renders = Bench("renders", partial(opened, device=device, given=other)) if apart else self.photos
-        self.line: list[Rendering] = []
+        self.renders = ModelThread("renders", partial(opened, device=device, given=other)) if apart else self.photos
+        self.line: list[RenderTask] = []
         self.seats, self.visitors = asyncio.Semaphore(SEATS), 0
 
     async def atlas(self, d: str) -> Mapping[str, Any]:
@@ -140,7 +140,7 @@ class Studio:
             Full: too many wait.
         """
         if self.visitors >= VISITORS:
-            raise Full(f"{VISITORS} people show a photo just now; try again in a moment")
+            raise QueueFull(f"{VISITORS} people show a photo just now; try again in a moment")
         self.visitors += 1
         try:
             async with self.seats:
@@ -148,7 +148,7 @@ class Studio:
         finally:
             self.visitors -= 1
 
-    async def begin(self, d: str, wish: Wish) -> Rendering:
+    async def begin(self, d: str, wish: RenderRequest) -> RenderTask:
         """Return a render, which waits for its turn.
 
         Raises:
@@ -160,13 +160,13 @@ class Studio:
         wish.settings(atlas)
         await self.check(d, atlas, wish)
         if len(self.line) > WAITING:
-            raise Full(f"{WAITING} renders wait already; try again when some of them are done")
-        one = Rendering(atlas, wish)
+            raise QueueFull(f"{WAITING} renders wait already; try again when some of them are done")
+        one = RenderTask(atlas, wish)
         self.line.append(one)
         self.move_up()
         return one
 
-    async def check(self, d: str, atlas: Mapping[str, Any], wish: Wish) -> None:
+    async def check(self, d: str, atlas: Mapping[str, Any], wish: RenderRequest) -> None:
         """Refuse a filter that the network has not; it is loaded only for a layer that the atlas has not."""
         known: dict[str, int] = {one["path"]: one["channels"] for one in atlas["layers"]}
         if wish.layer not in known:
@@ -175,7 +175,7 @@ class Studio:
         if wish.channel >= count:
             raise ChannelNotFound(f"there is no channel {wish.channel}: {wish.layer} has 0 to {count - 1}")
 
-    def leave(self, one: Rendering) -> None:
+    def leave(self, one: RenderTask) -> None:
         """Have nobody look at a render any more: it leaves the line, or ends within a step."""
         one.gone.set()
         if one in self.line and not one.begun:
@@ -193,18 +193,18 @@ class Studio:
                 lambda _: self.finished(first)
             )
 
-    def finished(self, one: Rendering) -> None:
+    def finished(self, one: RenderTask) -> None:
         """Take a render that has ended out of the line."""
         if one in self.line:
             self.line.remove(one)
             self.move_up()
 
-    def draw(self, one: Rendering) -> None:
+    def draw(self, one: RenderTask) -> None:
         """Render, and tell how it went; in the thread for renders."""
         try:
             if not one.gone.is_set():
-                one.tell("done", **drawn(self.renders.network(one.atlas), one.atlas, one.wish, one.watch))
-        except Left:
+                one.tell("done", **render_response(self.renders.network(one.atlas), one.atlas, one.wish, one.watch))
+        except ViewerGone:
             pass
         except PhospheneError as error:
             one.tell("failed", error=str(error))

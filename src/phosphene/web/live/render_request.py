@@ -11,14 +11,15 @@ from typing import Any
 
 from PIL import Image
 
+from phosphene.arguments import whole_number
 from phosphene.errors import InvalidRequest, LayerRefused
-from phosphene.images import figure
+from phosphene.images import display, encode, grid
+from phosphene.network.layers import file_prefix
 from phosphene.network.model import Model
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.objectives import channel
 from phosphene.rendering.recipes import RECIPES, Recipe, find_recipe
 from phosphene.rendering.render import render
-from phosphene.rendering.result import file_prefix
 from phosphene.web.shell_commands import filters_command
 from phosphene.web.views.filter import goes_by_name
 
@@ -28,7 +29,7 @@ SHOWN, QUALITY = 256, 80  # pixels of a frame's longer side
 
 
 @dataclass(frozen=True)
-class Wish:
+class RenderRequest:
     """A filter that is to be rendered; what is None is as in the atlas."""
 
     layer: str
@@ -39,7 +40,7 @@ class Wish:
     seed: int | None = None
 
     @classmethod
-    def of(cls, given: Any) -> Wish:
+    def of(cls, given: Any) -> RenderRequest:
         """Return the wish that JSON holds.
 
         Raises:
@@ -56,8 +57,7 @@ class Wish:
             number = given.get(name, least)
             if number is None and name != "channel":
                 continue
-            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
-                raise InvalidRequest(f"{name} is a whole number from {least} to {most}, not {str(number)[:20]}")
+            whole_number(number, name, least, most)
         return cls(**given)
 
     def settings(self, atlas: Mapping[str, Any]) -> tuple[Recipe, int | None]:
@@ -103,7 +103,9 @@ def channels_of(model: Model, path: str) -> int:
     return int(layer.channels)
 
 
-def drawn(model: Model, atlas: Mapping[str, Any], wish: Wish, watch: Callable[[Frame, str], None]) -> dict[str, Any]:
+def render_response(
+    model: Model, atlas: Mapping[str, Any], wish: RenderRequest, watch: Callable[[Frame, str], None]
+) -> dict[str, Any]:
     """Render what is wished for, and return what there is to tell of it; `watch` gets each frame and how to show it."""
     recipe, size = wish.settings(atlas)
     objective = channel(wish.layer, [wish.channel])
@@ -112,20 +114,20 @@ def drawn(model: Model, atlas: Mapping[str, Any], wish: Wish, watch: Callable[[F
         "score": finite(float(rendered.scores[0])),
         "start_score": finite(float(rendered.start_scores[0])),
         "dead": bool(rendered.dead[0]),
-        "image": data_uri("image/png", figure.png(rendered.pictures[0], rendered.metadata(0))),
+        "image": data_uri("image/png", encode.png(rendered.pictures[0], rendered.metadata(0))),
         "command": command(model, wish, recipe, size, rendered.spec["precision"]),
     }
 
 
-def framed(frame: Frame, display: str) -> dict[str, Any]:
+def frame_event(frame: Frame, display_rule: str) -> dict[str, Any]:
     """Return what there is to tell of a frame; its picture is small, by a display rule."""
-    shown = figure.picture(figure.to_bytes(figure.DISPLAYS[display](frame.image[:1]))[0])
+    shown = grid.picture(display.to_bytes(display.DISPLAYS[display_rule](frame.image[:1]))[0])
     shown.thumbnail((SHOWN, SHOWN), Image.Resampling.BICUBIC)
-    image = data_uri("image/webp", figure.webp(shown.convert("RGB"), QUALITY, effort=0))
+    image = data_uri("image/webp", encode.webp(shown.convert("RGB"), QUALITY, effort=0))
     return {"step": frame.step, "steps": frame.steps, "score": finite(float(frame.scores[0])), "image": image}
 
 
-def command(model: Model, wish: Wish, recipe: Recipe, size: int | None, precision: str) -> str:
+def command(model: Model, wish: RenderRequest, recipe: Recipe, size: int | None, precision: str) -> str:
     """Return the command that makes a picture again, empty where its recipe goes by no name."""
     if not goes_by_name(recipe.name, recipe.steps, recipe.seed, recipe.digest):
         return ""

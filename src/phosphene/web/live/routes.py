@@ -22,9 +22,9 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest
 from phosphene.network.model import Model
-from phosphene.web.live.photo import BYTES, activation_sheet, excited, explained, maps_of, photo_of
-from phosphene.web.live.render_queue import Full, Rendering, Studio
-from phosphene.web.live.render_request import Wish, recipes_for
+from phosphene.web.live.photo import BYTES, activation_sheet, explained, maps_of, photo_of, top_filters
+from phosphene.web.live.render_queue import QueueFull, RenderQueue, RenderTask
+from phosphene.web.live.render_request import RenderRequest, recipes_for
 from phosphene.web.security import bounded_body
 
 HEARTBEAT = 3.0  # seconds; the longest that a visitor who has gone unseen keeps a place in the line
@@ -34,7 +34,7 @@ FRESH = {"Cache-Control": "no-store"}
 STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # with no-store, Chromium reports it as broken off
 
 
-def live_routes(studio: Studio) -> list[Route]:
+def live_routes(studio: RenderQueue) -> list[Route]:
     """Return the routes of live use."""
     posts = {"photo": photo, "excited": excites, "activations": activates, "render": renders}
     gets = {"layers.json": layers, "recipes.json": recipes}
@@ -51,7 +51,7 @@ async def example(request: Request) -> Response:
     return Response(content, media_type="image/jpeg", headers={"Cache-Control": "no-cache"})
 
 
-async def layers(studio: Studio, request: Request) -> Response:
+async def layers(studio: RenderQueue, request: Request) -> Response:
     """Answer with all layers that have maps, and the names of the classes; loads the network."""
     d = request.path_params["d"]
     return await answered(studio, d, listed)
@@ -64,28 +64,28 @@ def listed(model: Model) -> dict[str, Any]:
     return {"layers": maps, "flat": sorted(flat), "classes": list(model.labels)}
 
 
-async def recipes(studio: Studio, request: Request) -> Response:
+async def recipes(studio: RenderQueue, request: Request) -> Response:
     """Answer with the recipes to render by, and why there is nothing to render, if so; loads no network."""
     atlas = await studio.atlas(request.path_params["d"])
     facts = {"model": atlas["model"], "refused": studio.refusal(atlas)}
     return JSONResponse({**recipes_for(atlas), **facts}, headers=FRESH)
 
 
-async def photo(studio: Studio, request: Request) -> Response:
+async def photo(studio: RenderQueue, request: Request) -> Response:
     """Answer with the classes of the photo that is sent, and a heat map on it."""
     asked = asked_for(request, "method", "layer", "target")
     method, layer, target = asked["method"] or "gradcam", asked["layer"], asked["target"]
     return await shown(studio, request, lambda model, one: explained(model, one, method, layer, target))
 
 
-async def excites(studio: Studio, request: Request) -> Response:
+async def excites(studio: RenderQueue, request: Request) -> Response:
     """Answer with the filters of the atlas that the photo excites most."""
     asked_for(request)
     d = request.path_params["d"]
-    return await shown(studio, request, lambda model, one: excited(model, one, studio.gallery, d))
+    return await shown(studio, request, lambda model, one: top_filters(model, one, studio.gallery, d))
 
 
-async def activates(studio: Studio, request: Request) -> Response:
+async def activates(studio: RenderQueue, request: Request) -> Response:
     """Answer with what a layer makes of the photo, as a picture."""
     layer = asked_for(request, "layer")["layer"]
     if layer is None:
@@ -93,11 +93,11 @@ async def activates(studio: Studio, request: Request) -> Response:
     return await shown(studio, request, lambda model, one: activation_sheet(model, one, layer))
 
 
-async def renders(studio: Studio, request: Request) -> Response:
+async def renders(studio: RenderQueue, request: Request) -> Response:
     """Answer with the events of a render, for as long as somebody looks."""
     content = await bounded_body(request, WISH)
     try:
-        wish = Wish.of(json.loads(content))
+        wish = RenderRequest.of(json.loads(content))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InvalidRequest):
             raise
@@ -127,11 +127,11 @@ def free() -> Iterator[None]:
     """
     try:
         yield
-    except Full as error:
+    except QueueFull as error:
         raise HTTPException(429, str(error), {"Retry-After": "2"}) from error
 
 
-async def answered(studio: Studio, d: str, work: Callable[[Model], Any]) -> Response:
+async def answered(studio: RenderQueue, d: str, work: Callable[[Model], Any]) -> Response:
     """Answer with what `work` makes of a network: bytes are WebP, all else is JSON."""
     found = await studio.look(d, work)
     if isinstance(found, bytes):
@@ -139,7 +139,7 @@ async def answered(studio: Studio, d: str, work: Callable[[Model], Any]) -> Resp
     return JSONResponse(found, headers=FRESH)
 
 
-async def shown(studio: Studio, request: Request, work: Callable[[Model, Tensor], Any]) -> Response:
+async def shown(studio: RenderQueue, request: Request, work: Callable[[Model, Tensor], Any]) -> Response:
     """Answer with what `work` makes of the photo that is sent."""
     d = request.path_params["d"]
     await studio.atlas(d)  # before the photo is taken in
@@ -167,7 +167,7 @@ async def unless_gone(request: Request, answering: Coroutine[Any, Any, Response]
 class EventStream(StreamingResponse):
     """The events of a render as they come; whoever goes away leaves the line, or ends the render."""
 
-    def __init__(self, studio: Studio, rendering: Rendering) -> None:
+    def __init__(self, studio: RenderQueue, rendering: RenderTask) -> None:
         super().__init__(spelled(rendering), headers=STREAMED, media_type="text/event-stream")
         self.studio, self.rendering = studio, rendering
 
@@ -178,7 +178,7 @@ class EventStream(StreamingResponse):
             self.studio.leave(self.rendering)
 
 
-async def spelled(rendering: Rendering) -> AsyncIterator[bytes]:
+async def spelled(rendering: RenderTask) -> AsyncIterator[bytes]:
     """Yield the events of a render as a server sends them, and a comment where nothing happens for a while."""
     last = False
     while not last:

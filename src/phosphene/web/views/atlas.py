@@ -10,14 +10,14 @@ from phosphene.atlases.report import facts_of, facts_of_layer, note_on, notes_of
 from phosphene.atlases.report_page import ORDER, SIGNS, explained, share
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import PhospheneError
-from phosphene.web.store_reader import AtlasFacts, Gallery
-from phosphene.web.urls import Tile, file_href, filter_href, layer_href, network_href, tile_of
+from phosphene.web.store_reader import AtlasFacts, StoreReader
+from phosphene.web.urls import SpriteTile, file_href, filter_href, layer_href, network_href, tile_of
 
 FACES = 10  # pictures on an atlas' card
 LABELS = {"retrieval": "rank among pictures", "own": "rank among filters"}
 
 
-class Part(NamedTuple):
+class VerdictShare(NamedTuple):
     """How many filters of a whole have one verdict: `left` and `share` place it on a bar of 100."""
 
     verdict: str
@@ -28,26 +28,26 @@ class Part(NamedTuple):
     share: float
 
 
-class Face(NamedTuple):
+class Thumbnail(NamedTuple):
     """A filter's picture that leads to its view."""
 
     path: str
     n: int
     href: str
-    tile: Tile
+    tile: SpriteTile
 
 
-class Card(NamedTuple):
+class AtlasCard(NamedTuple):
     """What the index shows of an atlas."""
 
     href: str
     model: str
     told: str
-    parts: Sequence[Part]
-    faces: Sequence[Face]
+    parts: Sequence[VerdictShare]
+    faces: Sequence[Thumbnail]
 
 
-class Row(NamedTuple):
+class LayerRow(NamedTuple):
     """What the network view shows of a layer; `filters` of its filters have pictures, which is `told` if not all."""
 
     path: str
@@ -55,47 +55,49 @@ class Row(NamedTuple):
     facts: Mapping[str, str]
     filters: int
     told: str
-    parts: Sequence[Part]
-    faces: Sequence[Face]
+    parts: Sequence[VerdictShare]
+    faces: Sequence[Thumbnail]
 
 
-class Cell(NamedTuple):
+class FilterCell(NamedTuple):
     """What the layer view shows of a filter; `said` is all of it in words."""
 
     n: int
     verdict: str
     sign: str
     said: str
-    tile: Tile
+    tile: SpriteTile
     excitation: float | None
     stability: float | None
     score: float | None
 
 
-def parts_of(counts: Mapping[str, int]) -> list[Part]:
+def parts_of(counts: Mapping[str, int]) -> list[VerdictShare]:
     """Return how many filters have which verdict, in the order in which they stand on a bar."""
     total, left, parts = sum(counts.get(name, 0) for name in ORDER), 0.0, []
     for name in ORDER:
         count = counts.get(name, 0)
         width = 100 * count / (total or 1)
-        parts.append(Part(name, SIGNS[name], count, share(count, total), left, width))
+        parts.append(VerdictShare(name, SIGNS[name], count, share(count, total), left, width))
         left += width
     return parts
 
 
-def faces_of(d: str, row: Mapping[str, Any]) -> list[Face]:
+def faces_of(d: str, row: Mapping[str, Any]) -> list[Thumbnail]:
     """Return a layer's strip of pictures; a store of before has none."""
     strip, path = row.get("strip"), row["path"]
     if not strip:
         return []
     channels, file = strip["channels"], file_href(d, path, strip["file"])
     return [
-        Face(path, n, filter_href(d, path, n), tile_of(file, strip["tile"], strip["columns"], len(channels), index))
+        Thumbnail(
+            path, n, filter_href(d, path, n), tile_of(file, strip["tile"], strip["columns"], len(channels), index)
+        )
         for index, n in enumerate(channels)
     ]
 
 
-def cards(gallery: Gallery) -> list[Card]:
+def cards(gallery: StoreReader) -> list[AtlasCard]:
     """Return what the index shows of all atlases; two that are told alike are told with their addresses."""
     atlases = gallery.atlases()
     made = [card(one, photos_of(gallery, one)) for one in atlases]
@@ -106,7 +108,7 @@ def cards(gallery: Gallery) -> list[Card]:
     ]
 
 
-def photos_of(gallery: Gallery, atlas: AtlasFacts) -> str:
+def photos_of(gallery: StoreReader, atlas: AtlasFacts) -> str:
     """Return with how many photos an atlas was made; the index stands though what tells that is damaged."""
     try:
         photos = gallery.photos(atlas.d)
@@ -115,7 +117,7 @@ def photos_of(gallery: Gallery, atlas: AtlasFacts) -> str:
     return "without photos" if photos is None else counted(photos, "photo")
 
 
-def seen_photos(gallery: Gallery, d: str) -> tuple[str, str]:
+def seen_photos(gallery: StoreReader, d: str) -> tuple[str, str]:
     """Return how many photos an atlas' network was shown, and what is wrong with what tells that, if anything is."""
     try:
         photos = gallery.photos(d)
@@ -134,14 +136,14 @@ def counted(many: int, name: str) -> str:
     return f"{many:,} {name}" if many == 1 else f"{many:,} {name}s"
 
 
-def card(atlas: AtlasFacts, photos: str) -> Card:
+def card(atlas: AtlasFacts, photos: str) -> AtlasCard:
     """Return what the index shows of an atlas: pictures from all its layers, evenly spread."""
     manifest = atlas.manifest
     faces = [face for row in manifest["layers"] for face in faces_of(atlas.d, row)]
     chosen = sorted({round(index * (len(faces) - 1) / (FACES - 1)) for index in range(FACES)}) if faces else []
     filters, recipe = sum(map(drawn, manifest["layers"])), manifest["recipe"]
     told = f"{counted(len(manifest['layers']), 'layer')}, {counted(filters, 'filter')}"
-    return Card(
+    return AtlasCard(
         network_href(atlas.d),
         manifest["model"],
         f"{told}, {recipe['name']}, {manifest['size'] or recipe['sizes'][-1]} px, {photos}",
@@ -160,10 +162,10 @@ def told_drawn(some: int, channels: int) -> str:
     return f"{some:,} of {channels:,} filters drawn" if 0 < some < channels else ""
 
 
-def rows(d: str, manifest: Mapping[str, Any]) -> list[Row]:
+def rows(d: str, manifest: Mapping[str, Any]) -> list[LayerRow]:
     """Return what the network view shows of the layers, in the order of the forward pass."""
     return [
-        Row(
+        LayerRow(
             row["path"],
             layer_href(d, row["path"]),
             facts_of_layer(row),
@@ -176,7 +178,7 @@ def rows(d: str, manifest: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def network_view(gallery: Gallery, d: str) -> dict[str, Any]:
+def network_view(gallery: StoreReader, d: str) -> dict[str, Any]:
     """Return what `network.html` shows."""
     manifest, lines = gallery.atlas(d), rows(d, gallery.atlas(d))
     photos, lost = seen_photos(gallery, d)
@@ -193,7 +195,7 @@ def network_view(gallery: Gallery, d: str) -> dict[str, Any]:
     }
 
 
-def layer_view(gallery: Gallery, d: str, path: str) -> dict[str, Any]:
+def layer_view(gallery: StoreReader, d: str, path: str) -> dict[str, Any]:
     """Return what `layer.html` shows."""
     manifest = gallery.layer(d, path)
     verdicts = verdicts_of(manifest)
@@ -229,7 +231,7 @@ def neighbours(many: Sequence[Any], one: Any) -> tuple[Any, Any]:
     return many[at - 1] if at else None, many[at + 1] if at + 1 < len(many) else None
 
 
-def tiles_of(d: str, manifest: Mapping[str, Any]) -> Iterator[Tile]:
+def tiles_of(d: str, manifest: Mapping[str, Any]) -> Iterator[SpriteTile]:
     """Yield the tiles of a layer's pictures, in their order."""
     for sheet in manifest["sheets"]:
         file = file_href(d, manifest["layer"]["path"], sheet["file"])
@@ -237,11 +239,11 @@ def tiles_of(d: str, manifest: Mapping[str, Any]) -> Iterator[Tile]:
             yield tile_of(file, sheet["tile"], sheet["columns"], len(sheet["channels"]), index)
 
 
-def cell(one: Verdict, tile: Tile) -> Cell:
+def cell(one: Verdict, tile: SpriteTile) -> FilterCell:
     """Return what the layer view shows of a filter."""
     said = f"filter {one.channel}, {one.verdict or 'not judged'}"
     if one.excitation is not None:
         said += f", excitation {one.excitation:.1f}"
-    return Cell(
+    return FilterCell(
         one.channel, one.verdict, SIGNS.get(one.verdict, ""), said, tile, one.excitation, one.stability, one.score
     )

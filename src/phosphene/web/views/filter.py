@@ -12,12 +12,12 @@ from phosphene.errors import EntryNotFound, PhospheneError
 from phosphene.evidence.collect import Evidence
 from phosphene.evidence.crops import window
 from phosphene.evidence.top_photos import NONE
-from phosphene.network.capture import Place
+from phosphene.network.capture import TensorAddress
 from phosphene.network.layers import Layer, ReceptiveField
 from phosphene.rendering.recipes import find_recipe
 from phosphene.web.shell_commands import filters_command
-from phosphene.web.store_reader import Filter, Gallery
-from phosphene.web.urls import Tile, evidence_href, file_href, filter_href, layer_href, tile_of
+from phosphene.web.store_reader import Filter, StoreReader
+from phosphene.web.urls import SpriteTile, evidence_href, file_href, filter_href, layer_href, tile_of
 from phosphene.web.views.atlas import LABELS, labelled, lost_photos, neighbours, told_drawn
 
 REFERENCES = ("builtin/", "torchvision/", "timm/", "keras/")
@@ -36,14 +36,14 @@ class Moment(NamedTuple):
     """The picture after so many steps."""
 
     step: int
-    tile: Tile
+    tile: SpriteTile
 
 
 class Kernel(NamedTuple):
     """The kernel of a filter for an input channel, None for colours."""
 
     channel: int | None
-    tile: Tile
+    tile: SpriteTile
 
 
 class Box(NamedTuple):
@@ -55,17 +55,17 @@ class Box(NamedTuple):
     height: float
 
 
-class Strong(NamedTuple):
+class TopPhoto(NamedTuple):
     """A strong photo: the part that excites the filter, and where in the photo that is; `whole` where it is kept."""
 
     name: str
     peak: str
-    crop: Tile
-    whole: Tile | None
+    crop: SpriteTile
+    whole: SpriteTile | None
     box: Box | None
 
 
-def filter_view(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
+def filter_view(gallery: StoreReader, d: str, path: str, n: int) -> dict[str, Any]:
     """Return what `filter.html` shows of a filter that has a picture.
 
     Raises:
@@ -79,7 +79,7 @@ def filter_view(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
     except PhospheneError as error:
         notes.append(lost_photos(error))
     return {
-        **nowhere(gallery, d, path, n),
+        **unrendered_view(gallery, d, path, n),
         "made": True,
         "facts": facts_of_layer(layer["layer"]),
         "notes": notes,
@@ -102,7 +102,7 @@ def filter_view(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
     }
 
 
-def nowhere(gallery: Gallery, d: str, path: str, n: int) -> dict[str, Any]:
+def unrendered_view(gallery: StoreReader, d: str, path: str, n: int) -> dict[str, Any]:
     """Return what `filter.html` shows of a filter that has no picture yet, which a server can draw.
 
     Raises:
@@ -163,7 +163,7 @@ def kernels(d: str, layer: Mapping[str, Any], n: int) -> dict[str, Any] | None:
     return {"tiles": tiles, "scale": shown(about["scale"][row]), "of": about["of"], "colours": colours}
 
 
-def strongest(evidence: Evidence, facts: Mapping[str, Any], n: int) -> list[Strong]:
+def strongest(evidence: Evidence, facts: Mapping[str, Any], n: int) -> list[TopPhoto]:
     """Return the strongest photos of a filter, the strongest first."""
     about, layer, found = evidence.about, layer_of(facts), evidence[facts["path"]]
     page, row = divmod(n, about["rows"])
@@ -177,7 +177,7 @@ def strongest(evidence: Evidence, facts: Mapping[str, Any], n: int) -> list[Stro
         whole = thumbnail(evidence, photo)
         down, right = found.positions[n, rank].tolist()
         strong.append(
-            Strong(
+            TopPhoto(
                 about["names"][str(photo)],
                 shown(float(found.peaks[n, rank])),
                 tile_of(crop, (about["tile"], about["tile"]), top, many, row * top + rank),
@@ -204,7 +204,7 @@ def seen(evidence: Evidence, facts: Mapping[str, Any], size: Sequence[int]) -> s
     return f"{said}; the frame is what of that the filter sees."
 
 
-def thumbnail(evidence: Evidence, photo: int) -> Tile | None:
+def thumbnail(evidence: Evidence, photo: int) -> SpriteTile | None:
     """Return a photo whole; None where it is not kept, as evidence of before keeps none."""
     about = evidence.about.get("thumbnails")
     if not about or photo not in about["photos"]:
@@ -214,7 +214,7 @@ def thumbnail(evidence: Evidence, photo: int) -> Tile | None:
     return tile_of(evidence_href(evidence.digest, about["sheets"][page]), about["tile"], about["columns"], each, index)
 
 
-def box_of(layer: Layer, place: tuple[int, int], size: Sequence[int], tile: Tile) -> Box:
+def box_of(layer: Layer, place: tuple[int, int], size: Sequence[int], tile: SpriteTile) -> Box:
     """Return where in a photo's tile a place of a layer's map looks; what lies outside the photo is left away."""
     part = window(layer, place, (size[0], size[1]))
     down, right = tile.height / size[0], tile.width / size[1]
@@ -228,7 +228,7 @@ def layer_of(facts: Mapping[str, Any]) -> Layer:
     field = facts["receptive_field"]
     known = ReceptiveField(**{name: tuple(pair) for name, pair in field.items()}) if field else None
     size = tuple(facts["size"])
-    return Layer(**{**facts, "place": Place(facts["path"]), "receptive_field": known, "size": size})
+    return Layer(**{**facts, "place": TensorAddress(facts["path"]), "receptive_field": known, "size": size})
 
 
 def settings(atlas: Mapping[str, Any], found: Filter) -> dict[str, str]:

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from threading import RLock
 from typing import Any, NamedTuple
 
-from phosphene.atlases.report import plain
+from phosphene.atlases.report import escape_formula
 from phosphene.errors import EntryNotFound, PhospheneError
-from phosphene.images import figure
-from phosphene.images.figure import Picture
-from phosphene.training.film_strip import Course, Plan, course, evenly, frame_plan, number
-from phosphene.training.gradient_norms import Sizes, curves, verdicts
+from phosphene.images import encode
+from phosphene.images.display import Picture
+from phosphene.training.film_strip import LayerStrip, StripLayout, evenly, frame_plan, layer_strip, number
+from phosphene.training.gradient_norms import GradientNorms, curves, verdicts
 from phosphene.training.history import History, listed
-from phosphene.training.timeline import Drawn
-from phosphene.web.slugs import layer_path, layer_slug
+from phosphene.training.timeline import KernelTimeline
+from phosphene.web.urls import layer_path, layer_slug
 
 EPOCHS = 100  # that a view shows at most, evenly spread
 KEPT = 32 * 2**20  # bytes of finished pictures that a run keeps
@@ -43,7 +43,7 @@ class Epoch(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Training:
+class TrainingView:
     """A run under `runs/<name>/` of the site, read anew when the training has gone on.
 
     Args:
@@ -56,7 +56,7 @@ class Training:
         self.lock = RLock()  # a picture at a time: matplotlib is not made for several
         self.state = ""  # the tag of what is kept
         self.kept: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
-        self.courses: dict[tuple[str, str], Course] = {}
+        self.courses: dict[tuple[str, str], LayerStrip] = {}
         self.read: dict[int, Epoch] = {}
         self.said: list[str] | None = None
 
@@ -238,7 +238,7 @@ class Training:
         if rest == CURVES:
             return packed(curves(self.history), {"model": self.history.facts["model"]}), PNG
         if rest == TABLE:
-            return as_csv(Sizes.of(self.history)), CSV
+            return as_csv(GradientNorms.of(self.history)), CSV
         if rest == CARD:
             return packed(sample(self.course(str(self.face))), {"layer": self.face}), PNG
         slug, name = rest.split("/")
@@ -248,14 +248,14 @@ class Training:
         noun, epoch = name.removesuffix(".png").split("_")
         return packed(frame(self.course(path, noun), int(epoch)), {"layer": path, "epoch": int(epoch)}), PNG
 
-    def course(self, path: str, noun: str = "") -> Course:
+    def course(self, path: str, noun: str = "") -> LayerStrip:
         """Return what a layer looked like over the training: as kernels, or as what there is to see of it first."""
         if (path, noun) not in self.courses:
             drawn = noun == KERNELS
             self.courses[path, noun] = (
-                Course(self.history, path, Drawn(self.history, path, "signed"), "signed")
+                LayerStrip(self.history, path, KernelTimeline(self.history, path, "signed"), "signed")
                 if drawn
-                else course(self.history, path)
+                else layer_strip(self.history, path)
             )
         return self.courses[path, noun]
 
@@ -317,16 +317,16 @@ def share(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low) if high > low else 0.5
 
 
-def sample(shown: Course) -> Picture:
+def sample(shown: LayerStrip) -> Picture:
     """Return a few filters of a layer after the last epoch, small."""
     sizes = shown.look.sizes()
     size = next((one for one in sizes if max(one) <= SMALL), sizes[-1])
     filters = min(FEW, shown.look.shape[0])
-    plan = Plan(size, filters, 1, min(ACROSS, filters), [])
+    plan = StripLayout(size, filters, 1, min(ACROSS, filters), [])
     return shown.mosaic(shown.sized(shown.look.epochs[-1], plan), plan)
 
 
-def frame(shown: Course, epoch: int) -> Picture:
+def frame(shown: LayerStrip, epoch: int) -> Picture:
     """Return the sheet of a layer after an epoch, as a film has it."""
     plan = frame_plan(shown.look)
     return shown.frame(epoch, plan, shown.said(plan, "row" if plan.lines > 1 else "", "column", "frame")[:-1])
@@ -334,10 +334,10 @@ def frame(shown: Course, epoch: int) -> Picture:
 
 def packed(picture: Picture, facts: Mapping[str, Any]) -> bytes:
     """Return a picture as PNG; quickly, since somebody waits for it."""
-    return figure.png(picture, facts, effort=3)
+    return encode.png(picture, facts, effort=3)
 
 
-def as_csv(sizes: Sizes) -> bytes:
+def as_csv(sizes: GradientNorms) -> bytes:
     """Return a row an epoch and weight."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -345,5 +345,5 @@ def as_csv(sizes: Sizes) -> bytes:
     columns = [getattr(sizes, key).tolist() for key in COLUMNS]
     for row, epoch in enumerate(sizes.epochs):
         for place, name in enumerate(sizes.names):
-            table.writerow((epoch, plain(name), *(one[row][place] for one in columns)))
+            table.writerow((epoch, escape_formula(name), *(one[row][place] for one in columns)))
     return text.getvalue().encode()

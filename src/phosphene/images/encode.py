@@ -1,0 +1,103 @@
+"""Pictures as the bytes of files, and back: PNG with metadata, WebP, GIF and MP4."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from phosphene.errors import Unfinished
+from phosphene.images.captions import PAPER
+from phosphene.images.display import Picture
+
+RATE = 25  # pictures a second of an MP4, at which every player and slide program shows it
+MP4 = (  # colours by the standard for high definition, which is said in the file; sides made even
+    "-vf",
+    "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white,scale=out_color_matrix=bt709:out_range=tv,format=yuv420p",
+    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-movflags", "+faststart"),
+)
+CODECS = (("-c:v", "libx264", "-crf", "14"), ("-q:v", "2"))  # the second: what an ffmpeg without libx264 has
+REST = 1500  # milliseconds that the last frame of a film stays
+METADATA = "phosphene"  # the PNG text entry that holds the metadata as JSON
+
+
+def decode_image(content: bytes) -> Picture:
+    """Return the picture of an image file's bytes, read whole."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return image
+
+
+def webp(image: Picture, quality: int, effort: int = 4) -> bytes:
+    """Return a picture as WebP bytes; equal input, equal bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=quality, method=effort)
+    return buffer.getvalue()
+
+
+def png(image: Picture, metadata: Mapping[str, Any], effort: int = 6) -> bytes:
+    """Return an image as PNG bytes, packed with `effort` 1 to 9, that carry the metadata; equal input, equal bytes."""
+    info = PngInfo()
+    info.add_itxt(METADATA, json.dumps(metadata, sort_keys=True, ensure_ascii=False))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info, compress_level=effort)
+    return buffer.getvalue()
+
+
+def gif(frames: Sequence[Picture], milliseconds: int = 80) -> bytes:
+    """Return frames as the bytes of a GIF that loops for ever and rests on the last one."""
+    buffer = io.BytesIO()
+    durations = [milliseconds] * (len(frames) - 1) + [REST]
+    size = frames[-1].size
+    scaled = [frame if frame.size == size else frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
+    scaled[0].save(buffer, "GIF", save_all=True, append_images=scaled[1:], duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+def same_size(frames: Sequence[Picture]) -> Iterator[Picture]:
+    """Yield frames on white paper of one size."""
+    size = (max(one.width for one in frames), max(one.height for one in frames))
+    for one in frames:
+        page = one if one.size == size else Image.new("RGB", size, PAPER)
+        if page is not one:
+            page.paste(one, (0, 0))
+        yield page
+
+
+def mp4(frames: Sequence[Picture], milliseconds: int) -> bytes:
+    """Return frames of one size as the bytes of an MP4 of 25 pictures a second, each repeated as long as it stays.
+
+    Raises:
+        Unfinished: ffmpeg failed.
+    """
+    width, height = frames[0].size
+    given = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(RATE), "-i", "-")
+    said = ""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "film.mp4")
+        for codec in CODECS:
+            command = ["ffmpeg", "-v", "error", "-y", *given, *MP4, *codec, str(target)]
+            with tempfile.TemporaryFile() as errors:
+                with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors) as process:
+                    assert process.stdin is not None
+                    try:
+                        for index, one in enumerate(frames):
+                            stays = REST if index == len(frames) - 1 else milliseconds
+                            for _ in range(stays * RATE // 1000):
+                                process.stdin.write(one.tobytes())
+                        process.stdin.close()
+                    except BrokenPipeError:
+                        pass  # it ended early, and says why
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip()
+            if process.returncode == 0:
+                return target.read_bytes()
+    reason = said.splitlines()[-1] if said else "no reason given"
+    raise Unfinished(f"ffmpeg could not make the film ({reason}); a .gif needs no ffmpeg")

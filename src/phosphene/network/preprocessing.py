@@ -1,0 +1,31 @@
+"""What a network wants done to an image before it sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from phosphene.network.device_constant import DeviceConstant
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network wants done to an image in [0, 1]: (image - mean) / std a channel, RGB turned to BGR if `bgr`."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    bgr: bool = False
+
+    def __call__(self, image: Tensor) -> Tensor:
+        mean, std = (one.like(image) for one in self._constants)
+        ready = (image - mean) / std
+        return ready.flip(1) if self.bgr else ready
+
+    @cached_property
+    def _constants(self) -> tuple[DeviceConstant, DeviceConstant]:
+        """Mean and standard deviation, (c, 1, 1) or (1, 1, 1)."""
+        mean, std = (torch.tensor(one, dtype=torch.float64).view(-1, 1, 1) for one in (self.mean, self.std))
+        return DeviceConstant(mean), DeviceConstant(std)
