@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cli_runner import Run, command_line
+from phosphene.cli import COMMANDS, load_command
 from phosphene.cli import render as rendering
-from phosphene.cli.demonstration import PARTS
+from phosphene.cli.demonstration import SHEETS
 from phosphene.inspection.attribution_methods import CAUTIONS
 from phosphene.rendering.gradient_ascent import Frame
 
@@ -300,7 +301,7 @@ def test_the_output_is_checked_before_the_work(run: Run, monkeypatch: pytest.Mon
 def test_demo_writes_a_sheet_a_block(run: Run) -> None:
     ran = run("demo", "--out", "pictures")
     seen = [f"activations/activations_block{block}_relu1.png" for block in range(1, 6)]
-    sheets = [f"{part.model.removeprefix('builtin/')}_{layer}.png" for part in PARTS for layer in part.layers]
+    sheets = [f"{sheet.model.removeprefix('builtin/')}_{layer}.png" for sheet in SHEETS for layer in sheet.layers]
     names = [*sheets, *seen, "activations/summary.png", "activations/manifest.json", "heat_map.png"]
     assert ran.out.split() == [f"pictures/{name}" for name in names]
     assert "phosphene serve pictures" in ran.err
@@ -365,3 +366,19 @@ def test_kernels_writes_one_sheet(run: Run, tmp_path: Path) -> None:
     assert "convolution 0 is .0" in ran.err
     with Image.open(tmp_path / "kernels_.0.png") as sheet:
         assert json.loads(sheet.text["phosphene"])["model"] == "nets:colour"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_of_commands_names_functions_that_are_there(run: Run, name: str) -> None:
+    command = load_command(name)
+    assert command.name == name
+    assert command.help
+    ran = run(name, "--help")
+    assert (ran.code, ran.err) == (0, "")
+    assert f"phosphene {name} " in ran.out.splitlines()[0]
+
+
+def test_a_wrong_command_is_told_the_nearest(run: Run) -> None:
+    ran = run("filtres", "builtin/vgg19")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "phosphene: No such command 'filtres'. Did you mean 'filters'?; see `phosphene --help`\n"

@@ -39,7 +39,7 @@ def test_an_atlas_is_made_and_gone_on_with(run: Run, tmp_path: Path) -> None:
     first = run("atlas", "nets_atlas:tiny", "--store", "s", "--layers", ".0", *OPTIONS)
     assert (first.code, first.out.count("\n")) == (0, 1)
     assert Path(first.out.strip()).is_file()
-    assert "2 of 2 jobs are there; " in first.err
+    assert "2 of 2 jobs are done; " in first.err
     assert "a page of it: phosphene report s" in first.err
     again = run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--json", "--quiet")
     told = json.loads(again.out)
@@ -72,7 +72,7 @@ def test_a_failing_job_ends_in_exit_code_1(run: Run) -> None:
     assert Path(ran.out.strip()).is_file()  # of what there is
     (digest,) = open_store("s").failures("jobs")
     assert f"the job {digest} failed: the score of filter_5 at '.2' became NaN or infinite" in ran.err
-    assert "3 of 4 jobs are there" in ran.err
+    assert "3 of 4 jobs are done" in ran.err
 
 
 def test_a_store_that_fails_on_the_way_ends_in_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

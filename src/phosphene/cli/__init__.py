@@ -2,94 +2,80 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import os
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from phosphene.cli.atlases import atlas, report_page, watching
-from phosphene.cli.demonstration import PARTS, STORE, demonstrate
-from phosphene.cli.options import AsJson, Device, OpenModel, Quiet, takes_model
-from phosphene.cli.output import report, to_stderr, to_stdout
-from phosphene.cli.photo import activations, cam
-from phosphene.cli.render import dream, filters
-from phosphene.cli.training import gradients, kernels, strip
-from phosphene.cli.web import export, need_the_extra, serve, serve_place, tell_and_open
+from phosphene.cli.output import to_stderr, to_stdout
 from phosphene.errors import PhospheneError
-from phosphene.network.loading import torch_device
-from phosphene.storage.atomic import check_writable
 from phosphene.version import __version__
 
+COMMANDS = {
+    "layers": ("network:layers", "List a network's layers, with sizes and receptive fields."),
+    "filters": ("render:filters", "Draw the picture that each filter of a layer answers to."),
+    "activations": ("photo:activations", "Draw what each channel of a network makes of a photo."),
+    "cam": ("photo:cam", "Show where on a photo the evidence for a class lies."),
+    "kernels": ("training:kernels", "Draw the weights of a convolution."),
+    "strip": ("training:strip", "Draw a layer of a recorded training, a row an epoch."),
+    "gradients": ("training:gradients", "Draw the gradients of a recorded training, and judge them."),
+    "dream": ("render:dream", "Draw more of what a layer sees into a photo (DeepDream)."),
+    "atlas": ("atlases:atlas", "Draw every filter of many layers into a store."),
+    "serve": ("web:serve", "Show an atlas or a recorded training in a browser."),
+    "export": ("web:export", "Write an atlas or a recorded training as plain files."),
+    "report": ("atlases:report_page", "Write one page that shows an atlas, and a table."),
+    "demo": ("demonstration:demo", "Draw what the built-in trained networks have learned."),
+}
+STOPPED = 130  # what typer returns after Ctrl-C
+# typer exports its parent only so, and not all versions of typer use the same click
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
+
+
+class LazyGroup(TyperGroup):
+    """All commands; the file of a command, and with it torch, is imported when that command is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, None if name is None else load_command(name), rest
+
+
+def load_command(name: str) -> Any:
+    """Return a command with its options, ready to run; memory that tensors free stays with the process from now on."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    command = getattr(importlib.import_module(f"phosphene.cli.{module}"), function)
+    importlib.import_module("phosphene.network.memory").keep_freed_memory()
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name)(command)
+    return typer.main.get_command(single)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        to_stdout(__version__)
+        raise typer.Exit
+
+
 app = typer.Typer(
+    cls=LazyGroup,
     help="Phosphene shows what a convolutional network has learned.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-# typer exports its parent only so, and not all versions of typer use the same click
-UsageError: type[Any] = typer.BadParameter.__bases__[0]
-STOPPED = 130  # what typer returns after Ctrl-C
-
-
-@app.command()
-@takes_model
-def layers(open_model: OpenModel, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """List a network's layers: path, kind, channels, map size, receptive field, in-place follower."""
-    model = open_model()
-    table = model.layers()
-    to_stdout(json.dumps({"model": model.name, "layers": table.to_json()}) if as_json else table)
-
-
-for command in (filters, activations, cam, kernels, strip, gradients, dream, atlas, serve, export):
-    app.command()(command)
-app.command("report")(report_page)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="where the pictures go")] = Path("phosphene-demo"),
-    and_serve: Annotated[bool, typer.Option("--serve", help="then open them in a browser")] = False,
-    device: Device = "auto",
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Do the main job on the built-in trained networks: sheets of filters, and a photo through a classifier."""
-    check_writable(out, folder=True)
-    if and_serve:
-        need_the_extra()
-    paths = []
-    with watching(quiet, "demo") as watch:
-        for path in demonstrate(out, torch_device(device), watch):
-            paths.append(path)
-            if not as_json:
-                to_stdout(path)
-    if as_json:
-        report(paths, as_json, {"store": str(out / STORE)})
-    elif not quiet:
-        names = " and ".join(part.model for part in PARTS)
-        to_stderr(f"what filters of {names} respond to, and a photo, is in {out.resolve()}")
-    if and_serve:
-        serve_place(str(out), tell_and_open, device=device)
-    elif not quiet:
-        to_stderr(f"to browse it: phosphene serve {out}")
-
-
-def version(asked: bool) -> None:
-    """Print the version and end."""
-    if asked:
-        to_stdout(__version__)
-        raise typer.Exit
+for command_name, (_, summary) in COMMANDS.items():
+    app.command(command_name, help=summary)(lambda: None)
 
 
 @app.callback()
 def options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=version, is_eager=True, help="print the version and exit")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     """Phosphene shows what a convolutional network has learned."""

@@ -38,15 +38,15 @@ from phosphene.storage.atomic import write_file
 from phosphene.storage.store import STORE, Store, open_store
 
 RUNNERS = ("local", "ray")
-LISTED = 5  # failures that are told one by one
+LISTED = 5  # failures that are printed one by one
 
-StoreOption = Annotated[str, typer.Option("--store", metavar="DIR|URL", help="where the atlas is, or is to be")]
-RunnerName = Annotated[str, typer.Option(metavar="|".join(RUNNERS), help="who renders")]
+StoreOption = Annotated[str, typer.Option("--store", metavar="DIR|URL", help="where the atlas is kept")]
+RunnerName = Annotated[str, typer.Option(metavar="|".join(RUNNERS), help="where to render")]
 RayAddress = Annotated[str | None, typer.Option(metavar="A", help="a running Ray cluster, such as auto or head:6379")]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="workers at once; by default one a CPU, or one a GPU")]
 PhotoSource = Annotated[
     str | None,
-    typer.Option(metavar="DIR|FILE.parquet|package.module:callable", help="photos to hold the pictures against"),
+    typer.Option(metavar="DIR|FILE.parquet|package.module:callable", help="photos to compare the pictures with"),
 ]
 
 
@@ -73,12 +73,10 @@ def atlas(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw every filter of many layers into a store; what is there already is not done again."""
+    """Draw every filter of many layers into a store; finished jobs are skipped."""
     find_recipe(recipe).at(size, steps, seed)
-    works = chosen_runner(runner, ray_address, workers)
-    per_job = PER_JOB if batch == "auto" else batch_size(batch)
-    if isinstance(per_job, str):
-        raise InvalidRequest(f"--batch is auto or a whole number of at least 1, not {batch!r}")
+    chosen = chosen_runner(runner, ray_address, workers)
+    per_job = filters_per_job(batch)
     plan = plan_atlas(
         open_model(),
         layers,
@@ -92,26 +90,43 @@ def atlas(
         seeds=seeds,
     )
     if dry_run:
-        tell_cost(plan, store, workers, as_json)
-        return
+        print_cost(plan, store, workers, as_json)
+    else:
+        run_and_report(plan, store, chosen, photos, quiet, as_json)
+
+
+def run_and_report(plan: Atlas, store: str, runner: Runner, photos: str | None, quiet: bool, as_json: bool) -> None:
+    """Run an atlas and print its summary; end with exit code 1 if it stopped on the way or a job failed."""
     try:
-        with watching(quiet) as watch:
-            summary = run(plan, store, works, photos, watch)
+        with progress_of_run(quiet) as watch:
+            summary = run(plan, store, runner, photos, watch)
     except Unfinished as stopped:
         if as_json and isinstance(stopped.finished, Summary):
             report([], as_json, asdict(stopped.finished))
         to_stderr(str(stopped))
         raise typer.Exit(1) from stopped
-    tell_summary(summary, quiet, as_json)
+    print_summary(summary, quiet, as_json)
     if summary.failed:
         raise typer.Exit(1)
 
 
-def chosen_runner(name: str, address: str | None, workers: int | None) -> Runner:
-    """Return the runner that the options mean.
+def filters_per_job(batch: str) -> int:
+    """Return how many filters make a job.
 
     Raises:
-        InvalidRequest: there is none of that name, or the options do not go together.
+        InvalidRequest: the option is neither `auto` nor a number.
+    """
+    count = PER_JOB if batch == "auto" else batch_size(batch)
+    if isinstance(count, str):
+        raise InvalidRequest(f"--batch is auto or a whole number of at least 1, not {batch!r}")
+    return count
+
+
+def chosen_runner(name: str, address: str | None, workers: int | None) -> Runner:
+    """Return the runner that the options name.
+
+    Raises:
+        InvalidRequest: there is no such runner, or the options do not go together.
     """
     if name not in RUNNERS:
         raise InvalidRequest(f"there is no runner {name!r}; choose one of: {', '.join(RUNNERS)}")
@@ -123,16 +138,16 @@ def chosen_runner(name: str, address: str | None, workers: int | None) -> Runner
 
 
 @contextmanager
-def watching(quiet: bool, name: str = "atlas") -> Iterator[AtlasProgress]:
-    """Show how far a run has come, one bar after the other."""
-    with ExitStack() as shown:
-        advance, counted, before = None, "", 0
+def progress_of_run(quiet: bool, name: str = "atlas") -> Iterator[AtlasProgress]:
+    """Show the progress of a run, one bar for each unit that it counts."""
+    with ExitStack() as bars:
+        advance, unit, before = None, "", 0
 
-        def watch(what: str, done: int, total: int) -> None:
-            nonlocal advance, counted, before
-            if what != counted:
-                shown.close()
-                advance, counted, before = shown.enter_context(progress(name, what, quiet)), what, 0
+        def watch(counted: str, done: int, total: int) -> None:
+            nonlocal advance, unit, before
+            if counted != unit:
+                bars.close()
+                advance, unit, before = bars.enter_context(progress(name, counted, quiet)), counted, 0
             assert advance is not None
             advance(done - before, total)
             before = done
@@ -140,23 +155,23 @@ def watching(quiet: bool, name: str = "atlas") -> Iterator[AtlasProgress]:
         yield watch
 
 
-def tell_cost(plan: Atlas, store: str, workers: int | None, as_json: bool) -> None:
+def print_cost(plan: Atlas, store: str, workers: int | None, as_json: bool) -> None:
     """Print what an atlas would cost."""
     cost = estimate(plan, done_in(store))
-    several = max(1, min(len(places_for(plan.model, workers)), cost.missing))
-    seconds = cost.seconds / several
+    count = max(1, min(len(places_for(plan.model, workers)), cost.missing))
+    seconds = cost.seconds / count
     if as_json:
-        report([], as_json, {**asdict(cost), "seconds": seconds, "workers": several})
+        report([], as_json, {**asdict(cost), "seconds": seconds, "workers": count})
         return
     done = "" if cost.missing == cost.jobs else f", of which {cost.jobs - cost.missing:,} are done"
     to_stdout(f"{cost.jobs:,} jobs{done}")
     to_stdout(f"{cost.filters:,} filters of {len(plan.layers):,} layers of {plan.model.name}")
-    to_stdout(f"about {duration(seconds)} with {several} {'worker' if several == 1 else 'workers'} of this machine")
+    to_stdout(f"about {duration(seconds)} with {count} {'worker' if count == 1 else 'workers'} of this machine")
     to_stdout(f"about {cost.bytes / 1e6:,.1f} MB of pictures")
 
 
 def done_in(store: str) -> set[str]:
-    """Return which jobs a store has; none where there is no store yet."""
+    """Return the digests of the jobs that a store has; none if the store does not exist yet."""
     try:
         Store(store).read(STORE)
     except EntryNotFound:
@@ -176,19 +191,19 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def tell_summary(summary: Summary, quiet: bool, as_json: bool) -> None:
-    """Print what a run came to, and what failed."""
-    place = summary.store.rstrip("/")
-    entry = [] if summary.atlas is None else [f"{place}/atlases/{summary.atlas}/manifest.json"]
+def print_summary(summary: Summary, quiet: bool, as_json: bool) -> None:
+    """Print the summary of a run, and which jobs failed."""
+    store = summary.store.rstrip("/")
+    entry = [] if summary.atlas is None else [f"{store}/atlases/{summary.atlas}/manifest.json"]
     report(entry, as_json, asdict(summary))
     for digest, reason in list(summary.failed.items())[:LISTED]:
         to_stderr(f"the job {digest} failed: {reason}")
     if len(summary.failed) > LISTED:
-        to_stderr(f"{len(summary.failed):,} jobs failed; each says why in {place}/jobs/…/error.json")
+        to_stderr(f"{len(summary.failed):,} jobs failed; each says why in {store}/jobs/…/error.json")
     if not quiet and summary.atlas:
         counts = ", ".join(f"{count:,} {name}" for name, count in summary.verdicts.items())
         to_stderr(
-            f"{summary.done:,} of {summary.jobs:,} jobs are there; {counts}; a page of it: phosphene report {place}"
+            f"{summary.done:,} of {summary.jobs:,} jobs are done; {counts}; a page of it: phosphene report {store}"
         )
 
 

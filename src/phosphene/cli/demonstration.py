@@ -1,18 +1,23 @@
-"""The demonstration: what filters of trained networks respond to, as a store, and what one makes of a photo."""
+"""The command `demo`: what filters of trained networks respond to, as a store, and what a network makes of a photo."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+import typer
 
 from phosphene.atlases.entries import saved
 from phosphene.atlases.plan import Atlas, atlas
 from phosphene.atlases.run import AtlasRun, stopping
 from phosphene.atlases.runners.local import LocalRunner
+from phosphene.cli.atlases import progress_of_run
+from phosphene.cli.options import AsJson, Device, Quiet
+from phosphene.cli.output import report, to_stderr, to_stdout
+from phosphene.cli.web import check_web_extra, print_and_open, serve_place
 from phosphene.errors import Unfinished
 from phosphene.images.display import Picture
 from phosphene.images.encode import png
@@ -21,15 +26,15 @@ from phosphene.images.photo import read
 from phosphene.inspection.activations import activations
 from phosphene.inspection.explain import explain
 from phosphene.network.layers import Layer
-from phosphene.network.loading import load
-from phosphene.storage.atomic import write_file
+from phosphene.network.loading import load, torch_device
+from phosphene.storage.atomic import check_writable, write_file
 from phosphene.storage.store import Store, open_store
 
 STORE = "store"  # in the demonstration's folder
 COLUMNS = 6
 SIZE = 96
 PER_JOB = 12  # so that two processes share a layer
-SEEN = "block?_relu1"  # layers whose activations are shown: after a ReLU the channels that stay blank can be counted
+ACTIVATION_LAYERS = "block?_relu1"  # after a ReLU, the channels that stay blank can be counted
 PHOTO = "chelsea.jpg"
 
 
@@ -42,11 +47,38 @@ class DemoSheet(NamedTuple):
 
 
 # not block1_conv1: before its activation it is linear in the picture, so its mean over the map only answers to a colour
-SHOWN = DemoSheet("builtin/vgg19", ("block1_conv2", "block2_conv1", "block3_conv1", "block4_conv1", "block5_conv1"), 24)
-NAMED = DemoSheet(
-    "builtin/efficientnet-lite0", ("_blocks.5._project_conv", "_blocks.10._project_conv", "_conv_head"), 24
-)
-PARTS = (SHOWN, NAMED)
+VGG19 = DemoSheet("builtin/vgg19", ("block1_conv2", *(f"block{number}_conv1" for number in (2, 3, 4, 5))), 24)
+LITE0_LAYERS = ("_blocks.5._project_conv", "_blocks.10._project_conv", "_conv_head")
+LITE0 = DemoSheet("builtin/efficientnet-lite0", LITE0_LAYERS, 24)
+SHEETS = (VGG19, LITE0)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="where the pictures go")] = Path("phosphene-demo"),
+    and_serve: Annotated[bool, typer.Option("--serve", help="then open them in a browser")] = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do the main job on the built-in trained networks: sheets of filters, and a photo through a classifier."""
+    check_writable(out, folder=True)
+    if and_serve:
+        check_web_extra()
+    paths = []
+    with progress_of_run(quiet, "demo") as watch:
+        for path in demonstrate(out, torch_device(device), watch):
+            paths.append(path)
+            if not as_json:
+                to_stdout(path)
+    if as_json:
+        report(paths, as_json, {"store": str(out / STORE)})
+    elif not quiet:
+        names = " and ".join(sheet.model for sheet in SHEETS)
+        to_stderr(f"what filters of {names} respond to, and a photo, is in {out.resolve()}")
+    if and_serve:
+        serve_place(str(out), print_and_open, device=device)
+    elif not quiet:
+        to_stderr(f"to browse it: phosphene serve {out}")
 
 
 def demonstrate(
@@ -54,39 +86,41 @@ def demonstrate(
 ) -> Iterator[Path]:
     """Draw filters of every block of two built-in networks into a store, then look at the photo that ships.
 
-    Yields each picture's path when it is written. What the store holds already is not drawn again.
+    Yields the path of each picture once it is written. Finished jobs in the store are skipped.
 
     Args:
-        watch: called with what is counted, how many are done and how many there are; see `run`.
+        watch: see `run`.
     """
     store = open_store(folder / STORE, create=True)
-    models = {part: load(part.model, device=device) for part in PARTS}
+    models = {sheet: load(sheet.model, device=device) for sheet in SHEETS}
     plans = [
-        atlas(model, part.layers, range(part.filters), "fast", size=SIZE, per_job=PER_JOB)
-        for part, model in models.items()
+        atlas(model, sheet.layers, range(sheet.filters), "fast", size=SIZE, per_job=PER_JOB)
+        for sheet, model in models.items()
     ]
     for plan in plans:
-        for layer, sheet in sheets(store, plan, watch):
+        for layer, picture in sheets(store, plan, watch):
             name = f"{plan.model.name.removeprefix('builtin/')}_{layer.path}.png"
-            yield write_file(folder / name, png(sheet, {**plan.model.origin, "layer": layer.path}))
+            yield write_file(folder / name, png(picture, {**plan.model.origin, "layer": layer.path}))
     with as_file(files("phosphene").joinpath("data", PHOTO)) as path:
         photo = read(path)
-    yield from activations(models[SHOWN], photo, SEEN).save(folder / "activations")
-    yield explain(models[NAMED], photo).save(folder / "heat_map.png", photo)
+    yield from activations(models[VGG19], photo, ACTIVATION_LAYERS).save(folder / "activations")
+    yield explain(models[LITE0], photo).save(folder / "heat_map.png", photo)
 
 
 def sheets(store: Store, plan: Atlas, watch: Callable[[str, int, int], None] | None) -> Iterator[tuple[Layer, Picture]]:
-    """Yield the pictures of each layer on one sheet, when they are in the store; dead filters are crossed.
+    """Yield each layer with the sheet of its pictures, as soon as the layer is finished; dead filters are crossed out.
 
     Raises:
-        Unfinished: some could not be drawn.
+        Unfinished: a picture could not be drawn.
     """
-    course = AtlasRun(plan, store, watch)
-    with stopping(course):
-        for layer in course.go(LocalRunner()):
-            drawn = [one for job in plan.jobs_of(layer) if job.digest in course.there for one in saved(store, job)]
-            if drawn:
-                yield layer, grid([cross_out(one.image) if one.entry["dead"] else one.image for one in drawn], COLUMNS)
-        summary = course.end()
+    atlas_run = AtlasRun(plan, store, watch)
+    with stopping(atlas_run):
+        for layer in atlas_run.go(LocalRunner()):
+            done = [job for job in plan.jobs_of(layer) if job.digest in atlas_run.there]
+            pictures = [picture for job in done for picture in saved(store, job)]
+            tiles = [cross_out(picture.image) if picture.entry["dead"] else picture.image for picture in pictures]
+            if tiles:
+                yield layer, grid(tiles, COLUMNS)
+        summary = atlas_run.end()
     for reason in summary.failed.values():
         raise Unfinished(reason, summary)

@@ -59,37 +59,38 @@ OpenModel = Callable[[], Model]
 def takes_model(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the argument MODEL and the options that go with it.
 
-    The command's first parameter is `open_model`, which loads the model when called, and says what the user should know
-    about how; its other parameters come after MODEL on the command line, and `quiet` is one of them.
+    The command's first parameter is `open_model`, which loads the model when called and prints the notes on it. The
+    other parameters, of which `quiet` is one, come after MODEL on the command line.
     """
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    parameters = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     keyword = inspect.Parameter.KEYWORD_ONLY
     shared = [
-        inspect.Parameter(name, keyword, annotation=kind, default=default)
-        for name, (kind, default) in MODEL_OPTIONS.items()
+        inspect.Parameter(name, keyword, annotation=annotation, default=default)
+        for name, (annotation, default) in MODEL_OPTIONS.items()
     ]
     first = inspect.Parameter("model", keyword, annotation=ModelArgument)
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
-        asked = {name: given.pop(name) for name in ("model", *MODEL_OPTIONS)}
-        command(lambda: load_from_options(asked, given["quiet"]), **given)
+    def run(**arguments: Any) -> None:
+        options = {name: arguments.pop(name) for name in ("model", *MODEL_OPTIONS)}
+        command(lambda: load_from_options(options, arguments["quiet"]), **arguments)
 
-    changed: Any = run
-    changed.__signature__ = inspect.Signature([first, *(one.replace(kind=keyword) for one in own), *shared])
-    changed.__annotations__ = {one.name: one.annotation for one in changed.__signature__.parameters.values()}
+    signature = inspect.Signature([first, *(parameter.replace(kind=keyword) for parameter in parameters), *shared])
+    wrapped: Any = run
+    wrapped.__signature__ = signature
+    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     return run
 
 
-def load_from_options(asked: dict[str, Any], quiet: bool) -> Model:
-    """Return the model that the options name, saying what the user should know about how it was loaded."""
+def load_from_options(options: dict[str, Any], quiet: bool) -> Model:
+    """Return the model that the options name, and print the notes on how it was loaded."""
     model = load(
         **{
-            **asked,
-            "mean": numbers(asked["mean"], "mean"),
-            "std": numbers(asked["std"], "std"),
-            "input_size": sides(asked["input_size"]),
-            "device": torch_device(asked["device"]),
+            **options,
+            "mean": numbers(options["mean"], "mean"),
+            "std": numbers(options["std"], "std"),
+            "input_size": height_and_width(options["input_size"]),
+            "device": torch_device(options["device"]),
         }
     )
     if not quiet:
@@ -101,19 +102,19 @@ def load_from_options(asked: dict[str, Any], quiet: bool) -> Model:
 def numbers(text: str | None, name: str) -> list[float] | None:
     """Return "0.5,0.4,0.3" as numbers."""
     try:
-        return None if text is None else [float(one) for one in text.split(",")]
+        return None if text is None else [float(number) for number in text.split(",")]
     except ValueError as error:
         raise InvalidRequest(f"--{name} is one number or one a channel, such as 0.5,0.4,0.3, not {text!r}") from error
 
 
-def sides(text: str | None) -> tuple[int, int] | None:
+def height_and_width(text: str | None) -> tuple[int, int] | None:
     """Return "96" or "96x128" as height and width."""
     if text is None:
         return None
-    numbers = text.lower().split("x")
-    if len(numbers) > 2 or not all(one.isascii() and one.isdigit() for one in numbers):
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
         raise InvalidRequest(f"--input-size is a side in pixels or height and width, such as 96x128, not {text!r}")
-    return int(numbers[0]), int(numbers[-1])
+    return int(sides[0]), int(sides[-1])
 
 
 def batch_size(text: str) -> int | str:
@@ -122,17 +123,17 @@ def batch_size(text: str) -> int | str:
 
 
 def address(text: str) -> str | int:
-    """Return what a typed layer means: digits alone are the n-th convolution."""
+    """Return the address of a typed layer: digits alone mean the n-th convolution."""
     return int(text) if text.isdigit() else text
 
 
 def chosen_layer(model: Model, text: str, quiet: bool) -> Layer:
-    """Return the layer that was typed, saying what a number resolved to."""
+    """Return the layer that was typed, and print which one a number means."""
     matching = model.layers().matching(text) if any(sign in text for sign in "*?[") else ()
     if matching and text not in matching[0].spellings:
-        matches = ", ".join(one.path for one in matching[:8])
-        raise LayerNotFound(f"one layer is drawn at a time, and {text!r} stands for several: {matches}")
-    found = model.find(address(text))
+        matches = ", ".join(layer.path for layer in matching[:8])
+        raise LayerNotFound(f"this command draws a single layer, and {text!r} stands for several: {matches}")
+    layer = model.find(address(text))
     if text.isdigit() and not quiet:
-        to_stderr(f"convolution {text} is {found.path}")
-    return found
+        to_stderr(f"convolution {text} is {layer.path}")
+    return layer

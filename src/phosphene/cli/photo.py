@@ -19,7 +19,7 @@ from phosphene.inspection.heatmap import STYLES, Heatmap
 from phosphene.network.model import Model
 from phosphene.storage.atomic import check_writable, write_manifest
 
-TOGETHER = 8  # photos of a folder that go through the network at once
+BATCH = 8  # photos of a folder that go through the network at once
 
 Photo = Annotated[Path, typer.Argument(metavar="PHOTO", help="a JPEG, PNG, WebP, GIF, TIFF or BMP")]
 
@@ -37,8 +37,8 @@ def activations(
     """Draw what every channel of a network's layers makes of a photo, and a summary of all layers."""
     check_writable(out, folder=True)
     model = open_model()
-    found = read_activations(model, read(photo, model.channels_in), layers)
-    report(found.save(out, channel), as_json, {**found.spec, "layers": found.rows()} if as_json else {})
+    maps = read_activations(model, read(photo, model.channels_in), layers)
+    report(maps.save(out, channel), as_json, {**maps.spec, "layers": maps.rows()} if as_json else {})
 
 
 @takes_model
@@ -60,14 +60,14 @@ def cam(
     """Show where on a photo the evidence for a class lies."""
     if style not in STYLES:
         raise InvalidRequest(f"there is no style {style!r}; choose one of: {', '.join(STYLES)}")
-    wanted = int(target) if target is not None and target.isdigit() else target
-    where = out or Path("cam" if photo.is_dir() else "cam.png")
+    target_class = int(target) if target is not None and target.isdigit() else target
+    destination = out or Path("cam" if photo.is_dir() else "cam.png")
     if photo.is_dir():
-        if where.suffix and not where.is_dir():
-            raise InvalidRequest(f"{photo} is a folder, so its heat maps go into one; {where} looks like a file")
-        check_writable(where, folder=True)
+        if destination.suffix and not destination.is_dir():
+            raise InvalidRequest(f"{photo} is a folder, so its heat maps go into one; {destination} looks like a file")
+        check_writable(destination, folder=True)
     else:
-        check_target(where, ".png", folders=False)
+        check_target(destination, ".png", folders=False)
     files = photos_in(photo) if photo.is_dir() else []
     model = open_model()
     image = None if files else read(photo, model.channels_in)
@@ -75,16 +75,16 @@ def cam(
         if not quiet:
             to_stderr(f"{method} at {explainer.spec['layer']}")
         if image is None:
-            explain_folder(explainer, files, where, wanted, style, quiet, as_json)
+            explain_folder(explainer, files, destination, target_class, style, quiet, as_json)
             return
-        heat = explainer(image, wanted)
+        heat = explainer(image, target_class)
         if not quiet:
-            say_classes(heat)
-        report([heat.save(where, image, style)], as_json, heat.metadata())
+            print_classes(heat)
+        report([heat.save(destination, image, style)], as_json, heat.metadata())
 
 
-def say_classes(heat: Heatmap) -> None:
-    """Say which classes are the most probable, whether the map is silent, and what to mind about its method."""
+def print_classes(heat: Heatmap) -> None:
+    """Print the most probable classes, whether the map is empty, and the limits of its method."""
     for guess in heat.top:
         to_stderr(f"{guess.probability:6.1%}  {guess.name}")
     if heat.silent:
@@ -94,7 +94,7 @@ def say_classes(heat: Heatmap) -> None:
 
 
 def photos_in(folder: Path) -> list[Path]:
-    """Return the files of a folder that are named like photos.
+    """Return the files of a folder whose names end like those of photos.
 
     Raises:
         PhotoRefused: there is none.
@@ -108,35 +108,35 @@ def photos_in(folder: Path) -> list[Path]:
 def explain_folder(
     explainer: Explainer, files: list[Path], out: Path, target: int | str | None, style: str, quiet: bool, as_json: bool
 ) -> None:
-    """Write the heat map of every photo, and `manifest.json` last; a photo that cannot be read is named and skipped.
+    """Write the heat map of every photo, and `manifest.json` last; unreadable photos are reported and skipped.
 
     Raises:
-        Exit: with code 1, where a photo could not be read.
+        Exit: with code 1, if a photo could not be read.
     """
     names, refused = output_names(files), dict[str, str]()
     done: list[dict[str, Any]] = []
     try:
         with progress(f"{len(files)} photos", "photos", quiet) as advance:
-            for start in range(0, len(files), TOGETHER):
-                some = files[start : start + TOGETHER]
-                photos = dict(readable(explainer.model, some, refused))
-                found = explainer.several(list(photos.values()), target) if photos else []
-                for (path, image), heat in zip(photos.items(), found, strict=True):
+            for start in range(0, len(files), BATCH):
+                batch = files[start : start + BATCH]
+                photos = dict(readable(explainer.model, batch, refused))
+                heatmaps = explainer.several(list(photos.values()), target) if photos else []
+                for (path, image), heat in zip(photos.items(), heatmaps, strict=True):
                     written = heat.save(out / names[path], image, style)
                     done.append({"photo": path.name, "file": written.name, **heat.metadata()})
                     if not as_json:
                         to_stdout(written)
-                advance(len(some), len(files))
+                advance(len(batch), len(files))
     finally:
         manifest = write_manifest(out / "manifest.json", {"photos": done, "refused": refused})
-    report([out / one["file"] for one in done] * as_json + [manifest], as_json, {"photos": done, "refused": refused})
+    report([out / row["file"] for row in done] * as_json + [manifest], as_json, {"photos": done, "refused": refused})
     if refused:
         to_stderr(f"{len(refused)} of {len(files)} photos could not be read")
         raise typer.Exit(1)
 
 
 def readable(model: Model, paths: Sequence[Path], refused: dict[str, str]) -> Iterator[tuple[Path, Any]]:
-    """Yield the photos that can be read with their paths; note and say of the others why not."""
+    """Yield each photo that can be read, with its path; note and print why the others cannot."""
     for path in paths:
         try:
             yield path, read(path, model.channels_in)

@@ -30,6 +30,7 @@ from phosphene.images.encode import png
 from phosphene.images.photo import read
 from phosphene.network.channel_ranges import parse_channels
 from phosphene.network.layers import Layer, file_prefix
+from phosphene.network.model import Model
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.objectives import Objective, channel, logit, neuron
 from phosphene.rendering.objectives import layer as whole_layer
@@ -44,7 +45,7 @@ OBJECTIVES = ("channel", "neuron", "logit", "layer")
 
 @contextmanager
 def progress_of_frames(pictures: int, quiet: bool) -> Iterator[Callable[[Frame], None]]:
-    """Show how far pictures have come, and yield what each `Frame` is to be given to."""
+    """Show a progress bar for renders, and yield the function that takes each `Frame`."""
     with progress(f"{pictures} pictures", "steps", quiet) as advance:
 
         def watch(frame: Frame) -> None:
@@ -80,41 +81,43 @@ def filters(
     """Draw the picture that each filter of a layer answers to."""
     find_recipe(recipe).at(size, steps, seed)
     handle = open_model()
-    found = chosen_layer(handle, layer, quiet)
-    wanted = objective_for(found, objective, channels)
-    target = out or Path(f"{file_prefix([found.path])}.png")
+    target_layer = chosen_layer(handle, layer, quiet)
+    score = objective_for(target_layer, objective, channels)
+    target = out or Path(f"{file_prefix([target_layer.path])}.png")
     check_target(target, ".png")
     if film:
         check_target(film, ".gif", folders=False)
-    with progress_of_frames(wanted.n, quiet) as watch:
-        try:
-            rendered = render(
-                handle,
-                wanted,
-                recipe,
-                size=size,
-                steps=steps,
-                seed=seed,
-                batch=batch_size(batch),
-                precision=precision,
-                film=24 if film else 0,
-                watch=watch,
-            )
-        except Unfinished as stopped:
-            if isinstance(stopped.finished, Rendered):
-                report(written(stopped.finished, target, film), as_json, facts(stopped.finished))
-            to_stderr(str(stopped))
-            raise typer.Exit(1) from stopped
-    report(written(rendered, target, film), as_json, facts(rendered))
-    if bool(rendered.dead.any()) and not quiet:
-        names = ", ".join(name for name, dead in zip(rendered.names, rendered.dead, strict=True) if dead)
-        before = f"{found.path}#preactivation"
-        advice = f"; {before} is followed uphill before the activation" if before in handle.modules else ""
+    settings = dict[str, Any](size=size, steps=steps, seed=seed, batch=batch_size(batch), precision=precision)
+    with keeping_finished(target, film, as_json), progress_of_frames(score.n, quiet) as watch:
+        rendered = render(handle, score, recipe, **settings, film=24 if film else 0, watch=watch)
+    report(write(rendered, target, film), as_json, facts(rendered))
+    if not quiet:
+        warn_of_dead(rendered, handle, target_layer)
+
+
+@contextmanager
+def keeping_finished(target: Path, film: Path | None, as_json: bool) -> Iterator[None]:
+    """Write the pictures that are finished if rendering stops or fails on the way, and end with exit code 1."""
+    try:
+        yield
+    except Unfinished as stopped:
+        if isinstance(stopped.finished, Rendered):
+            report(write(stopped.finished, target, film), as_json, facts(stopped.finished))
+        to_stderr(str(stopped))
+        raise typer.Exit(1) from stopped
+
+
+def warn_of_dead(rendered: Rendered, model: Model, layer: Layer) -> None:
+    """Print which filters are dead, if any, and where they may not be."""
+    names = ", ".join(name for name, dead in zip(rendered.names, rendered.dead, strict=True) if dead)
+    if names:
+        before = f"{layer.path}#preactivation"
+        advice = f"; {before} is followed uphill before the activation" if before in model.modules else ""
         to_stderr(f"dead, crossed out in the grid: {names}{advice}")
 
 
 def objective_for(layer: Layer, name: str, channels: str | None) -> Objective:
-    """Return the objective that was asked for on a layer.
+    """Return the objective of a name for a layer.
 
     Raises:
         InvalidRequest, LayerRefused, ChannelNotFound.
@@ -131,16 +134,13 @@ def objective_for(layer: Layer, name: str, channels: str | None) -> Objective:
             "choose a convolution, or --objective logit for a classifier"
         )
     count = layer.channels or 0
-    listed = parse_channels(channels or f"0:{min(64, count)}", count)
-    return {"channel": channel, "neuron": neuron, "logit": logit_of}[name](layer.path, listed)
+    chosen = parse_channels(channels or f"0:{min(64, count)}", count)
+    if name == "logit":
+        return logit(chosen, layer.path)
+    return (neuron if name == "neuron" else channel)(layer.path, chosen)
 
 
-def logit_of(path: str, classes: list[int]) -> Objective:
-    """Return the objective `logit` with its arguments in the order of the others."""
-    return logit(classes, path)
-
-
-def written(rendered: Rendered, target: Path, film: Path | None) -> list[Path]:
+def write(rendered: Rendered, target: Path, film: Path | None) -> list[Path]:
     """Write a result where the user wants it and return the paths."""
     if target.suffix.lower() == ".png" and not target.is_dir():
         paths = [write_file(target, png(rendered.grid(), rendered.spec))]
@@ -150,10 +150,10 @@ def written(rendered: Rendered, target: Path, film: Path | None) -> list[Path]:
 
 
 def facts(rendered: Rendered) -> dict[str, Any]:
-    """Return what `--json` tells about a result."""
+    """Return what `--json` prints about a result."""
     pictures = [rendered.metadata(index) for index in range(len(rendered))]
-    shown = ("picture", "score", "dead")
-    return {**rendered.spec, "pictures": [{name: one[name] for name in shown} for one in pictures]}
+    keys = ("picture", "score", "dead")
+    return {**rendered.spec, "pictures": [{key: metadata[key] for key in keys} for metadata in pictures]}
 
 
 @takes_model
@@ -174,7 +174,7 @@ def dream(
     check_target(out, ".png", folders=False)
     handle = open_model()
     image = read(photo, handle.channels_in)
-    found = chosen_layer(handle, layer, quiet)
+    path = chosen_layer(handle, layer, quiet).path
     with progress_of_frames(1, quiet) as watch:
-        rendered = render_dream(handle, image, found.path, recipe, size=size, steps=steps, seed=seed, watch=watch)
-    report(written(rendered, out, None), as_json, facts(rendered))
+        rendered = render_dream(handle, image, path, recipe, size=size, steps=steps, seed=seed, watch=watch)
+    report(write(rendered, out, None), as_json, facts(rendered))

@@ -34,27 +34,26 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="the folder that a Reco
 RunLayer = Annotated[str, typer.Argument(metavar="LAYER", help="the path of a recorded layer, or n for the n-th")]
 Style = Annotated[str, typer.Option(metavar="|".join(STYLES), help="signed: blue, white, red; grey: lowest to highest")]
 Epoch = Annotated[int | None, typer.Option(metavar="N", help="of a recorded training; by default the last epoch")]
-Sheet = Annotated[Path | None, typer.Option(metavar="PATH.png", help="the sheet to write")]
+SheetPath = Annotated[Path | None, typer.Option(metavar="PATH.png", help="the sheet to write")]
 
 
 def or_of_run(of_run: Command) -> Callable[[Command], Command]:
-    """Let a command that takes a model take the folder of a recorded training as well, which `of_run` then looks at.
+    """Let a command that takes a model also take the folder of a recorded training, and call `of_run` for that.
 
-    `of_run` has the command's own parameters, the folder being the first.
+    `of_run` has the command's own parameters, with the folder as the first.
     """
 
     def decorated(of_model: Command) -> Command:
         @functools.wraps(of_model)
-        def run(*, model: str, **given: Any) -> None:
+        def run(*, model: str, **arguments: Any) -> None:
             if not is_history(model):
-                of_model(model=model, **given)
+                of_model(model=model, **arguments)
                 return
-            own = {name: value for name, value in given.items() if name not in MODEL_OPTIONS}
-            changed = [name for name, (_, default) in MODEL_OPTIONS.items() if given[name] != default]
+            changed = [name for name, (_, default) in MODEL_OPTIONS.items() if arguments.pop(name) != default]
             if changed:
                 option = changed[0].replace("_", "-")
                 raise InvalidRequest(f"{model} is the record of a training, which --{option} is not for; leave it out")
-            of_run(Path(model), **own)
+            of_run(Path(model), **arguments)
 
         return run
 
@@ -78,8 +77,8 @@ def kernels_of_run(
             f"after epoch {chosen} the kernels of {path} hold NaN or infinity; choose an earlier --epoch, and see what "
             f"`phosphene gradients {run}` says"
         )
-    metrics = "".join(f" · {name} {number(one)}" for name, one in history.metrics(chosen).items())
-    pages = [captions.with_caption(one, f"epoch {chosen}{metrics}") for one in weights.pictures(style)]
+    metrics = "".join(f" · {name} {number(value)}" for name, value in history.metrics(chosen).items())
+    pages = [captions.with_caption(page, f"epoch {chosen}{metrics}") for page in weights.pictures(style)]
     facts = {**weights.spec, "run": str(run), "epoch": chosen, "style": style}
     report(write_pages(pages, target, facts), as_json, facts)
 
@@ -91,7 +90,7 @@ def kernels(
     layer: LayerArgument,
     epoch: Epoch = None,
     style: Style = "signed",
-    out: Sheet = None,
+    out: SheetPath = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -126,12 +125,12 @@ def strip(
     check_style(style)
     check_strip(out)
     history = open_history(run)
-    shown = layer_strip(history, layer, style)
+    drawing = layer_strip(history, layer, style)
     if layer.isdigit() and not quiet:
-        to_stderr(f"layer {layer} of the record is {shown.layer}")
-    target = out or Path(f"{file_prefix([shown.layer]).replace('layer_', 'strip_', 1)}.png")
+        to_stderr(f"layer {layer} of the record is {drawing.layer}")
+    target = out or Path(f"{file_prefix([drawing.layer]).replace('layer_', 'strip_', 1)}.png")
     check_strip(target)
-    path, facts = shown.save(target)
+    path, facts = drawing.save(target)
     report([path], as_json, facts)
 
 
@@ -143,16 +142,16 @@ def gradients(
 ) -> None:
     """Draw how large the gradients of every weight were, epoch by epoch, and say what is wrong with them."""
     check_sheet(out)
-    sizes = GradientNorms.of(open_history(run))
-    path = sizes.save(out)
-    report([path], as_json, {**sizes.facts(), "weights": sizes.rows()})
+    norms = GradientNorms.of(open_history(run))
+    path = norms.save(out)
+    report([path], as_json, {**norms.facts(), "weights": norms.rows()})
     if not as_json:
-        for sentence in sizes.verdicts():
+        for sentence in norms.verdicts():
             to_stdout(sentence)
 
 
 def recorded(history: History, layer: str, quiet: bool) -> str:
-    """Return the path of a recorded layer, saying what a number resolved to."""
+    """Return the path of a recorded layer, and print which one a number means."""
     path = found(history, address(layer))
     if layer.isdigit() and not quiet:
         to_stderr(f"layer {layer} of the record is {path}")
@@ -165,7 +164,7 @@ def sheet_name(path: str) -> str:
 
 
 def check_style(style: str) -> None:
-    """Refuse a style that there is not."""
+    """Refuse the name of a style that does not exist."""
     if style not in STYLES:
         raise InvalidRequest(f"there is no style {style!r}; choose one of: {', '.join(STYLES)}")
 
