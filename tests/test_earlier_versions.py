@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from earlier_networks import flowers, images_of, small
 from phosphene.atlases.report import report
 from phosphene.network.loading.keras import import_keras
 from phosphene.storage.store import open_store
+from phosphene.version import PICTURES_VERSION
 from phosphene.web.site import Site
 from phosphene.web.store_reader import StoreReader
 from phosphene.web.views.training import TrainingView
 from tiny_atlas import contents
 
 DATA = Path(__file__).parent / "data/earlier"
+TORCH = "2.15.0+cu132"
 CHANNELS = {".0": 8, ".2": 6}
 
 
@@ -34,9 +37,10 @@ def earlier(tmp_path: Path) -> Path:
 
 
 def plan() -> Any:
-    """Return the plan that the store was made by."""
+    """Return the plan that the store was made by, as if with the torch that it was made with."""
     model = ph.load("earlier_networks:small", input_size=16)
-    return ph.atlas(model, recipe="fast", size=16, steps=4, per_job=4, precision="fp32")
+    atlas = ph.atlas(model, recipe="fast", size=16, steps=4, per_job=4, precision="fp32")
+    return replace(atlas, jobs=tuple(replace(job, versions=(TORCH, PICTURES_VERSION)) for job in atlas.jobs))
 
 
 def test_the_store_is_reported() -> None:
