@@ -1,4 +1,4 @@
-"""Measure colours and spectrum of natural photos: what `colour.py` and `data/spectrum.safetensors` hold.
+"""Measure colours and spectrum of natural photos: what `rendering/colour.py` and `data/spectrum.safetensors` hold.
 
     python bench/natural_statistics.py PHOTOS
 
