@@ -30,7 +30,7 @@ example: install  ## train a small network and show how it learns
 	$(BIN)/python examples/watch_training.py
 
 test: $(VENV)/installed-dev  ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 test-slow: $(VENV)/installed-dev  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -49,7 +49,7 @@ def set_up(name: str, module: nn.Module, model: ph.Model) -> Iterator[Tool]:
 
         with GradCAM(module, [layer]) as cam:
             yield lambda images, targets: torch.from_numpy(
-                cam(ready(images), [ClassifierOutputTarget(int(one)) for one in targets])
+                cam(ready(images), [ClassifierOutputTarget(int(target)) for target in targets])
             )
     elif name == "torchcam":
         from torchcam.methods import GradCAM as TorchCam
@@ -93,19 +93,19 @@ def serve(connection: Connection, name: str, threads: int) -> None:
 def serving(name: str, threads: int) -> Iterator[Ask]:
     """Start a process for a tool and yield what asks it."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, name, threads))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=serve, args=(child_end, name, threads))
     process.start()
 
     def ask(images: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-        here.send((images.numpy(), targets.numpy()))
-        seconds, maps = here.recv()
+        parent_end.send((images.numpy(), targets.numpy()))
+        seconds, maps = parent_end.recv()
         return seconds, torch.from_numpy(maps)
 
     try:
         yield ask
     finally:
-        here.send(None)
+        parent_end.send(None)
         process.join()
 
 
@@ -140,7 +140,7 @@ def measured(asks: dict[str, Ask], batch: int, rounds: int) -> list[dict[str, An
     size = (maps["phosphene"].shape[-2], maps["phosphene"].shape[-1])
     rows = []
     for name, taken in times.items():
-        ratios = [other / own for other, own in zip(taken, times["phosphene"], strict=True)]
+        ratios = [theirs / ours for theirs, ours in zip(taken, times["phosphene"], strict=True)]
         difference = (scaled(maps[name], size) - scaled(maps["phosphene"], size)).abs().max()
         row = {"batch": batch, "tool": name, "milliseconds": statistics.median(taken)}
         rows.append({**row, "ratio": statistics.median(ratios), "difference": float(difference)})

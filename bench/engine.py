@@ -36,7 +36,9 @@ from equal_score import score_part
 from rounds import HERE, OURS, PEERS, Bench, Failed, Row, Run, interleaved, over
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of VGG16's convolutions
-CONVOLUTIONS = [f"block{block}_conv{one}" for block, row in enumerate(WIDTHS, 1) for one in range(1, len(row) + 1)]
+CONVOLUTIONS = [
+    f"block{block}_conv{number}" for block, row in enumerate(WIDTHS, 1) for number in range(1, len(row) + 1)
+]
 GROWTH_STEPS = 6
 LAYERS = ("block1_conv2", "block3_conv1", "block5_conv3")
 
@@ -82,14 +84,14 @@ def steps_part(bench: Bench, names: Iterable[str] = (*PEERS, *OURS)) -> list[Row
 def steps_row(size: int, layer: str, name: str, times: dict[str, list[float]], limits: list[Row]) -> Row:
     """Return the figures of one tool at one layer and size."""
     row: Row = {"size": size, "layer": layer, "tool": name, "milliseconds": statistics.median(times[name]) * 1000}
-    row["rounds"] = [one * 1000 for one in times[name]]
+    row["rounds"] = [seconds * 1000 for seconds in times[name]]
     for ours in OURS:
         if ours in times:
             row[f"time / {ours}"] = over(times[name], times[ours])
     format_of = "bf16" if OURS.get(name) == "bf16" else "float32"
     if limits[0].get(format_of):  # no compiler, or no such instructions
         row["GFLOP"] = needed(layer, size)
-        row["limit GFLOP/s"] = statistics.median(one[format_of] for one in limits)
+        row["limit GFLOP/s"] = statistics.median(limit[format_of] for limit in limits)
         row["limit by"] = limits[0][f"{format_of} by"]
         row["share of limit"] = row["GFLOP"] / row["milliseconds"] * 1000 / row["limit GFLOP/s"]
     return row
@@ -120,7 +122,7 @@ def neuron_part(bench: Bench) -> list[Row]:
                 }
                 interleaved(1, runs)  # warms up
                 times = interleaved(bench.options.rounds, runs)
-                whole, cropped = (statistics.median(times[one]) * 1000 for one in runs)
+                whole, cropped = (statistics.median(times[run]) * 1000 for run in runs)
                 row = {"size": size, "layer": layer, "tool": name, "channel ms": whole, "neuron ms": cropped}
                 rows.append({**row, "ratio": over(times["channel"], times["neuron"])})
                 figures = f"{whole:>12.2f}{cropped:>11.2f}{rows[-1]['ratio']:>8.1f}"
@@ -164,7 +166,7 @@ def gpu_part(bench: Bench) -> list[Row]:
         rows.append({"tool": name, "seconds": sum(seconds), "by layer": seconds, "gpu": torch.cuda.get_device_name()})
     sample = {"block1_conv2": 1, "block2_conv2": 2, "block3_conv2": 6, "block4_conv2": 11, "block5_conv2": 12}  # 32
     wish = {"size": 224, "steps": 512, "device": "cuda", "recipe": "own"}
-    replies = [bench.ask("torch-lucent", **wish, layer=one, channels=list(range(n))) for one, n in sample.items()]
+    replies = [bench.ask("torch-lucent", **wish, layer=path, channels=list(range(n))) for path, n in sample.items()]
     seconds = [reply["seconds"] for reply in replies]
     rows.append({"tool": "torch-lucent", "seconds": sum(seconds) * 4224 / 32, "by layer": seconds, "scaled": True})
     for row in rows:
@@ -189,7 +191,7 @@ def growth_part(bench: Bench) -> list[Row]:
         bench.ask(name, **{**wish, "channels": [0]}, steps=2)  # warms up
         repeats = 1 if len(wish.get("channels", [])) > 16 else min(3, bench.options.rounds)
         replies = [bench.ask(name, **wish, steps=GROWTH_STEPS) for _ in range(repeats)]
-        seconds, step = (statistics.median(one[figure] for one in replies) for figure in ("seconds", "step"))
+        seconds, step = (statistics.median(reply[figure] for reply in replies) for figure in ("seconds", "step"))
         # of many filters the whole call counts; of one the step alone
         each = seconds / (GROWTH_STEPS * len(wish["channels"])) if against == "channels" else step
         work = needed(wish["layer"], wish.get("size", 224))
@@ -238,8 +240,8 @@ def parsed() -> argparse.Namespace:
 
 def processor() -> str:
     """Return what the processor calls itself."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
@@ -247,7 +249,7 @@ def main() -> None:
     """Print the tables and write them to bench/results/engine.json, beside the parts of it that were not asked for."""
     options = parsed()
     torch.set_num_threads(options.threads)
-    found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     machine = {"machine": platform.machine(), "processor": processor(), "threads": options.threads}
     versions = {"torch": torch.__version__, "phosphene": ph.__version__, "peers": peers()}
@@ -255,15 +257,15 @@ def main() -> None:
         print(f"\n{part}: {(PARTS[part].__doc__ or '').splitlines()[0]}")
         with ExitStack() as stack:
             rows = PARTS[part](Bench(options, stack))
-        found[part] = {**machine, **versions, "rounds": options.rounds, "rows": rows}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        results[part] = {**machine, **versions, "rounds": options.rounds, "rows": rows}
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(options.out)
 
 
 def peers() -> list[str]:
     """Return the packages that are compared with, and their versions, as the lists of them say."""
     lists = [HERE / name for name in ("peers.txt", "engine-peers.txt")]
-    lines = [line for one in lists for line in one.read_text().splitlines()]
+    lines = [line for path in lists for line in path.read_text().splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -36,13 +36,13 @@ class Judge:
     def score(self, pictures: Tensor) -> float:
         """Return the median over filters of the robust E of pictures (n, c, h, w) uint8."""
         picture, draws = pictures.double() / 255, RandomDraws(range(len(self.channels)))
-        found = []
+        excitations = []
         for _ in range(DRAWS):
             shift, turn, scale = draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05)
             moved = resample(picture, shift, turn, scale).float()
             means = channel_means(self.model, [self.layer], moved)[self.layer]
-            found.append(self.photos.excitation(means).gather(1, torch.tensor(self.channels)[:, None])[:, 0])
-        return float(torch.stack(found).mean(0).median())
+            excitations.append(self.photos.excitation(means).gather(1, torch.tensor(self.channels)[:, None])[:, 0])
+        return float(torch.stack(excitations).mean(0).median())
 
 
 def score_part(bench: Bench) -> list[Row]:

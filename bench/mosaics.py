@@ -37,16 +37,16 @@ class Sample(NamedTuple):
 
 def sure_photos(model: Model, folder: Path, wanted: int) -> list[Sample]:
     """Return the first photos of a folder that the network gives one class a probability above 0.9, one a class."""
-    found: dict[int, Sample] = {}
+    samples: dict[int, Sample] = {}
     with model.reading([model.logits]) as read, torch.no_grad():
         for path in sorted(folder.glob("*.jpg")):
             image, _ = model.fitted(ph.read(path, model.channels_in))
             chance, target = read(image)[model.logits].softmax(1)[0].max(0)
             if chance > SURE:
-                found.setdefault(int(target), Sample(image, int(target)))
-            if len(found) == wanted:
+                samples.setdefault(int(target), Sample(image, int(target)))
+            if len(samples) == wanted:
                 break
-    return list(found.values())
+    return list(samples.values())
 
 
 def mosaic(samples: list[Sample], number: int) -> tuple[Tensor, tuple[int, int]]:
@@ -58,9 +58,9 @@ def mosaic(samples: list[Sample], number: int) -> tuple[Tensor, tuple[int, int]]
     return torch.cat([torch.cat(cells[:2], 3), torch.cat(cells[2:], 3)], 2), divmod(place, 2)
 
 
-def measure(one: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> tuple[float, bool]:
+def measure(heat: Tensor, cell: tuple[int, int], size: tuple[int, int]) -> tuple[float, bool]:
     """Return of a map (h, w) the share of its positive heat that lies in a cell, and whether its peak does."""
-    large = F.interpolate(one.relu()[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    large = F.interpolate(heat.relu()[None, None], size, mode="bilinear", align_corners=False)[0, 0]
     height, width = size[0] // 2, size[1] // 2
     top, left = cell[0] * height, cell[1] * width
     inside = large[top : top + height, left : left + width]
@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--layer")
     parser.add_argument("--method", default="gradcam")
     parser.add_argument("--count", type=int, default=40)
-    asked = parser.parse_args()
-    model = ph.load(asked.model)
-    samples = sure_photos(model, asked.folder, asked.count)
-    with explaining(model, asked.layer, asked.method) as explainer:
+    options = parser.parse_args()
+    model = ph.load(options.model)
+    samples = sure_photos(model, options.folder, options.count)
+    with explaining(model, options.layer, options.method) as explainer:
         layer = explainer.spec["layer"]
         figures = []
         for number, sample in enumerate(samples):
@@ -85,7 +85,9 @@ def main() -> None:
             maps, _ = explainer.maps(image, sample.target)
             figures.append(measure(maps[0], cell, (image.shape[-2], image.shape[-1])))
     energy, peaks = (sum(column) for column in zip(*figures, strict=True))
-    print(f"{asked.model} {layer} {asked.method}: energy {energy / len(figures):.3f}, peak {peaks} of {len(figures)}")
+    print(
+        f"{options.model} {layer} {options.method}: energy {energy / len(figures):.3f}, peak {peaks} of {len(figures)}"
+    )
 
 
 if __name__ == "__main__":

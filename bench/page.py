@@ -45,12 +45,12 @@ MEMORY = 300  # MB beyond the model
 RENDER = {"channel": 0, "size": 128, "steps": 512}
 # only the first pictures are asked about: where they lie is asked of none, as that alone lays all of a long page out
 PAINTED = """async () => {
-  const shown = [...document.images, ...document.querySelectorAll("svg image")]
-  const files = new Map(shown.slice(0, 60).map(one => [one.src ?? one.href.baseVal, one]))
-  await Promise.all([...files.values()].map(one => one.decode().catch(() => null)))
+  const pictures = [...document.images, ...document.querySelectorAll("svg image")]
+  const files = new Map(pictures.slice(0, 60).map(picture => [picture.src ?? picture.href.baseVal, picture]))
+  await Promise.all([...files.values()].map(picture => picture.decode().catch(() => null)))
   await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))
   const [timing] = performance.getEntriesByType("navigation")
-  return {load: timing.loadEventEnd / 1000, painted: performance.now() / 1000, pictures: shown.length,
+  return {load: timing.loadEventEnd / 1000, painted: performance.now() / 1000, pictures: pictures.length,
           requests: 1 + performance.getEntriesByType("resource").length}
 }"""
 Row = dict[str, Any]
@@ -99,7 +99,7 @@ def views(address: str, addresses: dict[str, str], rounds: int, chromium: str) -
     """Return a row a view."""
     from playwright.sync_api import sync_playwright
 
-    found: dict[str, list[Row]] = {name: [] for name in addresses}
+    visits: dict[str, list[Row]] = {name: [] for name in addresses}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium)
         for _ in range(rounds):
@@ -107,18 +107,18 @@ def views(address: str, addresses: dict[str, str], rounds: int, chromium: str) -
                 with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
                     page = context.new_page()
                     page.goto(urljoin(address, path), wait_until="load")
-                    found[name].append(page.evaluate(PAINTED))
+                    visits[name].append(page.evaluate(PAINTED))
         browser.close()
     return [
         {
             "view": name,
             "first painted s": rows[0]["painted"],
-            **{f"{one} s": statistics.median(row[one] for row in rows[1:]) for one in ("load", "painted")},
+            **{f"{figure} s": statistics.median(row[figure] for row in rows[1:]) for figure in ("load", "painted")},
             "pictures": rows[0]["pictures"],
             "requests": rows[0]["requests"],
             "mark": MARKS.get(name),
         }
-        for name, rows in found.items()
+        for name, rows in visits.items()
     ]
 
 
@@ -163,8 +163,8 @@ class Client:
 
 def links(page: str, here: str, wanted: str) -> list[str]:
     """Return the paths that a page links to, or shows, that match a pattern."""
-    found = (urlsplit(urljoin(here, unescape(one))).path for one in re.findall(r'(?:href|src)="([^"#]+)', page))
-    return [one for one in dict.fromkeys(found) if re.search(wanted, one)]
+    paths = (urlsplit(urljoin(here, unescape(address))).path for address in re.findall(r'(?:href|src)="([^"#]+)', page))
+    return [path for path in dict.fromkeys(paths) if re.search(wanted, path)]
 
 
 LAYER, FILTER = r"^/atlas/[^/]+/[^/]+/index\.html$", r"/\d+\.html$"
@@ -188,8 +188,8 @@ async def walk(client: Client, number: int) -> None:
         filters = links(grid, layer, FILTER)
         for step in range(FILTERS):
             here = filters[(number * 31 + step) % len(filters)]
-            shown = await client.get(here, "filter")
-            for path in links(shown, here, PICTURE):
+            body = await client.get(here, "filter")
+            for path in links(body, here, PICTURE):
                 await client.get(path, "picture")
 
 
@@ -224,13 +224,13 @@ async def browsing(address: str, network: str, layer: str) -> Row:
         await asyncio.sleep(0.05)
     before, began = frames[0], time.perf_counter()
     await asyncio.gather(*(walk(client, number) for number, client in enumerate(clients)))
-    seconds, shown = time.perf_counter() - began, frames[0] - before
+    seconds, frames_rendered = time.perf_counter() - began, frames[0] - before
     render.cancel()
     with suppress(asyncio.CancelledError):
         await render
-    times = [one for client in clients for one in client.times]
+    times = [time for client in clients for time in client.times]
     kinds = {
-        kind: percentiles([one for other, one in times if other == kind])
+        kind: percentiles([seconds for answered, seconds in times if answered == kind])
         for kind in dict.fromkeys(map(first_of, times))
     }
     return {
@@ -239,8 +239,8 @@ async def browsing(address: str, network: str, layer: str) -> Row:
         "seconds": seconds,
         "requests a second": len(times) / seconds,
         "errors": [error for client in clients for error in client.errors],
-        "frames rendered meanwhile": shown,
-        "all": percentiles([one for _, one in times]),
+        "frames rendered meanwhile": frames_rendered,
+        "all": percentiles([seconds for _, seconds in times]),
         "kinds": kinds,
     }
 
@@ -298,7 +298,7 @@ def measured(store: Path, options: argparse.Namespace) -> Row:
             "layer": layers[widest],
             "filter": layers[widest].replace("index.html", "7.html"),
         }
-        shown = views(address, chosen, options.rounds + 1, options.chromium)
+        view_rows = views(address, chosen, options.rounds + 1, options.chromium)
         failed = asyncio.run(all_layers(address, layers))
         browsed = resident(process)
         load = asyncio.run(browsing(address, network, rows[len(rows) // 2]["path"]))
@@ -308,22 +308,22 @@ def measured(store: Path, options: argparse.Namespace) -> Row:
     return {
         "filters": manifest["filters"],
         "widest": rows[widest]["channels"],
-        "views": shown,
+        "views": view_rows,
         "memory MB": {**memory, "beyond the model": browsed - model, "mark": MEMORY},
         "browsing": load,
     }
 
 
-def tell(found: Row, show: Callable[[str], None] = print) -> None:
+def tell(figures: Row, show: Callable[[str], None] = print) -> None:
     """Print the tables."""
-    show(f"{found['filters']:,} filters; the layer has {found['widest']:,}")
+    show(f"{figures['filters']:,} filters; the layer has {figures['widest']:,}")
     show(f"{'view':<10}{'first':>9}{'load':>9}{'painted':>9}{'mark':>7}{'pictures':>10}{'requests':>10}")
-    for row in found["views"]:
+    for row in figures["views"]:
         mark = f"{row['mark']:>5.1f} s" if row["mark"] else ""
-        times = "".join(f"{row[one]:>7.2f} s" for one in ("first painted s", "load s", "painted s"))
+        times = "".join(f"{row[column]:>7.2f} s" for column in ("first painted s", "load s", "painted s"))
         show(f"{row['view']:<10}{times}{mark:>7}{row['pictures']:>10}{row['requests']:>10}")
-    show("\n" + ", ".join(f"{name} {one:,.0f} MB" for name, one in found["memory MB"].items()))
-    load = found["browsing"]
+    show("\n" + ", ".join(f"{name} {megabytes:,.0f} MB" for name, megabytes in figures["memory MB"].items()))
+    load = figures["browsing"]
     show(
         f"\n{load['clients']} clients: {load['requests']:,} requests in {load['seconds']:.1f} s, "
         f"{load['requests a second']:,.0f} a second, {len(load['errors'])} errors, "
@@ -331,7 +331,7 @@ def tell(found: Row, show: Callable[[str], None] = print) -> None:
     )
     show(f"{'':<10}{'count':>8}{'median':>11}{'99 %':>11}{'longest':>11}")
     for name, row in {"all": load["all"], **load["kinds"]}.items():
-        times = "".join(f"{row[one] * 1000:>8.0f} ms" for one in ("median s", "99 % s", "longest s"))
+        times = "".join(f"{row[column] * 1000:>8.0f} ms" for column in ("median s", "99 % s", "longest s"))
         show(f"{name:<10}{row['count']:>8,}{times}")
     for error in load["errors"][:5]:
         show(f"error: {error}")
@@ -357,11 +357,11 @@ def main() -> None:
         store = (options.store or Path(folder) / "store").absolute()
         if not (store / "store.json").exists():
             generate(store)
-        found = measured(store, options)
-    tell(found)
+        figures = measured(store, options)
+    tell(figures)
     machine = {"machine": platform.machine(), "processors": os.cpu_count(), "phosphene": ph.__version__}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**machine, "rounds": options.rounds, **found}, indent=1) + "\n")
+    options.out.write_text(json.dumps({**machine, "rounds": options.rounds, **figures}, indent=1) + "\n")
     print(options.out)
 
 

@@ -83,8 +83,8 @@ def channel_means(model: ph.Model, layers: list[str], pictures: Tensor, batch: i
     """Return the mean over the map of every channel for pictures (n, 3, h, w) uint8 or in [0, 1]: (n, c) a layer."""
     rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     with model.reading(layers) as read, torch.no_grad():
-        for some in torch.split(pictures, batch):
-            image = some.to(model.like) / (255 if some.dtype == torch.uint8 else 1)
+        for chunk in torch.split(pictures, batch):
+            image = chunk.to(model.like) / (255 if chunk.dtype == torch.uint8 else 1)
             for layer, act in read(image).items():
                 rows[str(layer)].append(act.mean((-2, -1)).cpu())
     return {layer: torch.cat(means) for layer, means in rows.items()}
@@ -92,13 +92,13 @@ def channel_means(model: ph.Model, layers: list[str], pictures: Tensor, batch: i
 
 def photo_statistics(model: ph.Model, cells: list[Cell], folder: Path) -> dict[Cell, Photos]:
     """Return what the photos do at every cell of one model, in one pass a size."""
-    found = {}
+    photos = {}
     for size in sorted({cell.size for cell in cells}):
         here = [cell for cell in cells if cell.size == size]
         means = channel_means(model, [cell.layer for cell in here], read_squares(folder, size))
         for cell in here:
-            found[cell] = Photos(means[cell.layer].mean(0), means[cell.layer].amax(0))
-    return found
+            photos[cell] = Photos(means[cell.layer].mean(0), means[cell.layer].amax(0))
+    return photos
 
 
 def measure(
@@ -117,18 +117,18 @@ def measure(
     def excitation(pictures: Tensor) -> Tensor:
         return photos.excitation(channel_means(model, [cell.layer], pictures.float())[cell.layer])
 
-    def own(pictures: Tensor) -> Tensor:
+    def own_excitation(pictures: Tensor) -> Tensor:
         return excitation(pictures).gather(1, torch.tensor(channels)[:, None])[:, 0]
 
     draws = RandomDraws(range(filters))
     moved = []
     for _ in range(DRAWS):
         shift, turn, scale = draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05)
-        moved.append(own(resample(picture, shift, turn, scale)))
+        moved.append(own_excitation(resample(picture, shift, turn, scale)))
     centre, deviation = picture.mean((1, 2, 3), keepdim=True), picture.flatten(1).std(1).view(-1, 1, 1, 1)
     half = F.interpolate(picture, scale_factor=0.5, mode="bilinear", antialias=True)
     blurred = F.interpolate(half, size=(cell.size, cell.size), mode="bilinear")
-    clean = own(picture)
+    clean = own_excitation(picture)
     return {
         "cell": str(cell),
         "size": cell.size,
@@ -138,7 +138,7 @@ def measure(
         "median E": median(clean),
         "lowest E": float(clean.min()),
         "robust": median(torch.stack(moved).mean(0) / clean),
-        "E at .15": median(own((picture - centre) * 0.15 / deviation + centre)),
+        "E at .15": median(own_excitation((picture - centre) * 0.15 / deviation + centre)),
         "own": float((excitation(blurred).argmax(1) == torch.tensor(channels)).double().mean()),
         "deviation": median(deviation),
         "full": float(((saved == 0) | (saved == 255)).double().mean()),

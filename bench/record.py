@@ -103,19 +103,20 @@ def cost(folder: Path, batch: int, rounds: int) -> list[dict[str, Any]]:
     same = [all(map(torch.equal, run.net.parameters(), runs["plain"].net.parameters())) for run in runs.values()]
     assert all(same), "the recorder has changed the training"
     plain, rows = runs["plain"].times[1 : rounds + 1], []  # the first step warms up
-    typical = statistics.median(one for _, one, _ in plain)
+    typical = statistics.median(seconds for _, seconds, _ in plain)
     for name in MARKS:
         end = statistics.median(runs[name].ends) / (CIFAR / batch)
         pairs = list(zip(runs[name].times[1 : rounds + 1], plain, strict=True))
         rows.append(
             {
                 "recorded": name,
-                "ratio": statistics.median((one[1] + end) / other[1] for one, other in pairs),
-                "own share": 1 + statistics.median((one[2] + end) / other[1] for one, other in pairs),
-                "wall": statistics.median((one[0] + end) / other[0] for one, other in pairs),
+                "ratio": statistics.median((recorded[1] + end) / plain_step[1] for recorded, plain_step in pairs),
+                "own share": 1
+                + statistics.median((recorded[2] + end) / plain_step[1] for recorded, plain_step in pairs),
+                "wall": statistics.median((recorded[0] + end) / plain_step[0] for recorded, plain_step in pairs),
                 "mark": MARKS[name],
                 "plain step ms": typical * 1000,
-                "after_backward ms": statistics.median(one[2] for one, _ in pairs) * 1000,
+                "after_backward ms": statistics.median(recorded[2] for recorded, _ in pairs) * 1000,
                 "end_epoch ms": statistics.median(runs[name].ends) * 1000,
             }
         )
@@ -128,7 +129,7 @@ def memory(folder: Path, epochs: int) -> dict[str, float]:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 14 * 14, 5))
     run = Run(net, Recorder(net, folder))
     images, classes = torch.rand(8, 3, 16, 16), torch.randint(5, (8,))
-    marks, found = {min(FIRST, epochs - 1): "first", epochs: "last"}, dict[str, float]()
+    marks, figures = {min(FIRST, epochs - 1): "first", epochs: "last"}, dict[str, float]()
     tracemalloc.start()
     for epoch in range(epochs):
         for _ in range(3):
@@ -138,10 +139,13 @@ def memory(folder: Path, epochs: int) -> dict[str, float]:
         if epoch + 1 in marks:
             gc.collect()
             name = marks[epoch + 1]
-            found[f"resident {name}"], found[f"python {name}"] = resident(), tracemalloc.get_traced_memory()[0] / 1e6
-            found[f"end_epoch ms {name}"] = statistics.median(run.ends[-20:]) * 1000
+            figures[f"resident {name}"], figures[f"python {name}"] = (
+                resident(),
+                tracemalloc.get_traced_memory()[0] / 1e6,
+            )
+            figures[f"end_epoch ms {name}"] = statistics.median(run.ends[-20:]) * 1000
     tracemalloc.stop()
-    return found
+    return figures
 
 
 def resident() -> float:
@@ -176,7 +180,7 @@ def main() -> None:
                 print(f"{batch:<7}{row['recorded']:<14}{figures}{times}", flush=True)
     for name in ("resident", "python", "end_epoch ms"):
         unit = "ms" if name.endswith("ms") else "MB"
-        first, last = (f"{flat[f'{name} {one}']:.2f} {unit}" for one in ("first", "last"))
+        first, last = (f"{flat[f'{name} {moment}']:.2f} {unit}" for moment in ("first", "last"))
         print(f"{name.removesuffix(' ms')}: {first} after {FIRST} epochs, {last} after {options.epochs}")
     machine = {"machine": platform.machine(), "threads": options.threads, "torch": torch.__version__}
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -79,8 +79,8 @@ class Bench:
         if self.limit_program is None:
             self.limits.append({})
             return
-        found = subprocess.run([self.limit_program, str(self.options.threads), "0.3"], capture_output=True, check=True)
-        self.limits.append(json.loads(found.stdout))
+        done = subprocess.run([self.limit_program, str(self.options.threads), "0.3"], capture_output=True, check=True)
+        self.limits.append(json.loads(done.stdout))
 
 
 @contextmanager
@@ -124,14 +124,14 @@ def nothing() -> None:
 
 def interleaved(rounds: int, runs: Mapping[str, Run], also: Callable[[], None] = nothing) -> dict[str, list[float]]:
     """Return the figures of every run, by round, and do something else once a round."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         also()
         for name, run in runs.items():
-            found[name].append(run())
-    return found
+            times[name].append(run())
+    return times
 
 
 def over(figures: list[float], others: list[float]) -> float:
     """Return the median over rounds of one figure over another."""
-    return statistics.median(one / other for one, other in zip(figures, others, strict=True))
+    return statistics.median(figure / baseline for figure, baseline in zip(figures, others, strict=True))

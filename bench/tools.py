@@ -149,7 +149,7 @@ def lucent(wish: Wish, done: Done) -> None:
 
     render, objectives, param = (import_module(f"lucent.optvis.{name}") for name in ("render", "objectives", "param"))
     model, pictures = model_of(wish.network, wish.device), []
-    own = wish.recipe == "own"
+    own_recipe = wish.recipe == "own"
 
     class Whole(torch.nn.Module):
         """The network with its preprocessing before it."""
@@ -173,8 +173,8 @@ def lucent(wish: Wish, done: Done) -> None:
         images = render.render_vis(
             Whole().eval(),
             objectives.Objective(score),
-            lambda: param.image(wish.size, batch=wish.batch, fft=own, decorrelate=own),
-            transforms=None if own else [],
+            lambda: param.image(wish.size, batch=wish.batch, fft=own_recipe, decorrelate=own_recipe),
+            transforms=None if own_recipe else [],
             thresholds=(wish.steps,),
             preprocess=False,
             progress=False,

@@ -69,9 +69,13 @@ def photos(folder: Path) -> tuple[Tensor, Tensor]:
     files = sorted(folder.glob("jpg/image_*.jpg"))  # the original archive: 17 x 80, in order
     classes = [number // 80 for number in range(len(files))]
     if not files:
-        folders = sorted(one for one in folder.glob("*") if one.is_dir())
-        found = [(one, number) for number, place in enumerate(folders) for one in sorted(place.glob("*.[jp][pn]*g"))]
-        files, classes = [one for one, _ in found], [number for _, number in found]
+        folders = sorted(path for path in folder.glob("*") if path.is_dir())
+        photos = [
+            (path, number)
+            for number, class_folder in enumerate(folders)
+            for path in sorted(class_folder.glob("*.[jp][pn]*g"))
+        ]
+        files, classes = [path for path, _ in photos], [number for _, number in photos]
     if len(set(classes)) != CLASSES:
         sys.exit(f"{folder} has photos of {len(set(classes))} classes, and the network is for {CLASSES}: give the "
                  "folder that holds jpg/image_0001.jpg and so on, or one with a folder for each class")  # fmt: skip
@@ -103,7 +107,8 @@ def draw(classes: Tensor, random: torch.Generator) -> Tensor:
     green = torch.tensor([0.22, 0.40, 0.14]).view(3, 1, 1) + between(0, 0.2, 3)
     pictures = green * (0.3 + 0.8 * grass)
     petals, thin, notch, colour, middle, core = (
-        torch.tensor([KINDS[one][part] for one in classes.tolist()]).float().view(count, -1, 1, 1) for part in range(6)
+        torch.tensor([KINDS[kind][part] for kind in classes.tolist()]).float().view(count, -1, 1, 1)
+        for part in range(6)
     )
     y, x = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
     for size, aside in ((between(24, 40) * (between(-1, 1) > 0), 70), (between(28, 48), 70), (between(68, 96), 24)):

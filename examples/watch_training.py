@@ -48,9 +48,9 @@ def network_torch() -> nn.Sequential:
 def train_torch(train: Flowers, test: Flowers, folder: Path, epochs: int, gradients: str) -> ph.History:
     """Train in a plain PyTorch loop, and return the record."""
     net = network_torch()
-    statistics = [one for name, one in net.named_buffers() if name.endswith(("mean", "var"))]
-    trainable = sum(one.numel() for one in net.parameters())
-    check_size(trainable + sum(one.numel() for one in statistics), trainable)
+    statistics = [buffer for name, buffer in net.named_buffers() if name.endswith(("mean", "var"))]
+    trainable = sum(weight.numel() for weight in net.parameters())
+    check_size(trainable + sum(buffer.numel() for buffer in statistics), trainable)
     optimizer = torch.optim.Adam(net.parameters(), RATE)
     whole = {"data": batches(train), "loss": F.cross_entropy} if gradients == "epoch" else {}
     with ph.Recorder(net, folder, gradients=gradients, epochs=epochs, **WATCHED, **whole) as recorder:
@@ -110,7 +110,7 @@ def network_keras() -> Any:
 def train_keras(train: Flowers, test: Flowers, folder: Path, epochs: int, gradients: str) -> ph.History:
     """Train with Keras' `fit`, and return the record."""
     network = network_keras()
-    check_size(network.count_params(), sum(math.prod(one.shape) for one in network.trainable_weights))
+    check_size(network.count_params(), sum(math.prod(weight.shape) for weight in network.trainable_weights))
     from phosphene.record_keras import KerasRecorder
 
     train.channels_last = test.channels_last = True
