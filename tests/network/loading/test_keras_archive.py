@@ -16,7 +16,8 @@ import pytest
 from phosphene import load
 from phosphene.errors import ModelNotFound, ModelRefused
 from phosphene.network.loading.keras2_config import upgrade_config
-from phosphene.network.loading.keras_archive import HDF5, ZIP, first_bytes, is_saved_model, read_saved, strangers
+from phosphene.network.loading.keras_archive import HDF5, ZIP, file_signature, is_saved_model, read_saved
+from phosphene.network.loading.keras_custom_objects import custom_objects
 
 DATA = Path(__file__).parents[2] / "data/keras"
 OLD_H5, OLD_KERAS = DATA / "keras-2.15-plain.h5", DATA / "keras-2.15-plain.keras"
@@ -47,9 +48,9 @@ def layer(kind: str, config: dict[str, Any] | None = None, **more: Any) -> dict[
         (b"", b""),
     ],
 )
-def test_first_bytes(tmp_path: Path, content: bytes, mark: bytes) -> None:
+def test_file_signature(tmp_path: Path, content: bytes, mark: bytes) -> None:
     (tmp_path / "any").write_bytes(content)
-    assert first_bytes(tmp_path / "any") == mark
+    assert file_signature(tmp_path / "any") == mark
     assert is_saved_model(str(tmp_path / "any")) == bool(mark)
 
 
@@ -235,7 +236,7 @@ def known_function(name: str) -> bool:
 )  # fmt: skip
 def test_what_a_config_needs_beside_keras(config: dict[str, Any], found: list[str]) -> None:
     before = json.dumps(config)
-    assert strangers(config, known_class, known_function) == found
+    assert custom_objects(config, known_class, known_function) == found
     assert json.dumps(config) == before
 
 

