@@ -43,10 +43,10 @@ def assert_loaded(path: Path, state: dict[str, Tensor]) -> None:
 
 def refusal(path: Path) -> str:
     """Return why a file is refused, having checked that the network kept its own weights."""
-    module, own = net(1), net(1).state_dict()
+    module, before = net(1), net(1).state_dict()
     with pytest.raises(WeightsRefused) as caught:
         load_weights(module, path)
-    assert all(torch.equal(one, own[name]) for name, one in module.state_dict().items())
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
     message = str(caught.value)
     assert "\n" not in message
     assert str(path) in message
@@ -61,21 +61,23 @@ def test_every_format_gives_back_what_was_saved(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 def test_half_precision_is_widened(tmp_path: Path, name: str) -> None:
-    half = {key: one.half() if one.is_floating_point() else one for key, one in net().state_dict().items()}
+    state = net().state_dict()
+    half = {key: weight.half() if weight.is_floating_point() else weight for key, weight in state.items()}
     assert_loaded(saved(tmp_path / name, half), half)
-    assert net().state_dict()["0.weight"].ne(half["0.weight"]).any()  # the rounding shows, so the file was read
+    assert state["0.weight"].ne(half["0.weight"]).any()  # the rounding shows, so the file was read
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_the_prefix_of_a_wrapper_is_taken_off(tmp_path: Path, prefix: str) -> None:
     state = net().state_dict()
-    assert_loaded(saved(tmp_path / "w.pt", {prefix + key: one for key, one in state.items()}), state)
+    assert_loaded(saved(tmp_path / "w.pt", {prefix + key: weight for key, weight in state.items()}), state)
 
 
 def test_a_prefix_that_is_the_network_s_own_stays(tmp_path: Path) -> None:
     inner, outer = nn.Conv2d(1, 1, 1), nn.Module()
     outer.module = nn.Conv2d(1, 1, 1)
-    load_weights(outer, saved(tmp_path / "w.pt", {f"module.{key}": one for key, one in inner.state_dict().items()}))
+    state = {f"module.{key}": weight for key, weight in inner.state_dict().items()}
+    load_weights(outer, saved(tmp_path / "w.pt", state))
     assert torch.equal(outer.module.weight, inner.weight)
 
 
@@ -97,7 +99,7 @@ def test_a_file_without_a_state_dict_says_how_to_save_one(tmp_path: Path, conten
 
 
 def test_a_file_from_before_batches_were_counted_loads(tmp_path: Path) -> None:
-    state = {key: one for key, one in net().state_dict().items() if "num_batches" not in key}
+    state = {key: weight for key, weight in net().state_dict().items() if "num_batches" not in key}
     assert_loaded(saved(tmp_path / "w.pt", state), {**state, "1.num_batches_tracked": torch.tensor(0)})
 
 
@@ -221,11 +223,11 @@ def test_seeded_draws_repeat_and_leave_the_global_generators_alone() -> None:
 
 def test_random_weights_repeat_and_differ_from_what_was_there() -> None:
     first, second = net(1), net(2)
-    trained = {name: one.clone() for name, one in first.state_dict().items()}
+    trained = {name: weight.clone() for name, weight in first.state_dict().items()}
     first.state_dict()["1.running_mean"].add_(3)
     randomise(first)
     randomise(second)
-    for name, one in first.state_dict().items():
-        assert torch.equal(one, second.state_dict()[name])
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name])
     assert not torch.equal(trained["0.weight"], first.state_dict()["0.weight"])
     assert first.state_dict()["1.running_mean"].tolist() == [0, 0, 0, 0]
