@@ -163,7 +163,7 @@ def torch_device(name: str | torch.device) -> torch.device:
 
 
 def with_normalisation(model: Model, mean: Sequence[float] | None, std: Sequence[float] | None) -> Model:
-    """Return the handle with another mean or standard deviation if given, and without notes that speak of its own.
+    """Return the handle with the given mean or standard deviation, without the notes on its own normalisation.
 
     Raises:
         InvalidRequest: their number does not fit the channels, a value is not finite, or a deviation not above 0.
