@@ -1,8 +1,8 @@
 """Many photos, by number: files of a folder, rows of Parquet files, or a dataset of the user's own.
 
-Each photo is read when it is asked for, as `photo.read` reads a file. What a dataset returns for a photo may be a PIL
-image, a tensor (c, h, w) or array (h, w, c) of bytes or of numbers in [0, 1], the bytes of an image file, the path of
-one, Hugging Face's {"bytes", "path"}, or one of these as the first of a tuple, or under "image" or "img" of a mapping.
+Each photo is read on request, as `photo.read` reads a file. A dataset may return a photo as a PIL image, a tensor
+(c, h, w) or array (h, w, c) of bytes or of numbers in [0, 1], the bytes of an image file, its path, Hugging Face's
+{"bytes", "path"}, or one of these as the first of a tuple, or under "image" or "img" of a mapping.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import PhotoRefused
-from phosphene.evidence.photo_sources import Dataset, FolderFiles, ParquetRows, dataset_of, open_source, plain
-from phosphene.images.photo import FORMATS, check_size, read, to_tensor
+from phosphene.evidence.photo_sources import FolderFiles, ParquetRows, UserDataset, dataset_source, open_source, unwrap
+from phosphene.images.photo import FORMATS, MOST_PIXELS, check_size, read, refusing_bad_files, to_tensor
 
 LUMA = (0.299, 0.587, 0.114)  # shares of red, green and blue in grey (ITU-R BT.601), as Pillow has them
-AHEAD = 64  # photos that are read before they are asked for
-Made = TypeVar("Made")
+READ_AHEAD = 64  # photos
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
 class PhotoDataset:
-    """Photos by number, each read anew whenever it is asked for.
+    """Photos by number, each read anew on every request.
 
     Attributes:
-        source: what they come from.
+        source: where they come from.
         channels: of each photo, 3 for RGB, 1 for grey; of a dataset's tensors any number.
     """
 
-    source: FolderFiles | ParquetRows | Dataset
+    source: FolderFiles | ParquetRows | UserDataset
     channels: int = 3
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __repr__(self) -> str:
-        return f"Photos({len(self):,} from {self.source.kind})"
+        return f"PhotoDataset({len(self):,} from {self.source.kind})"
 
     def __getitem__(self, index: int) -> Tensor:
         """Return a photo (1, c, h, w) float32 in [0, 1].
@@ -56,37 +56,37 @@ class PhotoDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"there is no photo {index}: there are {len(self)}, counted from 0")
-        return decoded(self.source.item(index), self.name(index), self.channels)
+        return decode_photo(self.source.row(index), self.name(index), self.channels)
 
     def name(self, index: int) -> str:
-        """Return how to speak of a photo: its file's name, or its number."""
+        """Return a photo's name for messages: its file's name, or its number."""
         return self.source.name(index)
 
-    def of(self, channels: int) -> PhotoDataset:
-        """Return the same photos for a network that sees so many channels."""
+    def with_channels(self, channels: int) -> PhotoDataset:
+        """Return the same photos for a network that sees another number of channels."""
         return replace(self, channels=channels)
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What tells these photos from others, in JSON terms.
+        """The identity of these photos, in JSON terms.
 
-        It is taken from names and sizes of files, from what a Parquet file says about itself, or from a few photos of a
-        dataset: a change that leaves all these alone goes unnoticed.
+        It follows from the names and sizes of files, the footers of Parquet files, or a few photos of a dataset: a
+        change that leaves all these alone goes unnoticed.
         """
         return {"kind": self.source.kind, "count": len(self), "digest": self.source.digest()}
 
-    def each(self, indices: Iterable[int], make: Callable[[int], Made]) -> Iterator[Made]:
-        """Yield make(index) of every index in order, made ahead in the background where the source can stand that."""
+    def map_in_order(self, indices: Iterable[int], function: Callable[[int], Result]) -> Iterator[Result]:
+        """Yield function(index) of the indices in order, computed ahead in threads if the source allows that."""
         if self.source.threads < 2:
-            yield from map(make, indices)
+            yield from map(function, indices)
             return
-        coming, waiting = iter(indices), deque[Future[Made]]()
+        remaining, waiting = iter(indices), deque[Future[Result]]()
         pool = ThreadPoolExecutor(self.source.threads, "phosphene-photos")
         try:
-            waiting.extend(pool.submit(make, index) for index in islice(coming, AHEAD))
+            waiting.extend(pool.submit(function, index) for index in islice(remaining, READ_AHEAD))
             while waiting:
                 first = waiting.popleft().result()
-                waiting.extend(pool.submit(make, index) for index in islice(coming, 1))
+                waiting.extend(pool.submit(function, index) for index in islice(remaining, 1))
                 yield first
         finally:
             pool.shutdown(cancel_futures=True)
@@ -99,7 +99,7 @@ def open_photos(source: str | Path | Any, channels: int = 3) -> PhotoDataset:
         source: a folder of photos or of Parquet files, a Parquet file, `package.module:callable`, which is called
             without arguments and returns a dataset, a list of files, or a dataset: anything with a length and photos by
             number, such as torchvision's and Hugging Face's.
-        channels: what the network sees, 3 for RGB or 1 for grey; another number only for a dataset of tensors.
+        channels: 3 for RGB or 1 for grey, as the network sees; another number only for a dataset of tensors.
 
     Raises:
         PhotoRefused: there is no such source, or no photo in it.
@@ -111,43 +111,42 @@ def open_photos(source: str | Path | Any, channels: int = 3) -> PhotoDataset:
         torch.Size([1, 3, 480, 640])
     """
     if isinstance(source, PhotoDataset):
-        return source.of(channels)
-    found = open_source(str(source)) if isinstance(source, str | Path) else dataset_of(source)
-    if len(found) == 0:
-        raise PhotoRefused(f"there is no photo in {shown(source)}: it is empty")
-    return PhotoDataset(found, channels)
+        return source.with_channels(channels)
+    is_place = isinstance(source, str | Path)
+    opened = open_source(str(source)) if is_place else dataset_source(source)
+    if len(opened) == 0:
+        raise PhotoRefused(
+            f"there is no photo in {source if is_place else f'the {type(source).__name__}'}: it is empty"
+        )
+    return PhotoDataset(opened, channels)
 
 
-def shown(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
-
-
-def decoded(item: Any, name: str, channels: int) -> Tensor:
-    """Return a photo (1, c, h, w) float32 in [0, 1] of whatever holds one.
+def decode_photo(row: Any, name: str, channels: int) -> Tensor:
+    """Return a photo (1, c, h, w) float32 in [0, 1] from a row of a source.
 
     Raises:
-        PhotoRefused: nothing does.
+        PhotoRefused: the row holds none.
     """
-    found = plain(item)
-    if isinstance(found, bytes):
-        return from_bytes(found, name, channels)
-    if isinstance(found, str | Path):
-        return read(found, channels)
-    if isinstance(found, Image.Image):
-        return from_picture(found, name, channels)
-    if isinstance(found, np.ndarray) and found.ndim in (2, 3):
+    photo = unwrap(row)
+    if isinstance(photo, bytes):
+        return from_bytes(photo, name, channels)
+    if isinstance(photo, str | Path):
+        return read(photo, channels)
+    if isinstance(photo, Image.Image):
+        return from_picture(photo, name, channels)
+    if isinstance(photo, np.ndarray) and photo.ndim in (2, 3):
         # a copy, for the dataset may not let its own be written to
-        found = torch.from_numpy(np.array(found[..., None] if found.ndim == 2 else found)).movedim(-1, 0)
-    if isinstance(found, Tensor):
-        return from_tensor(found, name, channels)
-    raise PhotoRefused(f"{name} is no photo but {type(found).__name__}; give PIL images, tensors (c, h, w) or files")
+        photo = torch.from_numpy(np.array(photo[..., None] if photo.ndim == 2 else photo)).movedim(-1, 0)
+    if isinstance(photo, Tensor):
+        return from_tensor(photo, name, channels)
+    raise PhotoRefused(f"{name} is no photo but {type(photo).__name__}; give PIL images, tensors (c, h, w) or files")
 
 
 def from_bytes(content: bytes, name: str, channels: int) -> Tensor:
     """Return the photo of an image file's bytes."""
     try:
         opened = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Exception as error:  # what damaged bytes raise is anything at all
+    except Exception as error:  # damaged bytes may raise anything
         raise PhotoRefused(f"{name} is no image that can be read ({len(content)} bytes)") from error
     return from_picture(opened, name, channels)
 
@@ -156,13 +155,9 @@ def from_picture(picture: Image.Image, name: str, channels: int) -> Tensor:
     """Return the photo of a PIL image, as `photo.read` returns a file's."""
     if channels not in (1, 3):
         raise PhotoRefused(f"{name} has 3 channels or 1; this network sees {channels}: give a dataset of tensors")
-    try:
-        check_size(Path(name), picture)
-        return to_tensor(Path(name), picture, channels)
-    except PhotoRefused:
-        raise
-    except Exception as error:  # as above
-        raise PhotoRefused(f"{name} cannot be read, it may be damaged or cut short: {error}") from error
+    with refusing_bad_files(name, MOST_PIXELS):
+        check_size(name, picture)
+        return to_tensor(name, picture, channels)
 
 
 def from_tensor(tensor: Tensor, name: str, channels: int) -> Tensor:
@@ -173,7 +168,7 @@ def from_tensor(tensor: Tensor, name: str, channels: int) -> Tensor:
             f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; a photo is (c, h, w), bytes or numbers in 0..1"
         )
     photo = photo.float() / 255 if photo.dtype == torch.uint8 else photo.float()
-    low, high = (float(one) for one in photo.aminmax())
+    low, high = map(float, photo.aminmax())
     if not -1e-3 <= low <= high <= 1 + 1e-3:  # NaN compares false
         raise PhotoRefused(
             f"{name} has numbers from {low:.3g} to {high:.3g}; a photo's are in 0..1: leave out the normalisation, "

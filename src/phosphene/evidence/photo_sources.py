@@ -1,4 +1,4 @@
-"""Where many photos lie: files of a folder, rows of Parquet files, or a dataset of the user's own."""
+"""Sources of many photos: files of a folder, rows of Parquet files, or a dataset of the user's own."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from PIL import Image
 from phosphene.errors import InvalidRequest, PhotoRefused, require_extra
 from phosphene.images.photo import SUFFIXES
 
-KEYS = ("image", "img")  # under which a dataset's row holds its photo
-SAMPLES = 3  # photos of a dataset by which it is known again
+KEYS = ("image", "img")  # of the photo in a dataset's row
+SAMPLES = 3  # photos of a dataset that its digest is taken from
 
 
-def threads_here() -> int:
+def thread_count() -> int:
     """Return how many photos are read at once."""
     return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
 
@@ -41,9 +41,9 @@ class FolderFiles:
 
     @property
     def threads(self) -> int:
-        return threads_here()
+        return thread_count()
 
-    def item(self, index: int) -> Path:
+    def row(self, index: int) -> Path:
         return self.paths[index]
 
     def name(self, index: int) -> str:
@@ -73,10 +73,10 @@ class ParquetRows:
 
     @property
     def threads(self) -> int:
-        return threads_here()
+        return thread_count()
 
-    def item(self, index: int) -> Any:
-        """Return what a row holds; the row group that it is in is kept until a row of another is asked for."""
+    def row(self, index: int) -> Any:
+        """Return a row; its row group stays in memory until a row of another group is read."""
         ends = self.state.ends or list(accumulate(rows for _, _, rows in self.groups))
         number = bisect_right(ends, index)
         path, group, rows = self.groups[number]
@@ -84,11 +84,11 @@ class ParquetRows:
             self.state.ends = ends
             if self.state.number != number:
                 table = parquet_file(path).read_row_group(group, columns=[self.column])
-                self.state.number, self.state.group = number, table.column(0)
-            held = self.state.group
-        item = held[index - (ends[number] - rows)].as_py()
-        inner = item.get("path") if isinstance(item, dict) and item.get("bytes") is None else None
-        return path.parent / inner if inner else item
+                self.state.number, self.state.column = number, table.column(0)
+            column = self.state.column
+        row = column[index - (ends[number] - rows)].as_py()
+        name = row.get("path") if isinstance(row, dict) and row.get("bytes") is None else None
+        return path.parent / name if name else row
 
     def name(self, index: int) -> str:
         return f"row {index}"
@@ -98,20 +98,20 @@ class ParquetRows:
 
 
 class ProcessLocal:
-    """What a process remembers of the rows that it read last; not sent to another."""
+    """The row group that a process read last; it is not sent to another process."""
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.ends: list[int] = []
-        self.number, self.group = -1, None  # type: int, Any
+        self.number, self.column = -1, None  # type: int, Any
 
     def __reduce__(self) -> tuple[type[ProcessLocal], tuple[()]]:
         return ProcessLocal, ()
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
-    """Whatever has a length and photos by number; read in the thread that asks, for who knows what it minds."""
+class UserDataset:
+    """Anything with a length and photos by number; read in the calling thread, since it may not allow others."""
 
     photos: Any
     kind = "dataset"
@@ -120,7 +120,7 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.photos)
 
-    def item(self, index: int) -> Any:
+    def row(self, index: int) -> Any:
         try:
             return self.photos[index]
         except Exception as error:
@@ -130,67 +130,62 @@ class Dataset:
         return f"photo {index}"
 
     def digest(self) -> str:
-        return short_digest([type(self.photos).__qualname__.encode(), *map(self.sample, self.sampled)])
+        return short_digest([type(self.photos).__qualname__.encode(), *map(self.photo_bytes, self.samples)])
 
     @property
-    def sampled(self) -> list[int]:
+    def samples(self) -> list[int]:
         return sorted({(len(self) - 1) * part // (SAMPLES - 1) for part in range(SAMPLES)})
 
-    def sample(self, index: int) -> bytes:
-        """Return what tells one photo from others, as far as it can be read."""
+    def photo_bytes(self, index: int) -> bytes:
+        """Return bytes that identify a photo, none if it cannot be read."""
         try:
-            found = plain(self.item(index))
-            if isinstance(found, Image.Image):
-                return found.tobytes()
-            return (
-                found
-                if isinstance(found, bytes)
-                else str(found).encode()
-                if isinstance(found, str | Path)
-                else (np.ascontiguousarray(np.asarray(found)).tobytes())
-            )
+            photo = unwrap(self.row(index))
         except PhotoRefused:
             return b""
+        if isinstance(photo, bytes):
+            return photo
+        if isinstance(photo, str | Path):
+            return str(photo).encode()
+        return photo.tobytes() if isinstance(photo, Image.Image) else np.ascontiguousarray(photo).tobytes()
 
 
-def open_source(source: str) -> FolderFiles | ParquetRows | Dataset:
-    """Return the photos of a place, or of what a callable returns."""
+def open_source(source: str) -> FolderFiles | ParquetRows | UserDataset:
+    """Return the photos of a folder or a Parquet file, or those of the dataset that a callable returns."""
     path = Path(source)
     if path.is_dir():
-        return in_folder(path)
+        return files_in_folder(path)
     if path.is_file():
         if path.suffix.lower() == ".parquet":
-            return in_parquet([path])
+            return rows_of_parquet([path])
         raise PhotoRefused(f"{path} is one file; photos come from a folder, a .parquet file or package.module:callable")
     module, colon, name = source.partition(":")
-    if colon and name.isidentifier() and all(one.isidentifier() for one in module.split(".")):
-        return dataset_of(called(module, name))
+    if colon and name.isidentifier() and all(part.isidentifier() for part in module.split(".")):
+        return dataset_source(call_factory(module, name))
     raise PhotoRefused(f"there is no {source}; photos come from a folder, a .parquet file or package.module:callable")
 
 
-def in_folder(folder: Path) -> FolderFiles | ParquetRows:
-    """Return the photos of a folder, by name; where there are only Parquet files, the rows of these."""
-    inside = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    if paths := [path for path in inside if path.suffix.lower() in SUFFIXES]:
+def files_in_folder(folder: Path) -> FolderFiles | ParquetRows:
+    """Return the photos of a folder, by name; if it has only Parquet files, their rows."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if paths := [path for path in files if path.suffix.lower() in SUFFIXES]:
         return FolderFiles(tuple(paths))
-    if paths := [path for path in inside if path.suffix.lower() == ".parquet"]:
-        return in_parquet(paths)
+    if paths := [path for path in files if path.suffix.lower() == ".parquet"]:
+        return rows_of_parquet(paths)
     raise PhotoRefused(f"there is no photo in {folder}; photos are {', '.join(SUFFIXES)}, or rows of .parquet files")
 
 
-def in_parquet(paths: Sequence[Path]) -> ParquetRows:
+def rows_of_parquet(paths: Sequence[Path]) -> ParquetRows:
     """Return the rows of Parquet files that have their photos in the same column."""
     column, groups = "", []
     for path in paths:
         file = parquet_file(path)
         column = photo_column(path, file.schema_arrow)
-        facts = file.metadata
-        groups += [(path, group, facts.row_group(group).num_rows) for group in range(facts.num_row_groups)]
+        metadata = file.metadata
+        groups += [(path, group, metadata.row_group(group).num_rows) for group in range(metadata.num_row_groups)]
     return ParquetRows(tuple(paths), column, tuple(groups))
 
 
 def parquet_file(path: Path) -> Any:
-    """Return an opened Parquet file."""
     parquet = require_extra("pyarrow.parquet", "ray")
     try:
         return parquet.ParquetFile(path)
@@ -199,23 +194,23 @@ def parquet_file(path: Path) -> Any:
 
 
 def photo_column(path: Path, schema: Any) -> str:
-    """Return which column holds photos: `image` or `img`, else the one of bytes, or of Hugging Face's structure."""
-    import pyarrow.types as kinds
+    """Return which column holds photos: `image` or `img`, else the only one of bytes or of Hugging Face's structure."""
+    from pyarrow import types
 
     def fits(kind: Any) -> bool:
-        inside = {kind.field(index).name for index in range(kind.num_fields)} if kinds.is_struct(kind) else set()
-        return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind) or "bytes" in inside)
+        fields = {kind.field(index).name for index in range(kind.num_fields)} if types.is_struct(kind) else set()
+        return bool(types.is_binary(kind) or types.is_large_binary(kind) or "bytes" in fields)
 
-    able = [one.name for one in schema if fits(one.type)]
-    named = [one for one in KEYS if one in able]
-    if not named and len(able) != 1:
+    columns = [column.name for column in schema if fits(column.type)]
+    named = [key for key in KEYS if key in columns]
+    if not named and len(columns) != 1:
         names = ", ".join(schema.names)
         raise PhotoRefused(f"{path} has no column of photos ({names}); call the one with their bytes 'image'")
-    return named[0] if named else able[0]
+    return (named or columns)[0]
 
 
 def footer_of(path: Path) -> bytes:
-    """Return what a Parquet file says about itself: the end of it, whose length stands before the last four bytes."""
+    """Return the metadata at the end of a Parquet file; its length precedes the last four bytes."""
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
@@ -223,28 +218,28 @@ def footer_of(path: Path) -> bytes:
         return file.read()
 
 
-def called(module: str, name: str) -> Any:
-    """Return what a callable of the user's returns."""
+def call_factory(module: str, name: str) -> Any:
+    """Return the dataset that a callable of the user's returns."""
     try:
-        maker = getattr(importlib.import_module(module), name)
+        factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PhotoRefused(f"{module}:{name} cannot be imported: {error}; is its folder on PYTHONPATH?") from error
     try:
-        return maker()
+        return factory()
     except Exception as error:
         raise PhotoRefused(f"{module}:{name}() failed: {error!r}; it has to return a dataset of photos") from error
 
 
-def dataset_of(source: Any) -> FolderFiles | Dataset:
-    """Return a dataset's photos; a list of paths means the files."""
+def dataset_source(source: Any) -> FolderFiles | UserDataset:
+    """Return the source of a dataset; a list of paths means the files."""
     if isinstance(source, Mapping) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise InvalidRequest(
             f"photos come from something with a length and photos by number, not from {type(source).__name__}; "
             "give a folder, a .parquet file, package.module:callable, or a dataset"
         )
-    if isinstance(source, list | tuple) and source and all(isinstance(one, str | Path) for one in source):
+    if isinstance(source, list | tuple) and source and all(isinstance(path, str | Path) for path in source):
         return FolderFiles(tuple(map(Path, source)))
-    return Dataset(source)
+    return UserDataset(source)
 
 
 def short_digest(pieces: Iterable[bytes]) -> str:
@@ -255,17 +250,17 @@ def short_digest(pieces: Iterable[bytes]) -> str:
     return digest.hexdigest()[:32]
 
 
-def plain(item: Any) -> Any:
-    """Return the photo itself of what a dataset returns, which may hold a label too.
+def unwrap(row: Any) -> Any:
+    """Return the photo in a row of a dataset, which may hold a label too.
 
     Raises:
         PhotoRefused: there is none in it.
     """
-    if isinstance(item, Mapping):
-        if isinstance(item.get("bytes"), bytes) or ("path" in item and "bytes" in item):
-            return item["bytes"] if item["bytes"] is not None else item["path"]
-        key = next((one for one in KEYS if one in item), None)
+    if isinstance(row, Mapping):
+        if isinstance(row.get("bytes"), bytes) or ("path" in row and "bytes" in row):
+            return row["bytes"] if row["bytes"] is not None else row["path"]
+        key = next((key for key in KEYS if key in row), None)
         if key is None:
-            raise PhotoRefused(f"a photo is under 'image' of a dataset's row, which has {', '.join(map(str, item))}")
-        return plain(item[key])
-    return plain(item[0]) if isinstance(item, tuple | list) and len(item) else item
+            raise PhotoRefused(f"a photo is under 'image' of a dataset's row, which has {', '.join(map(str, row))}")
+        return unwrap(row[key])
+    return unwrap(row[0]) if isinstance(row, tuple | list) and len(row) else row

@@ -1,11 +1,11 @@
-"""How a number of every channel spreads over photos: a state of fixed size that can be merged in any order.
+"""The distribution over photos of a number of every channel: a result of fixed size that can be merged in any order.
 
 Mean and deviation are merged as by Chan, Golub and LeVeque (1979). Quantiles come from a histogram over the logarithm
-of the magnitude, as in DDSketch (Masson 2019, arXiv:1908.10693), a side a sign, which keeps the octave of the largest
-magnitude seen and the eight below it: what is smaller counts as zero. The histogram is therefore a function of the
-numbers alone, not of the order they came in: what counted as zero below one octave does so below a higher one, too.
+of the magnitude, as in DDSketch (Masson 2019, arXiv:1908.10693), with one half for each sign, which keeps the octave of
+the largest magnitude seen and the eight below it: what is smaller counts as zero. The histogram is therefore a function
+of the numbers alone, not of their order: what counts as zero below one octave does so below a higher one, too.
 
-A quantile is off by at most 1.1 % of itself (`RELATIVE`), or by 0.4 % of the largest magnitude (`ABSOLUTE`) where that
+A quantile is off by at most 1.1 % of itself (`RELATIVE`), or by 0.4 % of the largest magnitude (`ABSOLUTE`) if that
 is more.
 """
 
@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STEPS, OCTAVES = 32, 9  # bins an octave of magnitudes, and octaves that are told apart
+STEPS, OCTAVES = 32, 9  # bins an octave of magnitudes, and octaves of the histogram
 SIDE = STEPS * OCTAVES  # bins a sign
 RELATIVE, ABSOLUTE = (2 ** (1 / STEPS) - 1) / (2 ** (1 / STEPS) + 1), 2.0 ** (1 - OCTAVES)
-NOWHERE = -(2**20)  # the magnitude of zero: below that of any number
+ZERO_BIN = -(2**20)  # the magnitude bin of zero: below that of any number
 
 
 class QuantileSketch(NamedTuple):
-    """What is known of one number a photo, of each of c channels.
+    """The distribution of one number a photo, of each of c channels.
 
     Attributes:
         counted: (c,) int64, photos.
@@ -49,76 +49,77 @@ class QuantileSketch(NamedTuple):
         return (self.squares / self.counted).sqrt()
 
     def quantile(self, share: float) -> Tensor:
-        """Return (c,) about the value below which that share of the photos is; NaN without photos.
+        """Return (c,) about the value that this share of the photos is below; NaN without photos.
 
-        It stands for the one at rank round(share · (count - 1)) of the sorted values, counted from 0.
+        It approximates the value at rank round(share · (count - 1)) of the sorted values, counted from 0.
         """
         rank = (share * (self.counted - 1).clamp(min=0).double()).round().long()
-        found = (self.bins.cumsum(1) <= rank[:, None]).sum(1).clamp(max=2 * SIDE)
-        values = value_of(found, self.edge).clamp(self.lowest, self.highest)
+        columns = (self.bins.cumsum(1) <= rank[:, None]).sum(1).clamp(max=2 * SIDE)
+        values = value_of(columns, self.edge).clamp(self.lowest, self.highest)
         return torch.where(self.counted > 0, values, torch.nan)
 
 
 def empty_sketch(channels: int) -> QuantileSketch:
-    """Return the state before the first photo."""
-    counted, broken, edge = torch.tensor([0, 0, NOWHERE])[:, None].repeat(1, channels)
+    """Return the result before the first photo."""
+    counted, broken, edge = torch.tensor([0, 0, ZERO_BIN])[:, None].repeat(1, channels)
     mean, squares, lowest, highest = torch.tensor([0, 0, torch.inf, -torch.inf]).double()[:, None].repeat(1, channels)
     bins = torch.zeros(channels, 2 * SIDE + 1, dtype=torch.int32)
     return QuantileSketch(counted, broken, mean, squares, lowest, highest, edge, bins)
 
 
-def sketch_of(state: QuantileSketch, values: Tensor, sound: Tensor) -> QuantileSketch:
-    """Return a state with values (b, c), float64, added where they are `sound`; its bins are changed in place."""
-    whole = bool(sound.all())  # as it mostly is
-    there, low, high = (values if whole else values.where(sound, other) for other in (0, torch.inf, -torch.inf))
-    count = sound.sum(0)
-    mean = there.sum(0) / count.clamp(min=1)
-    squares = (values - mean).square_() if whole else (values - mean).where(sound, 0).square_()
-    magnitudes = magnitude(there)
-    # whole octaves, so that the bins have to be moved but rarely
+def add_values(sketch: QuantileSketch, values: Tensor, finite: Tensor) -> QuantileSketch:
+    """Return a sketch with values (b, c), float64, added where they are `finite`; its bins are changed in place."""
+    whole = bool(finite.all())  # as it mostly is
+    filled, low, high = (values if whole else values.where(finite, fill) for fill in (0, torch.inf, -torch.inf))
+    count = finite.sum(0)
+    mean = filled.sum(0) / count.clamp(min=1)
+    squares = (values - mean).square_() if whole else (values - mean).where(finite, 0).square_()
+    magnitudes = magnitude_bin(filled)
+    # whole octaves, so that the bins are rarely shifted
     octave = magnitudes.amax(0).div(STEPS, rounding_mode="floor")
-    edge = torch.maximum(state.edge, octave * STEPS + STEPS - 1)
-    shift_bins(state.bins, edge - state.edge)
-    places = place_of(there, edge - magnitudes) + (2 * SIDE + 1) * torch.arange(values.shape[1])
-    state.bins.view(-1).scatter_add_(0, places.flatten(), sound.flatten().int())
-    batch = QuantileSketch(count, len(sound) - count, mean, squares.sum(0), low.amin(0), high.amax(0), edge, state.bins)
-    return merge_moments(state, batch)
+    edge = torch.maximum(sketch.edge, octave * STEPS + STEPS - 1)
+    shift_bins(sketch.bins, edge - sketch.edge)
+    indices = column_of(filled, edge - magnitudes) + (2 * SIDE + 1) * torch.arange(values.shape[1])
+    sketch.bins.view(-1).scatter_add_(0, indices.flatten(), finite.flatten().int())
+    broken = len(finite) - count
+    batch = QuantileSketch(count, broken, mean, squares.sum(0), low.amin(0), high.amax(0), edge, sketch.bins)
+    return merge_moments(sketch, batch)
 
 
-def merge_sketches(one: QuantileSketch, other: QuantileSketch) -> QuantileSketch:
-    """Return the state of the photos of two, which are different ones."""
-    edge = torch.maximum(one.edge, other.edge)
-    bins = one.bins.clone(), other.bins.clone()
-    for own, state in zip(bins, (one, other), strict=True):
-        shift_bins(own, edge - state.edge)
-    return merge_moments(one, other)._replace(edge=edge, bins=bins[0] + bins[1])
+def merge_sketches(first: QuantileSketch, second: QuantileSketch) -> QuantileSketch:
+    """Return the sketch of the photos of two, which have none in common."""
+    edge = torch.maximum(first.edge, second.edge)
+    bins = first.bins.clone(), second.bins.clone()
+    for shifted, sketch in zip(bins, (first, second), strict=True):
+        shift_bins(shifted, edge - sketch.edge)
+    return merge_moments(first, second)._replace(edge=edge, bins=bins[0] + bins[1])
 
 
-def merge_moments(one: QuantileSketch, other: QuantileSketch) -> QuantileSketch:
-    """Return two lots of photos together, with the edge and the bins of the second."""
-    counted = one.counted + other.counted
-    share = other.counted.double() / counted.clamp(min=1)
-    apart = other.mean - one.mean
-    return other._replace(
+def merge_moments(first: QuantileSketch, second: QuantileSketch) -> QuantileSketch:
+    """Return two sketches merged, with the edge and the bins of the second."""
+    counted = first.counted + second.counted
+    share = second.counted.double() / counted.clamp(min=1)
+    difference = second.mean - first.mean
+    return second._replace(
         counted=counted,
-        broken=one.broken + other.broken,
-        mean=one.mean + apart * share,
-        squares=one.squares + other.squares + apart.square() * one.counted * share,
-        lowest=torch.minimum(one.lowest, other.lowest),
-        highest=torch.maximum(one.highest, other.highest),
+        broken=first.broken + second.broken,
+        mean=first.mean + difference * share,
+        squares=first.squares + second.squares + difference.square() * first.counted * share,
+        lowest=torch.minimum(first.lowest, second.lowest),
+        highest=torch.maximum(first.highest, second.highest),
     )
 
 
-def magnitude(values: Tensor) -> Tensor:
-    """Return the magnitude bin of each number: STEPS bins an octave, `NOWHERE` for 0."""
-    found = (values.abs().log2() * STEPS).floor()
-    return torch.where(values == 0, NOWHERE, found).long()
+def magnitude_bin(values: Tensor) -> Tensor:
+    """Return the magnitude bin of each number: STEPS bins an octave, `ZERO_BIN` for 0."""
+    bins = (values.abs().log2() * STEPS).floor()
+    return torch.where(values == 0, ZERO_BIN, bins).long()
 
 
-def place_of(values: Tensor, below: Tensor) -> Tensor:
-    """Return the column of each number, which is `below` so many magnitude bins under its channel's edge."""
-    side = torch.where(values < 0, below, 2 * SIDE - below)
-    return torch.where((below >= SIDE) | (values == 0), SIDE, side)
+def column_of(values: Tensor, below: Tensor) -> Tensor:
+    """Return the column of each number, whose magnitude bin is `below` so many bins under its channel's edge."""
+    column = torch.where(values < 0, below, 2 * SIDE - below)
+    return torch.where((below >= SIDE) | (values == 0), SIDE, column)
 
 
 def value_of(columns: Tensor, edge: Tensor) -> Tensor:
@@ -129,14 +130,14 @@ def value_of(columns: Tensor, edge: Tensor) -> Tensor:
     return torch.where(columns == SIDE, 0, torch.where(columns < SIDE, -middle, middle))
 
 
-def shift_bins(bins: Tensor, higher: Tensor) -> None:
-    """Move the bins of each channel in place as its edge goes `higher` (c,): what falls out counts as zero."""
-    rows = ((higher > 0) & (higher < -NOWHERE // 2)).nonzero()[:, 0]  # zeros alone stay where they are
-    if not len(rows):
+def shift_bins(bins: Tensor, rise: Tensor) -> None:
+    """Shift the bins of each channel in place as its edge rises (c,): what falls out counts as zero."""
+    channels = ((rise > 0) & (rise < -ZERO_BIN // 2)).nonzero()[:, 0]  # zeros alone stay where they are
+    if not len(channels):
         return
-    old, by = bins[rows], higher[rows, None].clamp(max=SIDE)
-    sides = old[:, :SIDE], old[:, SIDE + 1 :].flip(1)  # from the edge inwards
-    from_where = torch.arange(SIDE) - by
-    moved = [one.gather(1, from_where.clamp(min=0)).where(from_where >= 0, 0) for one in sides]
-    fallen = old.sum(1) - sum(one.sum(1) for one in moved)
-    bins[rows] = torch.cat([moved[0], fallen[:, None].int(), moved[1].flip(1)], 1)
+    old, distance = bins[channels], rise[channels, None].clamp(max=SIDE)
+    halves = old[:, :SIDE], old[:, SIDE + 1 :].flip(1)  # from the edge inwards
+    sources = torch.arange(SIDE) - distance
+    shifted = [half.gather(1, sources.clamp(min=0)).where(sources >= 0, 0) for half in halves]
+    zeros = old.sum(1) - sum(half.sum(1) for half in shifted)
+    bins[channels] = torch.cat([shifted[0], zeros[:, None].int(), shifted[1].flip(1)], 1)
