@@ -1,16 +1,13 @@
-"""Photos by number: whatever holds one gives the same pixels as the file itself."""
+"""Photos by number: a photo has the same pixels in whatever form a dataset returns it."""
 
 from __future__ import annotations
 
 import io
-import pickle
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -41,13 +38,13 @@ def png(pixels: Any = PIXELS) -> bytes:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with three photos, of greys 10, 20 and 30, the last of them first by name, and other things."""
-    place = tmp_path / "photos"
-    (place / "inner.png").mkdir(parents=True)
+    folder = tmp_path / "photos"
+    (folder / "inner.png").mkdir(parents=True)
     for name, grey in (("b.png", 10), ("c.PNG", 20), ("a.png", 30)):
-        Image.new("RGB", (2, 2), (grey, grey, grey)).save(place / name, "PNG")
-    (place / "notes.txt").write_text("no photo")
-    (place / ".hidden.png").write_bytes(png())
-    return place
+        Image.new("RGB", (2, 2), (grey, grey, grey)).save(folder / name, "PNG")
+    (folder / "notes.txt").write_text("no photo")
+    (folder / ".hidden.png").write_bytes(png())
+    return folder
 
 
 def test_a_folder_gives_its_photos_in_the_order_of_their_names(folder: Path) -> None:
@@ -95,9 +92,9 @@ def test_grey_cmyk_and_16_bit_files_are_as_photo_read_gives_them(tmp_path: Path)
     photos = open_photos(tmp_path)
     for index, name in enumerate(("cmyk.jpg", "deep.png", "grey.png")):
         assert torch.equal(photos[index], read(tmp_path / name))
-        assert torch.equal(photos.of(1)[index], read(tmp_path / name, 1))
-        inside = open_photos([(tmp_path / name).read_bytes()])
-        assert torch.equal(inside[0], read(tmp_path / name))
+        assert torch.equal(photos.with_channels(1)[index], read(tmp_path / name, 1))
+        from_bytes = open_photos([(tmp_path / name).read_bytes()])
+        assert torch.equal(from_bytes[0], read(tmp_path / name))
     assert torch.allclose(photos[1], torch.tensor(25700 / 65535))
 
 
@@ -110,92 +107,6 @@ def test_tensors_may_have_any_number_of_channels() -> None:
         open_photos(tensors)[0]
     with pytest.raises(errors.PhotoRefused, match="this network sees 5: give a dataset of tensors"):
         open_photos([Image.new("RGB", (2, 2))], 5)[0]
-
-
-@pytest.fixture
-def parquet(tmp_path: Path) -> Path:
-    """Return a Parquet file of seven photos, of greys 0 to 6, in row groups of three."""
-    rows = [{"bytes": png(np.full((2, 2, 3), grey, np.uint8)), "path": None} for grey in range(7)]
-    pq.write_table(pa.table({"label": list(range(7)), "image": rows}), tmp_path / "x.parquet", row_group_size=3)
-    return tmp_path / "x.parquet"
-
-
-def test_parquet_rows_are_photos_in_any_order(parquet: Path) -> None:
-    photos = open_photos(parquet)
-    assert len(photos) == 7
-    order = [6, 0, 3, 2, 5, 1, 4]
-    assert [round(float(photos[index].mean() * 255)) for index in order] == order
-    sent = pickle.loads(pickle.dumps(photos))  # with a row group in memory, which stays here
-    assert round(float(sent[5].mean() * 255)) == 5
-
-
-def test_a_folder_of_parquet_files_is_one_after_the_other(parquet: Path) -> None:
-    binary = {"photo": [png(np.full((2, 2, 3), 99, np.uint8))]}
-    parquet.rename(parquet.parent / "a.parquet")
-    pq.write_table(pa.table({"image": binary["photo"]}), parquet.parent / "b.parquet")
-    photos = open_photos(parquet.parent)
-    assert len(photos) == 8
-    assert [round(float(photos[index].mean() * 255)) for index in (7, 6)] == [99, 6]
-    pq.write_table(pa.table(binary), parquet.parent / "only.parquet")
-    assert len(open_photos(parquet.parent / "only.parquet")) == 1  # the one column of bytes, whatever its name
-
-
-def test_parquet_structures_may_name_files(tmp_path: Path) -> None:
-    Image.new("RGB", (2, 2), (40, 40, 40)).save(tmp_path / "inside.png")
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"image": pa.array([{"bytes": None, "path": "inside.png"}], kind)})
-    pq.write_table(table, tmp_path / "x.parquet")
-    assert round(float(open_photos(tmp_path / "x.parquet")[0].mean() * 255)) == 40
-
-
-def test_a_callable_returns_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(
-        "import torch\n\ndef greys():\n    return torch.full((4, 3, 2, 2), 0.25)\n\n"
-        "def broken():\n    raise OSError('gone')\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    photos = open_photos("mine:greys")
-    assert (len(photos), float(photos[3].mean())) == (4, 0.25)
-    with pytest.raises(errors.PhotoRefused, match=r"mine:broken\(\) failed: OSError\('gone'\)"):
-        open_photos("mine:broken")
-    with pytest.raises(errors.PhotoRefused, match="mine:nothing cannot be imported"):
-        open_photos("mine:nothing")
-
-
-class Failing:
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, index: int) -> Image.Image:
-        if index == 1:
-            raise RuntimeError("the disk is gone")
-        return Image.new("RGB", (2, 2))
-
-
-def no_photo(tmp_path: Path) -> Iterator[tuple[Any, type[Exception], str]]:
-    """Yield what is no source of photos, the error, and what its message says."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "one.jpg").write_bytes(png())
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "two.parquet")
-    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
-    refused = errors.PhotoRefused
-    yield tmp_path / "nowhere", refused, "there is no .*nowhere; photos come from a folder"
-    yield tmp_path / "empty", refused, r"there is no photo in .*empty; photos are \.jpg"
-    yield tmp_path / "one.jpg", refused, "one.jpg is one file; photos come from a folder"
-    yield tmp_path / "broken.parquet", refused, "is no Parquet file that can be read"
-    yield tmp_path / "two.parquet", refused, r"has no column of photos \(a, b\); call the one with their bytes 'image'"
-    yield tmp_path / "none.parquet", refused, "there is no photo in .*none.parquet: it is empty"
-    yield [], refused, "there is no photo in the list: it is empty"
-    yield 7, errors.InvalidRequest, "by number, not from int; give a folder"
-    yield {"train": [1]}, errors.InvalidRequest, "not from dict"
-
-
-def test_what_is_no_source_of_photos_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    for source, error, message in no_photo(tmp_path):
-        with pytest.raises(error, match=message) as caught:
-            open_photos(source)
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -218,53 +129,27 @@ def test_a_row_that_is_no_photo_is_refused(item: Any, message: str) -> None:
         open_photos([item])[0]
 
 
-def test_what_a_dataset_raises_is_said() -> None:
-    with pytest.raises(errors.PhotoRefused, match=r"photo 1 of the dataset cannot be read: RuntimeError\('the disk"):
-        open_photos(Failing())[1]
-
-
-def test_photos_are_known_again_by_their_spec(folder: Path, parquet: Path) -> None:
-    first = open_photos(folder).spec
-    assert first == open_photos(str(folder)).spec
-    assert (first["kind"], first["count"]) == ("files", 3)
-    copy = folder.parent / "copy"
-    folder.rename(copy)
-    assert open_photos(copy).spec == first  # wherever they lie
-    Image.new("RGB", (9, 9)).save(copy / "b.png")
-    assert open_photos(copy).spec != first
-    rows = open_photos(parquet).spec
-    table = pq.read_table(parquet)
-    pq.write_table(table.slice(1), parquet, row_group_size=3)
-    assert open_photos(parquet).spec != rows
-    tensors = torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert open_photos(tensors).spec == open_photos(tensors.clone()).spec
-    assert open_photos(tensors).spec != open_photos(tensors.flip(0)).spec
-    assert open_photos(Failing()).spec["count"] == 2  # which one of two cannot be read
-
-
-def test_each_keeps_the_order_and_reads_no_further_than_asked(folder: Path) -> None:
+def test_map_in_order_keeps_the_order_and_reads_no_further_than_necessary(folder: Path) -> None:
     photos = open_photos(folder)
-    assert list(photos.each([2, 0, 1] * 50, lambda index: index)) == [2, 0, 1] * 50
-    taken = photos.each(range(10**9), lambda index: index)  # far more than can be made ahead
-    assert [next(taken) for _ in range(3)] == [0, 1, 2]
-    taken.close()  # type: ignore[attr-defined]
+    assert list(photos.map_in_order([2, 0, 1] * 50, lambda index: index)) == [2, 0, 1] * 50
+    numbers = photos.map_in_order(range(10**9), lambda index: index)  # far more than can be read ahead
+    assert [next(numbers) for _ in range(3)] == [0, 1, 2]
+    numbers.close()  # type: ignore[attr-defined]
     with pytest.raises(ZeroDivisionError):
-        list(photos.each([1, 0], lambda index: 1 // index))
+        list(photos.map_in_order([1, 0], lambda index: 1 // index))
 
 
-def test_a_dataset_is_read_in_the_thread_that_asks() -> None:
-    import threading
+def test_a_dataset_is_read_in_the_calling_thread() -> None:
+    threads = []
 
-    seen = []
-
-    class Minding:
+    class ThreadRecorder:
         def __len__(self) -> int:
             return 3
 
         def __getitem__(self, index: int) -> Tensor:
-            seen.append(threading.current_thread())
+            threads.append(threading.current_thread())
             return torch.zeros(3, 2, 2)
 
-    photos: PhotoDataset = open_photos(Minding())
-    list(photos.each(range(3), lambda index: photos[index]))
-    assert set(seen) == {threading.current_thread()}
+    photos: PhotoDataset = open_photos(ThreadRecorder())
+    list(photos.map_in_order(range(3), lambda index: photos[index]))
+    assert set(threads) == {threading.current_thread()}
