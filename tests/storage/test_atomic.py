@@ -14,7 +14,7 @@ from phosphene.storage.atomic import check_writable, temporary_name, write_file,
 
 
 def everything(folder: Path) -> list[str]:
-    return sorted(str(one.relative_to(folder)) for one in folder.rglob("*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_a_file_is_written_into_folders_made_for_it(tmp_path: Path) -> None:

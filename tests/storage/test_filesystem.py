@@ -1,4 +1,4 @@
-"""No entry is corrupt, whatever becomes of the disk, the connection and the writers."""
+"""No entry is corrupt, whatever happens to the disk, the connection and the writers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import dropping_server
-from dropping_server import ENTRIES, Dropping, contents, drop, filled, reference, refusal
+from dropping_server import ENTRIES, DroppingServer, contents, drop, filled, reference, refusal
 from phosphene.errors import ExtraMissing, InvalidRequest, OutputRefused, StoreRefused
-from phosphene.storage import filesystem as places
+from phosphene.storage import filesystem
+from phosphene.storage.filesystem import FileSystem
 from phosphene.storage.store import Store, open_store
 
 fork = multiprocessing.get_context("fork")
@@ -31,10 +32,10 @@ DIGESTS = [f"{number:02d}" for number in range(40)]
 
 @pytest.fixture(autouse=True)
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(places, "WAITS", (0.0, 0.0, 0.0))
-    dropping_server.begin()
+    monkeypatch.setattr(filesystem, "WAITS", (0.0, 0.0, 0.0))
+    dropping_server.reset()
     yield
-    dropping_server.begin()
+    dropping_server.reset()
 
 
 # Connections that drop
@@ -48,9 +49,9 @@ def test_a_connection_that_drops_once_is_not_noticed(
     expected = reference(tmp_path)
     counts: dict[str, int] = {}
 
-    def every_second(act: str) -> str | None:
-        counts[act] = counts.get(act, 0) + 1
-        return how if counts[act] % 2 else None
+    def every_second(action: str) -> str | None:
+        counts[action] = counts.get(action, 0) + 1
+        return how if counts[action] % 2 else None
 
     drop(every_second)
     store = open_store(f"{scheme}://host/atlas", create=True)
@@ -58,8 +59,8 @@ def test_a_connection_that_drops_once_is_not_noticed(
     assert store.done("jobs") == set(ENTRIES)
     assert {name: store.get("jobs", "00ab", name) for name in ENTRIES["00ab"]} == ENTRIES["00ab"]
     parts = {name for name in contents(store) if name.endswith(".part")}  # a dropped removal may leave some,
-    assert {name: one for name, one in contents(store).items() if name not in parts} == expected
-    drop(lambda act: None)
+    assert {name: content for name, content in contents(store).items() if name not in parts} == expected
+    drop(lambda action: None)
     assert {name for name in filled(store) if name.startswith("jobs")} == set(expected) - {"store.json"}  # until a put
 
 
@@ -72,7 +73,7 @@ def test_whatever_drops_no_entry_is_corrupt_and_resuming_completes_the_store(
     store = open_store(f"{scheme}://host/atlas", create=True)
     chance = random.Random(seed)
 
-    def often(act: str) -> str | None:
+    def often(action: str) -> str | None:
         return chance.choice(["before", "during", "after"]) if chance.random() < 0.6 else None
 
     refused = 0
@@ -83,7 +84,7 @@ def test_whatever_drops_no_entry_is_corrupt_and_resuming_completes_the_store(
             start = rf"{scheme}://host/atlas/jobs/{digest} cannot be written: .*(dropped|bytes arrived).*; mend that,.*"
             assert not message or re.fullmatch(f"{start} run the same command again: what is finished is kept", message)
             refused += bool(message)
-        drop(lambda act: None)
+        drop(lambda action: None)
         for digest in store.done("jobs"):
             assert {name: store.get("jobs", digest, name) for name in ENTRIES[digest]} == ENTRIES[digest]
     assert refused
@@ -91,10 +92,10 @@ def test_whatever_drops_no_entry_is_corrupt_and_resuming_completes_the_store(
     assert contents(store) == expected
 
 
-def once(act: str, fault: str | Exception) -> Callable[[str], str | Exception | None]:
-    """Return a fault that strikes the first such act."""
-    left = [fault]
-    return lambda this: left.pop() if left and this == act else None
+def once(action: str, fault: str | Exception) -> Callable[[str], str | Exception | None]:
+    """Return a fault of the first such action."""
+    faults = [fault]
+    return lambda current: faults.pop() if faults and current == action else None
 
 
 @pytest.mark.parametrize("fault", [once("put", "silently"), once("move", FileNotFoundError("the unfinished file"))])
@@ -102,17 +103,17 @@ def test_a_file_that_arrived_in_half_or_was_swept_away_by_another_writer_is_sent
     fault: Callable[[str], str | Exception | None],
 ) -> None:
     store = open_store("dropping://host/atlas", create=True)
-    Dropping.acts.clear()
+    DroppingServer.actions.clear()
     drop(fault)
     store.write("jobs/ab/a.png", b"1234")
     assert contents(store) == {"store.json": store.read("store.json"), "jobs/ab/a.png": b"1234"}
-    assert Dropping.acts.count("put") == 2
+    assert DroppingServer.actions.count("put") == 2
 
 
 def test_a_write_that_is_given_up_leaves_the_old_file_and_nothing_else() -> None:
     store = open_store("dropping://host/atlas", create=True)
     store.write("jobs/ab/a.png", b"old")
-    drop(lambda act: "before" if act == "move" else None)
+    drop(lambda action: "before" if action == "move" else None)
     with pytest.raises(OutputRefused, match="dropped before"):
         store.write("jobs/ab/a.png", b"new")
     assert contents(store) == {"store.json": store.read("store.json"), "jobs/ab/a.png": b"old"}
@@ -123,16 +124,16 @@ def test_a_listing_that_drops_is_no_empty_store(monkeypatch: pytest.MonkeyPatch)
         store = open_store(f"{scheme}://host/atlas", create=True)
         filled(store)
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "info", lambda *_, **__: raised(ConnectionResetError("dropped")))
-        patch.setattr(MemoryFileSystem, "find", lambda *_, **__: raised(ConnectionResetError("dropped")))
+        patch.setattr(MemoryFileSystem, "info", lambda *_, **__: fail(ConnectionResetError("dropped")))
+        patch.setattr(MemoryFileSystem, "find", lambda *_, **__: fail(ConnectionResetError("dropped")))
         for scheme in ("dropping", "bucket"):
             store = Store(f"{scheme}://host/atlas")
-            for look in (partial(store.done, "jobs"), partial(store.has, "jobs", "00ab")):
+            for listing in (partial(store.done, "jobs"), partial(store.has, "jobs", "00ab")):
                 with pytest.raises(StoreRefused, match="atlas/jobs cannot be read: dropped; mend that"):
-                    look()
+                    listing()
 
 
-def raised(error: Exception) -> None:
+def fail(error: Exception) -> None:
     raise error
 
 
@@ -140,7 +141,7 @@ def always(error: Exception, _: str) -> Exception:
     return error
 
 
-def test_what_will_not_change_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_no_retry_helps_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store("bucket://host/atlas", create=True)
     for error, reason in (
         (PermissionError(errno.EACCES, "Access Denied"), "Access Denied"),
@@ -148,16 +149,16 @@ def test_what_will_not_change_is_not_tried_again(monkeypatch: pytest.MonkeyPatch
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
     ):
         drop(partial(always, error))
-        Dropping.acts.clear()
+        DroppingServer.actions.clear()
         with pytest.raises(OutputRefused, match=f"atlas/jobs/a cannot be written: {reason}; mend that"):
             store.write("jobs/a", b"1")
-        assert Dropping.acts == ["put"]
-    drop(lambda act: "before")
-    Dropping.acts.clear()
+        assert DroppingServer.actions == ["put"]
+    drop(lambda action: "before")
+    DroppingServer.actions.clear()
     with pytest.raises(OutputRefused, match="dropped before"):
         store.write("jobs/a", b"1")
-    assert Dropping.acts == ["put"] * 4
-    drop(lambda act: "before" if act == "put" else None)
+    assert DroppingServer.actions == ["put"] * 4
+    drop(lambda action: "before" if action == "put" else None)
     with pytest.raises(OutputRefused, match=r"^bucket://host/other cannot be written: dropped before; mend that"):
         open_store("bucket://host/other", create=True)
 
@@ -168,12 +169,12 @@ def test_what_will_not_change_is_not_tried_again(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 128 KiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", where], capture_output=True).returncode:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting a small disk needs more rights")
-    yield where
-    subprocess.run(["umount", "-l", where], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_a_full_disk_keeps_what_is_finished_and_goes_on_when_there_is_room(small_disk: Path) -> None:
@@ -225,7 +226,7 @@ def test_no_message_shows_credentials(user: str, monkeypatch: pytest.MonkeyPatch
     store = Store(url)
     password = user.partition(":")[2].rstrip("@")
     fault = ConnectionError(f"no answer from {url}/jobs for the password {password} {unquote(password)}")
-    drop(lambda act: fault)
+    drop(lambda action: fault)
     for attempt in (
         lambda: open_store(url),
         lambda: store.write("jobs/a", b""),
@@ -267,16 +268,16 @@ def test_what_is_no_url_and_no_folder_is_refused() -> None:
 # Several writers, and writers that are killed
 
 
-def written(number: int, length: int = 6) -> dict[str, bytes]:
-    """Return what one writer would put into an entry."""
-    return {f"filter_{one}.png": bytes([number]) * (1000 + number) for one in range(length)}
+def files_of_writer(number: int, length: int = 6) -> dict[str, bytes]:
+    """Return the files that a writer puts into an entry."""
+    return {f"filter_{index}.png": bytes([number]) * (1000 + number) for index in range(length)}
 
 
-def puts(folder: Path, number: int, start: Any) -> None:
+def put_entries(folder: Path, number: int, start: Any) -> None:
     store = Store(str(folder))
     for digest in DIGESTS:
         start.wait()
-        store.put("jobs", digest, written(number, 2 + number), {"by": number})
+        store.put("jobs", digest, files_of_writer(number, 2 + number), {"by": number})
 
 
 @pytest.mark.parametrize("numbers", [(1, 1), (1, 2, 3)])
@@ -286,44 +287,44 @@ def test_writers_of_the_same_entry_at_once_do_no_damage(
     monkeypatch.setattr(os, "fsync", lambda handle: time.sleep(0.0005))  # a busy disk would take longer
     store = open_store(tmp_path, create=True)
     start = fork.Barrier(len(numbers))
-    writers = [fork.Process(target=puts, args=(tmp_path, number, start), daemon=True) for number in numbers]
-    for one in writers:
-        one.start()
-    while any(one.is_alive() for one in writers):
+    writers = [fork.Process(target=put_entries, args=(tmp_path, number, start), daemon=True) for number in numbers]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
         for digest in store.done("jobs") if len(set(numbers)) == 1 else ():  # the same bytes: never any damage
-            assert store.get("jobs", digest, "filter_0.png") == written(1)["filter_0.png"]
-    assert [one.exitcode for one in writers] == [0] * len(numbers)
+            assert store.get("jobs", digest, "filter_0.png") == files_of_writer(1)["filter_0.png"]
+    assert [writer.exitcode for writer in writers] == [0] * len(numbers)
     for digest in DIGESTS:
         manifest = store.manifest("jobs", digest)
-        expected = written(manifest["by"], 2 + manifest["by"])
+        expected = files_of_writer(manifest["by"], 2 + manifest["by"])
         assert {name: store.get("jobs", digest, name) for name in manifest["files"]} == expected
         assert set(os.listdir(tmp_path / "jobs" / digest)) == {*expected, "manifest.json"}
 
 
-def alone(place: Any) -> None:
-    with place.alone("jobs/ab"):
+def take_lock(files: FileSystem) -> None:
+    with files.lock("jobs/ab"):
         pass
 
 
 def test_a_process_begun_while_an_entry_is_written_keeps_nobody_waiting(tmp_path: Path) -> None:
-    place = open_store(tmp_path, create=True).place
-    with place.alone("jobs/ab"):
+    files = open_store(tmp_path, create=True).place
+    with files.lock("jobs/ab"):
         child = fork.Process(target=time.sleep, args=(60,), daemon=True)
         child.start()
-        waiting = fork.Process(target=alone, args=(place,), daemon=True)
+        waiting = fork.Process(target=take_lock, args=(files,), daemon=True)
         waiting.start()
         waiting.join(0.2)
         assert waiting.exitcode is None
-    for one in (waiting, fork.Process(target=alone, args=(place,), daemon=True)):
-        if one is not waiting:
-            one.start()
-        one.join(20)
-        assert one.exitcode == 0
+    later = fork.Process(target=take_lock, args=(files,), daemon=True)
+    later.start()
+    for process in (waiting, later):
+        process.join(20)
+        assert process.exitcode == 0
     child.kill()
     child.join()
 
 
-def fills(folder: Path) -> None:
+def fill_store(folder: Path) -> None:
     filled(Store(str(folder)))
     os._exit(0)
 
@@ -333,17 +334,17 @@ def test_a_writer_killed_at_any_moment_leaves_whole_entries_and_its_work_is_fini
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: time.sleep(0.0005))
     expected = reference(tmp_path)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     filled(open_store(tmp_path / "measured", create=True))
-    length = time.perf_counter() - begun
+    duration = time.perf_counter() - start
     chance, unfinished = random.Random(0), 0
     for attempt in range(20):
         store = open_store(tmp_path / f"{attempt}", create=True)
-        driver = fork.Process(target=fills, args=(tmp_path / f"{attempt}",))
+        driver = fork.Process(target=fill_store, args=(tmp_path / f"{attempt}",))
         driver.start()
         while not (tmp_path / f"{attempt}/jobs").exists() and driver.is_alive():
             pass
-        time.sleep(chance.uniform(0, length))
+        time.sleep(chance.uniform(0, duration))
         driver.kill()
         driver.join()
         finished = store.done("jobs")

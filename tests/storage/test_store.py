@@ -1,4 +1,4 @@
-"""A store holds whole entries only, and says in a sentence what is damaged."""
+"""A store holds complete entries only, and says in a sentence what is damaged."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import pytest
 import dropping_server
 from dropping_server import contents, filled, reference, refusal
 from phosphene.errors import EntryNotFound, InvalidRequest, OutputRefused, StoreRefused
-from phosphene.storage import filesystem as places
+from phosphene.storage import filesystem
+from phosphene.storage.filesystem import LocalFolder
 from phosphene.storage.store import Store, digest_of, open_store
 
 
 @pytest.fixture(autouse=True)
 def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(places, "WAITS", (0.0, 0.0, 0.0))
-    dropping_server.begin()
+    monkeypatch.setattr(filesystem, "WAITS", (0.0, 0.0, 0.0))
+    dropping_server.reset()
     yield
-    dropping_server.begin()
+    dropping_server.reset()
 
 
 @pytest.fixture(params=["folder", "file://", "memory://", "dropping://", "bucket://"])
@@ -48,7 +49,11 @@ def test_an_entry_is_read_as_it_was_written(url: str) -> None:
         assert reader.get("jobs", "ab", "b") == b""
         assert reader.done("jobs") == {"ab"}
         assert reader.done("layers") == set()
-        assert [reader.has(*one) for one in (("jobs", "ab"), ("jobs", "a"), ("layers", "ab"))] == [True, False, False]
+        assert [reader.has(*entry) for entry in (("jobs", "ab"), ("jobs", "a"), ("layers", "ab"))] == [
+            True,
+            False,
+            False,
+        ]
     assert sorted(contents(store)) == ["jobs/ab/a.png", "jobs/ab/b", "jobs/ab/manifest.json", "store.json"]
     assert json.loads(contents(store)["store.json"]) == {"format": 1}
 
@@ -57,13 +62,13 @@ def test_a_manifest_at_hand_is_not_read_again(tmp_path: Path, monkeypatch: pytes
     store, read = open_store(tmp_path, create=True), list[str]()
     store.put("jobs", "ab", {"a": b"1", "b": b"22"}, {})
     manifest = store.manifest("jobs", "ab")
-    plain = places.LocalFolder.read
+    original = LocalFolder.read
 
-    def noted(self: places.LocalFolder, name: str) -> bytes:
+    def recorded(self: LocalFolder, name: str) -> bytes:
         read.append(name)
-        return plain(self, name)
+        return original(self, name)
 
-    monkeypatch.setattr(places.LocalFolder, "read", noted)
+    monkeypatch.setattr(LocalFolder, "read", recorded)
     assert [store.get("jobs", "ab", name, manifest) for name in "ab"] == [b"1", b"22"]
     assert read == ["jobs/ab/a", "jobs/ab/b"]
     read.clear()
@@ -85,7 +90,7 @@ def test_a_manifest_at_hand_that_is_out_of_date_is_read_again(tmp_path: Path) ->
         store.get("jobs", "ab", "a", old)
 
 
-def test_an_entry_without_its_manifest_is_not_done_and_put_takes_away_what_is_not_its(url: str) -> None:
+def test_an_entry_without_its_manifest_is_not_done_and_put_removes_all_other_files(url: str) -> None:
     store = open_store(url, create=True)
     store.fail("jobs", "ab", "out of memory")
     store.fail("jobs", "cd", "no such layer")
@@ -120,23 +125,23 @@ def test_every_place_holds_the_same_bytes_and_a_second_put_replaces(url: str, tm
     assert filled(open_store(url, create=True)) == expected
 
 
-def test_until_a_replacement_is_whole_there_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_until_a_replacement_is_complete_there_is_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(tmp_path, create=True)
     filled(store)
-    seen = []
-    write = places.LocalFolder.write
+    finished = []
+    write = LocalFolder.write
 
-    def watched(self: places.LocalFolder, name: str, content: bytes) -> None:
-        seen.append(store.has("jobs", "00ab"))
+    def recorded(self: LocalFolder, name: str, content: bytes) -> None:
+        finished.append(store.has("jobs", "00ab"))
         write(self, name, content)
 
-    monkeypatch.setattr(places.LocalFolder, "write", watched)
+    monkeypatch.setattr(LocalFolder, "write", recorded)
     store.put("jobs", "00ab", {"a.png": b"1"}, {})
     store.put("jobs", "00ab", {"a.png": b"1"}, {})
-    assert seen == [False, False, True, True]  # the same once more takes nothing away
+    assert finished == [False, False, True, True]  # the same once more takes nothing away
 
 
-def test_what_can_be_resumed_from_stays_until_the_manifest_is_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partial_result_stays_until_the_manifest_is_written(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(url, create=True)
     store.write("evidence/ab/partial.safetensors", b"hours of work")
     write = type(store.place).write
@@ -204,8 +209,8 @@ def test_every_single_flipped_bit_and_every_truncation_is_found() -> None:
     for name in ("a.png", "manifest.json"):
         content = contents(store)[f"jobs/ab/{name}"]
         flipped = [bytearray(content) for _ in range(8 * len(content))]
-        for bit, one in enumerate(flipped):
-            one[bit // 8] ^= 1 << bit % 8
+        for bit, copy in enumerate(flipped):
+            copy[bit // 8] ^= 1 << bit % 8
         for changed in [*map(bytes, flipped), *(content[:end] for end in range(len(content))), content + b"\0"]:
             store.place.write(f"jobs/ab/{name}", changed)
             message = refusal(lambda: (store.get("jobs", "ab", "a.png"), store.manifest("jobs", "ab")), intact)

@@ -14,26 +14,27 @@ from phosphene.storage.filesystem import LocalFolder, RemoteFiles
 from phosphene.storage.store import Store, open_store
 
 ENTRIES = {
-    f"{number:02d}ab": {f"filter_{one}.png": bytes([number, one]) * 500 for one in range(3)} for number in range(4)
+    f"{number:02d}ab": {f"filter_{index}.png": bytes([number, index]) * 500 for index in range(3)}
+    for number in range(4)
 }
 
 
-class Dropping(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """A server whose connection drops as `fault` says: before an act, in its middle, after it, or unnoticed."""
+class DroppingServer(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A server whose connection drops as `fault` says: before an action, in its middle, after it, or unnoticed."""
 
     protocol: Any = "dropping"
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
-    acts: ClassVar[list[str]] = []
-    fault: Callable[[str], str | Exception | None] = staticmethod(lambda act: None)
+    actions: ClassVar[list[str]] = []
+    fault: Callable[[str], str | Exception | None] = staticmethod(lambda action: None)
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         rest = path.partition("://")[2] or path
         return "/" + rest.rpartition("@")[2].strip("/") if rest.strip("/") else ""
 
-    def act(self, name: str, action: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
-        self.acts.append(name)
+    def perform(self, name: str, action: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
+        self.actions.append(name)
         fault = self.fault(name)
         if isinstance(fault, Exception):
             raise fault
@@ -43,7 +44,7 @@ class Dropping(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
             return half()
         if fault == "during":
             half()
-            raise Unlisted("dropped in the middle")
+            raise LibraryError("dropped in the middle")
         result = action()
         if fault == "after":
             raise TimeoutError("dropped after")
@@ -51,7 +52,7 @@ class Dropping(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         put = super().pipe_file
-        self.act("put", lambda: put(path, value), lambda: put(path, value[: len(value) // 2]))
+        self.perform("put", lambda: put(path, value), lambda: put(path, value[: len(value) // 2]))
 
     def mv(self, path1: str, path2: str, **_: Any) -> None:
         def move() -> None:
@@ -60,23 +61,23 @@ class Dropping(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
                 raise FileNotFoundError(path1)
             self.store[new] = self.store.pop(old)
 
-        self.act("move", move)
+        self.perform("move", move)
 
     def cat_file(self, path: str, **_: Any) -> Any:
         cat = super().cat_file
-        return self.act("read", lambda: cat(path))
+        return self.perform("read", lambda: cat(path))
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
         ls = super().ls
-        return self.act("list", lambda: ls(path, detail))
+        return self.perform("list", lambda: ls(path, detail))
 
     def rm_file(self, path: str) -> None:
         rm = super()._rm
-        self.act("remove", lambda: rm(self._strip_protocol(path)))
+        self.perform("remove", lambda: rm(self._strip_protocol(path)))
 
 
-class Bucket(Dropping):
-    """The same, where a put that drops in its middle leaves nothing, as in an object store."""
+class DroppingBucket(DroppingServer):
+    """The same as an object store: a put that drops in its middle leaves nothing."""
 
     protocol = ("bucket", "s3")
     store: ClassVar[dict[str, Any]] = {}
@@ -84,40 +85,40 @@ class Bucket(Dropping):
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
         put = MemoryFileSystem.pipe_file
-        self.act("put", lambda: put(self, path, value))
+        self.perform("put", lambda: put(self, path, value))
 
     def mv(self, *_: Any, **__: Any) -> None:
         raise AssertionError("an object store has no renaming, only copies")
 
 
-class Unlisted(Exception):
-    """What a library raises that derives its errors from no builtin one."""
+class LibraryError(Exception):
+    """An error of a library that derives its errors from no builtin one."""
 
 
-def begin() -> None:
-    """Let fsspec know the servers, and let them be empty and never drop."""
-    fsspec.register_implementation("dropping", Dropping, clobber=True)
-    fsspec.register_implementation("bucket", Bucket, clobber=True)
-    Dropping.fault = staticmethod(lambda act: None)
-    Dropping.acts.clear()
-    for one in (MemoryFileSystem, Dropping, Bucket):
-        one.store.clear()
-        one.pseudo_dirs[:] = [""]
+def reset() -> None:
+    """Register the servers with fsspec, empty, and with connections that do not drop."""
+    fsspec.register_implementation("dropping", DroppingServer, clobber=True)
+    fsspec.register_implementation("bucket", DroppingBucket, clobber=True)
+    DroppingServer.fault = staticmethod(lambda action: None)
+    DroppingServer.actions.clear()
+    for server in (MemoryFileSystem, DroppingServer, DroppingBucket):
+        server.store.clear()
+        server.pseudo_dirs[:] = [""]
 
 
 def drop(fault: Callable[[str], str | Exception | None]) -> None:
-    """Let the servers drop as `fault` says of each act; None: they answer."""
-    Dropping.fault = staticmethod(fault)
+    """Have connections drop as `fault` says of each action; None: they hold."""
+    DroppingServer.fault = staticmethod(fault)
 
 
 def contents(store: Store) -> dict[str, bytes]:
     """Return all files of a store, hidden ones too."""
     if isinstance(store.place, LocalFolder):
         root = store.place.path
-        return {str(one.relative_to(root)): one.read_bytes() for one in root.rglob("*") if one.is_file()}
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     assert isinstance(store.place, RemoteFiles)
-    held, root_name = store.place.files.store, store.place.root + "/"
-    return {name.removeprefix(root_name): one.getvalue() for name, one in held.items() if name.startswith(root_name)}
+    memory, prefix = store.place.files.store, store.place.root + "/"
+    return {name.removeprefix(prefix): file.getvalue() for name, file in memory.items() if name.startswith(prefix)}
 
 
 def filled(store: Store, entries: dict[str, dict[str, bytes]] = ENTRIES) -> dict[str, bytes]:
@@ -131,10 +132,10 @@ def reference(tmp_path: Path) -> dict[str, bytes]:
 
 
 def refusal(attempt: Callable[[], Any], intact: Any = None) -> str:
-    """Return why an attempt was refused; where it was not, "" and what it returns is intact."""
+    """Return why an attempt was refused; if it was not, return "" and check that its result is `intact`."""
     try:
-        found = attempt()
+        result = attempt()
     except (StoreRefused, OutputRefused) as error:
         return str(error)
-    assert found == intact
+    assert result == intact
     return ""

@@ -14,22 +14,22 @@ from phosphene.errors import OutputRefused
 
 
 def check_writable(target: Path, folder: bool) -> None:
-    """Find out before the work whether a file, or files in a folder, can be written there; leaves nothing behind.
+    """Check before the work that a file, or files in a folder, can be written; leaves nothing behind.
 
     Raises:
         OutputRefused: they cannot.
     """
-    place = target if folder else target.parent
+    parent = target if folder else target.parent
     try:
         if folder and target.exists() and not target.is_dir():
             raise OutputRefused(f"{target} is a file, so no folder can be made there; give another place")
         if not folder and target.is_dir():
             raise OutputRefused(f"{target} is a folder; give --out the name of a file in it")
         with suppress(FileNotFoundError):
-            temporary_name(target).stat()  # fails where a name is too long, or lies below a file
-        while not os.path.lexists(place):
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place):
+            temporary_name(target).stat()  # fails if a name is too long, or below a file
+        while not os.path.lexists(parent):
+            parent = parent.parent
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OutputRefused:
         raise
@@ -38,7 +38,7 @@ def check_writable(target: Path, folder: bool) -> None:
 
 
 def write_file(path: Path, content: bytes) -> Path:
-    """Write a file by way of a temporary name beside it, making folders as needed, and return its path.
+    """Write a file under a temporary name, then rename it, making folders as needed, and return its path.
 
     Raises:
         OutputRefused: it cannot be written.
@@ -60,12 +60,12 @@ def write_file(path: Path, content: bytes) -> Path:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return where a file grows until it is whole: a hidden name in the same folder, one for each process."""
+    """Return the name of a file until it is complete: hidden, in the same folder, different in each process."""
     return path.parent / f".{path.name}.{os.getpid()}.part"
 
 
 def cannot_write(path: Path, error: Exception) -> OutputRefused:
-    """Return the refusal of a place; a ValueError comes from a name that no file can have."""
+    """Return the refusal of a path; a ValueError comes from a name that no file can have."""
     reason = getattr(error, "strerror", None) or str(error)
     return OutputRefused(f"{path} cannot be written: {reason}; give another place")
 

@@ -1,6 +1,6 @@
-"""Where bytes lie: in a folder, or wherever fsspec reaches by a URL. A file there appears whole or not at all.
+"""Files in a folder, or behind any URL that fsspec knows. A file appears whole or not at all.
 
-A place raises what its disk or its connection raises; `store` says it in a sentence.
+Errors of the disk or the connection are passed on; `store` turns them into a sentence.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from phosphene.errors import ExtraMissing, InvalidRequest, OutputRefused
 from phosphene.storage.atomic import check_writable, write_file
 
 WAITS = (0.2, 1.0, 4.0)  # seconds before each further try when a connection drops
-# What stays so however often it is tried. All else may be a dropped connection, of a type that only its library knows.
+# Errors that no retry helps. All others may be a dropped connection, of a type that only its library knows.
 FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, ImportError)
 FINAL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
-# There a put shows all of its bytes or none, so that they go straight to their name: renaming would mean a copy.
+# In these a put shows all of its bytes or none, so that it needs no temporary name: renaming would mean a copy.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "tos", "memory"}
-PART = ".part"  # how the names of unfinished files end
+PART = ".part"  # the end of the names of unfinished files
 
 
 class FileSystem(Protocol):
-    """Names of files are relative, with "/" between folders; a folder is there where a file in it is."""
+    """Names of files are relative, with "/" between folders; a folder exists if it holds a file."""
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes; FileNotFoundError where there is none."""
+        """Return a file's bytes; FileNotFoundError if there is none."""
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a file there, or replace one, at once."""
+        """Write or replace a file, at once."""
 
     def remove(self, name: str) -> None:
-        """Take a file away, if it is there."""
+        """Delete a file, if it exists."""
 
     def has(self, name: str) -> bool:
-        """Return whether a file is there now."""
+        """Return whether a file exists now."""
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of the files and folders in a folder, hidden ones too; none where there is no folder."""
+        """Return the names of the files and folders in a folder, hidden ones too; none if there is no folder."""
 
     def folders_with(self, folder: str, name: str) -> set[str]:
         """Return the folders in a folder that hold a file of that name."""
 
     def check_writable(self) -> None:
-        """Raise what a write would raise; leaves nothing behind."""
+        """Raise the error that a write would raise; leaves nothing behind."""
 
-    def alone(self, folder: str) -> Any:
-        """Return a context in which no other process is in the same context for that folder, where that is possible."""
+    def lock(self, folder: str) -> Any:
+        """Return a context that one process at a time can be in for a folder, if the file system has locks."""
 
 
 class LocalFolder:
@@ -70,11 +70,11 @@ class LocalFolder:
             try:
                 write_file(self.path / name, content)
                 return
-            except OutputRefused as refused:
-                last: BaseException = refused.__cause__ or refused
-            if not isinstance(last, FileNotFoundError):  # that is: another writer swept our unfinished file away
+            except OutputRefused as refusal:
+                error: BaseException = refusal.__cause__ or refusal
+            if not isinstance(error, FileNotFoundError):  # which means that another writer removed our unfinished file
                 break
-        raise last
+        raise error
 
     def remove(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
@@ -89,16 +89,16 @@ class LocalFolder:
             return []
 
     def folders_with(self, folder: str, name: str) -> set[str]:
-        return {one for one in self.names(folder) if exists(f"{self.path}/{folder}/{one}/{name}")}
+        return {child for child in self.names(folder) if exists(f"{self.path}/{folder}/{child}/{name}")}
 
     def check_writable(self) -> None:
         try:
             check_writable(self.path, folder=True)
-        except OutputRefused as refused:
-            raise refused.__cause__ or refused from None
+        except OutputRefused as refusal:
+            raise refusal.__cause__ or refusal from None
 
     @contextmanager
-    def alone(self, folder: str) -> Iterator[None]:
+    def lock(self, folder: str) -> Iterator[None]:
         (self.path / folder).mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path / folder, os.O_RDONLY)
         try:
@@ -109,7 +109,7 @@ class LocalFolder:
 
 
 def exists(path: str) -> bool:
-    """Return whether a file is there; unlike `os.path.exists`, a disk that fails is no answer."""
+    """Return whether a file exists; unlike `os.path.exists`, an error of the disk is raised."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -119,7 +119,7 @@ def exists(path: str) -> bool:
 
 @contextmanager
 def locked(handle: int) -> Iterator[None]:
-    """Hold a lock on an open folder, which goes with its process and leaves no file; not every disk has such locks."""
+    """Lock an open folder, if its disk has locks; the lock ends with the process and leaves no file."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -131,11 +131,11 @@ def locked(handle: int) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing would not do where a process was forked meanwhile
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough if a process was forked meanwhile
 
 
 class RemoteFiles:
-    """Files behind a URL. A connection that drops is tried again; each try does the whole of it anew."""
+    """Files behind a URL. After a dropped connection the whole operation is tried again."""
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
@@ -143,7 +143,9 @@ class RemoteFiles:
         self.files, root = url_to_fs(url)
         self.root = root.rstrip("/")
         protocols = self.files.protocol
-        self.whole_puts = bool(OBJECT_STORES.intersection([protocols] if isinstance(protocols, str) else protocols))
+        self.puts_are_atomic = bool(
+            OBJECT_STORES.intersection([protocols] if isinstance(protocols, str) else protocols)
+        )
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}".rstrip("/")
@@ -152,13 +154,13 @@ class RemoteFiles:
         return bytes(with_retries(lambda: self.files.cat_file(self.path(name))))
 
     def write(self, name: str, content: bytes) -> None:
-        if self.whole_puts:
+        if self.puts_are_atomic:
             with_retries(lambda: self.files.pipe_file(self.path(name), content))
         else:
             with_retries(lambda: self.replace(self.path(name), content))
 
     def replace(self, path: str, content: bytes) -> None:
-        """Write a file by way of a temporary name beside it: not all servers keep a half-sent file to themselves."""
+        """Write a file under a temporary name, then rename it: not all servers hide a file that is half sent."""
         folder, _, name = path.rpartition("/")
         temporary = f"{folder}/.{name}.{secrets.token_hex(4)}{PART}"
         self.files.makedirs(folder, exist_ok=True)
@@ -172,7 +174,7 @@ class RemoteFiles:
         except BaseException as error:
             with suppress(Exception):
                 self.files.rm_file(temporary)
-            if isinstance(error, FileNotFoundError):  # another writer swept it away
+            if isinstance(error, FileNotFoundError):  # another writer removed it
                 raise ConnectionError(f"{error} is gone") from error
             raise
 
@@ -183,7 +185,7 @@ class RemoteFiles:
     def has(self, name: str) -> bool:
         self.files.invalidate_cache()  # another driver may have written
         try:
-            with_retries(lambda: self.files.info(self.path(name)))  # `exists` would take a dropped connection for a no
+            with_retries(lambda: self.files.info(self.path(name)))  # a dropped connection makes `exists` False
         except FileNotFoundError:
             return False
         return True
@@ -191,21 +193,21 @@ class RemoteFiles:
     def names(self, folder: str) -> list[str]:
         self.files.invalidate_cache()
         try:
-            found = with_retries(lambda: self.files.ls(self.path(folder), detail=False))
+            paths = with_retries(lambda: self.files.ls(self.path(folder), detail=False))
         except FileNotFoundError:
             return []
-        return [name for one in found if (name := self.inside(one, folder))]
+        return [name for path in paths if (name := self.inside(path, folder))]
 
     def folders_with(self, folder: str, name: str) -> set[str]:
-        if not self.whole_puts:  # `find` would leave out silently what a dropped connection kept from it
-            return {one for one in self.names(folder) if self.has(f"{folder}/{one}/{name}")}
+        if not self.puts_are_atomic:  # `find` would silently omit folders after a dropped connection
+            return {child for child in self.names(folder) if self.has(f"{folder}/{child}/{name}")}
         self.files.invalidate_cache()
         try:
-            found = with_retries(lambda: self.files.find(self.path(folder)))  # one request a thousand files
+            paths = with_retries(lambda: self.files.find(self.path(folder)))  # one request a thousand files
         except FileNotFoundError:
             return set()
-        parts = (self.inside(one, folder).split("/") for one in found)
-        return {one[0] for one in parts if one[1:] == [name]}
+        parts = (self.inside(path, folder).split("/") for path in paths)
+        return {child for child, *rest in parts if rest == [name]}
 
     def inside(self, path: str, folder: str) -> str:
         """Return a listed path relative to the folder; listings may lack the slash at the front."""
@@ -217,12 +219,12 @@ class RemoteFiles:
         self.remove(name)
 
     @contextmanager
-    def alone(self, folder: str) -> Iterator[None]:
+    def lock(self, folder: str) -> Iterator[None]:
         yield  # there are no locks behind URLs
 
 
 def with_retries(action: Callable[[], Any]) -> Any:
-    """Return what an action returns, trying again after what may have been a dropped connection."""
+    """Return the result of an action, which is tried again after errors that may be a dropped connection."""
     for wait in WAITS:
         try:
             return action()
@@ -233,8 +235,8 @@ def with_retries(action: Callable[[], Any]) -> Any:
     return action()
 
 
-def open_place(url: str) -> FileSystem:
-    """Return the folder, or what is behind the URL.
+def open_filesystem(url: str) -> FileSystem:
+    """Return a folder, or the files behind a URL.
 
     Raises:
         InvalidRequest: it is neither.
@@ -242,8 +244,8 @@ def open_place(url: str) -> FileSystem:
     """
     if not url:
         raise InvalidRequest("an empty name is no place for a store; give a folder or a URL")
-    scheme, mark, path = url.partition("://")
-    if not mark:
+    scheme, separator, path = url.partition("://")
+    if not separator:
         return LocalFolder(Path(url))
     if scheme in ("file", "local"):
         return LocalFolder(Path(path))
@@ -252,7 +254,7 @@ def open_place(url: str) -> FileSystem:
     try:
         return RemoteFiles(url)
     except ImportError as error:
-        advice = f"install it with: pip install {package(scheme, error)}"
+        advice = f"install it with: pip install {package_for(scheme, error)}"
         raise ExtraMissing(f"{display_name(url)} needs a package that is not installed; {advice}") from error
     except ValueError as error:
         reason = without_secrets(str(error), url)
@@ -261,8 +263,8 @@ def open_place(url: str) -> FileSystem:
         ) from None
 
 
-def package(scheme: str, error: ImportError) -> str:
-    """Return what to install for a URL scheme, as fsspec knows it."""
+def package_for(scheme: str, error: ImportError) -> str:
+    """Return the package to install for a URL scheme, as fsspec knows it."""
     from fsspec.registry import known_implementations
 
     top: str = known_implementations[scheme]["class"].split(".")[0]
@@ -271,12 +273,12 @@ def package(scheme: str, error: ImportError) -> str:
 
 
 def display_name(url: str) -> str:
-    """Return a URL as messages may show it: without user, password and query."""
+    """Return a URL for messages: without user, password and query."""
     return re.sub(r"://(?:[^/\s]*@|[^/\s:]*:[^\s]*@)", "://", re.sub(r"(://[^\s?]*)\?\S+", r"\1", url))
 
 
 def without_secrets(text: str, url: str) -> str:
-    """Return a text, such as an error's, without the credentials of a URL."""
+    """Return a text, such as an error message, without the credentials of a URL."""
     user = re.search(r"://([^/\s]*|[^/\s:]*:[^\s]*)@", url)
     password = user[1].partition(":")[2] if user else ""
     for secret in (password, unquote(password)):

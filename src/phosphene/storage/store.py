@@ -1,7 +1,7 @@
-"""The store of an atlas: entries that are there whole or count as not there.
+"""The store of an atlas: an entry is complete, or it does not count.
 
 store.json                                   the format's version
-jobs/<digest>/filter_12.png, …               what one entry holds
+jobs/<digest>/filter_12.png, …               the files of one entry
 jobs/<digest>/manifest.json                  written last: without it the entry is not done
 jobs/<digest>/error.json                     why there is no manifest
 The same content gives the same bytes, whoever writes it and however often: no times, no names of machines.
@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from phosphene.errors import EntryNotFound, InvalidRequest, OutputRefused, PhospheneError, StoreRefused
-from phosphene.storage.filesystem import PART, FileSystem, display_name, open_place, without_secrets
+from phosphene.storage.filesystem import PART, FileSystem, display_name, open_filesystem, without_secrets
 
 FORMAT = 1
 KINDS = ("jobs", "layers", "evidence", "atlases")
@@ -28,10 +28,10 @@ STORE, MANIFEST, ERROR = "store.json", "manifest.json", "error.json"
 
 @dataclass(frozen=True)
 class Store:
-    """A folder, or any URL that fsspec knows, of entries.
+    """Entries in a folder, or behind any URL that fsspec knows.
 
     Attributes:
-        url: as typed.
+        url: as the user typed it.
     """
 
     url: str
@@ -41,8 +41,8 @@ class Store:
 
     @cached_property
     def place(self) -> FileSystem:
-        """Where the bytes lie."""
-        return open_place(self.url)
+        """The folder or the remote files of the store."""
+        return open_filesystem(self.url)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file, such as "jobs/ab12…/manifest.json".
@@ -69,7 +69,7 @@ class Store:
             return self.place.folders_with(valid_kind(kind), MANIFEST)
 
     def has(self, kind: str, digest: str) -> bool:
-        """Return whether an entry is finished now, by this driver or another."""
+        """Return whether an entry is finished now, by this driver or by another."""
         with self.reading(kind):
             return self.place.has(f"{entry_path(kind, digest)}/{MANIFEST}")
 
@@ -77,39 +77,37 @@ class Store:
         """Write an entry, its manifest last, or replace it.
 
         Two drivers may do that at once: in a folder one waits for the other. Behind a URL they write the same bytes;
-        should these differ (another kind of GPU), `get` finds files of the one under the manifest of the other.
+        should these differ (another kind of GPU), `get` refuses files of one driver under the manifest of the other.
 
         Args:
             files: bytes by name.
-            manifest: in JSON terms; gets `files`, the size and SHA-256 of each.
+            manifest: in JSON terms; `files`, the size and SHA-256 of each, is added.
 
         Raises:
             OutputRefused: it cannot be written; the entry then counts as not done.
         """
-        where = entry_path(kind, digest)
-        content = signed_json(
-            {**manifest, "files": {valid_name(name): checksum_of(one) for name, one in files.items()}}
-        )
-        with self.writing(where), self.place.alone(where):
+        entry = entry_path(kind, digest)
+        checksums = {valid_name(name): checksum_of(content) for name, content in files.items()}
+        new = signed_json({**manifest, "files": checksums})
+        with self.writing(entry), self.place.lock(entry):
             with suppress(FileNotFoundError):
-                if self.place.read(f"{where}/{MANIFEST}") != content:
-                    self.place.remove(f"{where}/{MANIFEST}")  # until the new one is whole there is none
+                if self.place.read(f"{entry}/{MANIFEST}") != new:
+                    self.place.remove(f"{entry}/{MANIFEST}")  # the entry is not done until its new manifest is written
             for name in sorted(files):
-                self.place.write(f"{where}/{name}", files[name])
-            others = set(self.place.names(where)) - {MANIFEST, *files}
-            worthless = {name for name in others if name == ERROR or name.endswith(PART)}
-            self.sweep(where, worthless)
-            self.place.write(f"{where}/{MANIFEST}", content)
-            with suppress(Exception):  # the entry is whole
-                self.sweep(where, others - worthless)  # last: until then work could be resumed from them
+                self.place.write(f"{entry}/{name}", files[name])
+            leftovers = set(self.place.names(entry)) - {MANIFEST, *files}
+            worthless = {name for name in leftovers if name == ERROR or name.endswith(PART)}
+            self.remove_files(entry, worthless)
+            self.place.write(f"{entry}/{MANIFEST}", new)
+            with suppress(Exception):  # the entry is complete
+                self.remove_files(entry, leftovers - worthless)  # last: until now work could be resumed from them
 
-    def sweep(self, where: str, names: set[str]) -> None:
-        """Take files of an entry away."""
+    def remove_files(self, entry: str, names: set[str]) -> None:
         for name in sorted(names):
-            self.place.remove(f"{where}/{name}")
+            self.place.remove(f"{entry}/{name}")
 
     def manifest(self, kind: str, digest: str) -> dict[str, Any]:
-        """Return what a finished entry's manifest says.
+        """Return the manifest of a finished entry.
 
         Raises:
             EntryNotFound: the entry is not done.
@@ -122,109 +120,106 @@ class Store:
         """Return a file of a finished entry, as it was written.
 
         Args:
-            manifest: the entry's, where it is at hand: it is then read again only if the file does not agree with it,
-                as where another driver has replaced the entry meanwhile.
+            manifest: the entry's, if the caller has it: it is then read again only if the file does not agree with it,
+                as after another driver has replaced the entry.
 
         Raises:
             EntryNotFound: the entry is not done, or holds no such file.
             StoreRefused: the file is damaged, or gone.
         """
-        where = f"{entry_path(kind, digest)}/{name}"
+        entry = entry_path(kind, digest)
         if manifest is not None:
             with suppress(EntryNotFound, StoreRefused):
-                return self.agreeing(where, name, manifest["files"])
-        return self.agreeing(where, name, self.manifest(kind, digest)["files"])
+                return self.verified_file(entry, name, manifest["files"])
+        return self.verified_file(entry, name, self.manifest(kind, digest)["files"])
 
-    def agreeing(self, where: str, name: str, files: Mapping[str, Any]) -> bytes:
-        """Return the bytes of an entry's file, which have to be as its manifest says."""
-        if name not in files:
-            raise EntryNotFound(f"{self.shown(where)} is not in its entry, which holds {', '.join(sorted(files))}")
+    def verified_file(self, entry: str, name: str, checksums: Mapping[str, Any]) -> bytes:
+        """Return the bytes of an entry's file, which must match the checksums in the manifest."""
+        path = f"{entry}/{name}"
+        if name not in checksums:
+            raise EntryNotFound(f"{self.shown(path)} is not in its entry, which holds {', '.join(sorted(checksums))}")
         try:
-            content = self.read(where)
+            content = self.read(path)
         except EntryNotFound:
-            raise self.damaged(where, "it is gone") from None
-        if len(content) != files[name]["bytes"]:
-            raise self.damaged(where, f"it has {len(content)} bytes of {files[name]['bytes']}")
-        if checksum_of(content) != files[name]:
-            raise self.damaged(where, "its bytes have changed")
+            raise self.damage_error(path, "it is gone") from None
+        if len(content) != checksums[name]["bytes"]:
+            raise self.damage_error(path, f"it has {len(content)} bytes of {checksums[name]['bytes']}")
+        if checksum_of(content) != checksums[name]:
+            raise self.damage_error(path, "its bytes have changed")
         return content
 
     def fail(self, kind: str, digest: str, message: str) -> None:
-        """Record why an entry could not be made; forgotten when it is, and pointless where another driver made it."""
+        """Record why an entry could not be made, unless another driver has made it; `put` deletes the record."""
         if not self.has(kind, digest):
             self.write(f"{entry_path(kind, digest)}/{ERROR}", signed_json({"error": message}))
 
     def failures(self, kind: str) -> dict[str, str]:
-        """Return why entries could not be made, by digest; none of those that were made since."""
+        """Return why entries could not be made, by digest, without those that were made since."""
         with self.reading(kind):
             failed = self.place.folders_with(valid_kind(kind), ERROR)
-        found = {}
+        messages = {}
         for digest in sorted(failed - self.done(kind)):
             name = f"{kind}/{digest}/{ERROR}"
             with suppress(EntryNotFound):  # another driver made it meanwhile
-                found[digest] = str(self.whole(name, self.read(name))["error"])
-        return found
+                messages[digest] = str(self.whole(name, self.read(name))["error"])
+        return messages
 
     def whole(self, name: str, content: bytes) -> dict[str, Any]:
-        """Return what a JSON file of the store says.
+        """Return the content of a JSON file of the store, checked against its own digest.
 
         Raises:
             StoreRefused: it is damaged.
         """
         try:
-            found: dict[str, Any] = json.loads(content)
-            if found.pop("check") != digest_of(found):
+            decoded: dict[str, Any] = json.loads(content)
+            if decoded.pop("check") != digest_of(decoded):
                 raise ValueError("its bytes have changed")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             reason = "its bytes have changed" if str(error) == "its bytes have changed" else "it is no longer JSON"
-            raise self.damaged(name, reason) from error
-        return found
+            raise self.damage_error(name, reason) from error
+        return decoded
 
-    def damaged(self, name: str, reason: str) -> StoreRefused:
-        """Return the refusal of a file."""
+    def damage_error(self, name: str, reason: str) -> StoreRefused:
         folder = self.shown(name.rpartition("/")[0])
         return StoreRefused(f"{self.shown(name)} is damaged: {reason}; delete {folder} and run the same command again")
 
     def shown(self, name: str) -> str:
-        """Return a place in the store as messages show it."""
+        """Return the path or URL of a file of the store for messages."""
         return f"{display_name(self.url).rstrip('/')}/{name}" if name else display_name(self.url)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Say in a sentence what kept something from being read."""
-        try:
-            yield
-        except PhospheneError:
-            raise
-        except FileNotFoundError as error:
-            raise EntryNotFound(f"{self.shown(name)} is not there; run the atlas that makes it") from error
-        except Exception as error:  # libraries for URLs have errors of their own
-            reason = without_secrets(reason_of(error), self.url)
-            raise StoreRefused(f"{self.shown(name)} cannot be read: {reason}; mend that, or give another place") from (
-                error if reason == reason_of(error) else None
-            )
+        """Turn errors of the disk or the connection into a sentence."""
+        with self.refusing(name, StoreRefused, "read"):
+            try:
+                yield
+            except FileNotFoundError as error:
+                raise EntryNotFound(f"{self.shown(name)} is not there; run the atlas that makes it") from error
+
+    def writing(self, name: str) -> AbstractContextManager[None]:
+        """Turn errors of the disk or the connection into a sentence."""
+        advice = ", and run the same command again: what is finished is kept"
+        return self.refusing(name, OutputRefused, "written", advice)
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[None]:
-        """Say in a sentence what kept something from being written."""
+    def refusing(self, name: str, refusal: type[PhospheneError], verb: str, advice: str = "") -> Iterator[None]:
         try:
             yield
         except PhospheneError:
             raise
         except Exception as error:  # libraries for URLs have errors of their own
             reason = without_secrets(reason_of(error), self.url)
-            raise OutputRefused(
-                f"{self.shown(name)} cannot be written: {reason}; mend that, or give another place, and run the same "
-                "command again: what is finished is kept"
-            ) from (error if reason == reason_of(error) else None)
+            cause = error if reason == reason_of(error) else None
+            message = f"{self.shown(name)} cannot be {verb}: {reason}; mend that, or give another place{advice}"
+            raise refusal(message) from cause
 
 
 def open_store(url: str | Path, create: bool = False) -> Store:
-    """Return the store at a place.
+    """Return the store in a folder or behind a URL.
 
     Args:
         url: a folder, or a URL that fsspec knows, such as s3://bucket/atlas.
-        create: begin a store where there is none, and find out whether it can be written.
+        create: make a new store if there is none, and check that it can be written.
 
     Raises:
         StoreRefused: it is no store, or one of a newer format, or it cannot be read.
@@ -238,7 +233,7 @@ def open_store(url: str | Path, create: bool = False) -> Store:
         check_format(store)
     elif not create:
         raise StoreRefused(f"{store.shown('')} is no store; give the one that an atlas was written to")
-    elif any(not one.startswith(".") for one in names):
+    elif any(not name.startswith(".") for name in names):
         raise StoreRefused(f"{store.shown('')} holds other files; give the store a folder of its own")
     if create:
         with store.writing(""):
@@ -265,7 +260,7 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     """Return the identity of a spec: 32 hexadecimal digits of the SHA-256 of its canonical JSON.
 
     Raises:
-        InvalidRequest: it holds what JSON does not, such as NaN.
+        InvalidRequest: it holds a value that JSON has not, such as NaN.
 
     >>> digest_of({"b": 1, "a": [0.5]}) == digest_of({"a": (0.5,), "b": 1})
     True
@@ -284,7 +279,7 @@ def signed_json(content: Mapping[str, Any]) -> bytes:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """Return JSON as the store writes it: ASCII, since names of files may hold what UTF-8 does not."""
+    """Return JSON as the store writes it: in ASCII, since names of files may hold characters that UTF-8 has not."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -294,7 +289,7 @@ def checksum_of(content: bytes) -> dict[str, Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error says, on one line."""
+    """Return the message of an error on one line."""
     return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
 
 
@@ -315,16 +310,16 @@ def entry_path(kind: str, digest: str) -> str:
 
 
 def valid_path(name: str) -> str:
-    """Return a name that stays inside the store.
+    """Return a path that stays inside the store.
 
     Raises:
         InvalidRequest: it would not.
     """
-    return "/".join(valid_name(one) for one in name.split("/"))
+    return "/".join(valid_name(part) for part in name.split("/"))
 
 
 def valid_name(name: str) -> str:
-    """Return a name of one file or folder."""
-    if not name or name.startswith(".") or any(one in '/\\:*?"<>|' or not one.isprintable() for one in name):
+    """Return the name of a file or folder, if every disk takes it."""
+    if not name or name.startswith(".") or any(char in '/\\:*?"<>|' or not char.isprintable() for char in name):
         raise InvalidRequest(f"{name!r} is no name for a file in a store; use letters, digits and ._-")
     return name
