@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json.decoder
 import pickle
+import sys
 
 import pytest
 
@@ -32,8 +34,8 @@ SENTENCE = "there is no 'x'; the nearest are: y (1), \"z\""
 
 
 def test_every_error_of_the_tree_is_listed_here() -> None:
-    members = (one for _, one in inspect.getmembers(errors, inspect.isclass))
-    assert {one for one in members if issubclass(one, errors.PhospheneError)} == {*BUILTINS, errors.PhospheneError}
+    classes = (member for _, member in inspect.getmembers(errors, inspect.isclass))
+    assert {kind for kind in classes if issubclass(kind, errors.PhospheneError)} == {*BUILTINS, errors.PhospheneError}
 
 
 @pytest.mark.parametrize("error", BUILTINS)
@@ -66,3 +68,21 @@ def test_the_nearest_names_come_first_and_any_where_none_is_alike() -> None:
     assert errors.nearest("block3_conv9", names, 2) in ("block3_conv2, block3_conv1", "block3_conv1, block3_conv2")
     assert errors.nearest("zzzzzz", names, 3) == "block1_conv1, block3_conv1, block3_conv2"
     assert errors.nearest("x", iter(())) == ""
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert errors.first_line(ValueError("\n the size.\nsecond line.")) == "the size"
+    assert errors.first_line(MemoryError()) == "MemoryError"
+
+
+def test_an_optional_package_is_imported_or_its_extra_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert errors.require_extra("json.decoder", "ray") is json.decoder
+    advice = "install it with: pip install 'phosphene[ray]'"
+    with pytest.raises(errors.ExtraMissing) as caught:
+        errors.require_extra("no_such_package.part", "ray")
+    assert str(caught.value) == f"no_such_package is not installed; {advice}"
+    monkeypatch.setitem(sys.modules, "json.decoder", None)
+    with pytest.raises(errors.ExtraMissing) as caught:
+        errors.require_extra("json.decoder", "ray")
+    assert str(caught.value).startswith("json cannot be imported (import of json.decoder halted")
+    assert str(caught.value).endswith(f"; {advice}")

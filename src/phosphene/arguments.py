@@ -1,4 +1,4 @@
-"""Checks of arguments that many functions share: each returns the value in Python's own type, or refuses it."""
+"""Checks of arguments that many functions share: each returns the value as a Python number, or refuses it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from phosphene.errors import InvalidRequest
 
 
 def whole_number(value: Any, name: str, least: int = 0, most: int | None = None) -> int:
-    """Return a value as an int; numpy's and torch's whole numbers are as good as Python's, True and False are not.
+    """Return a value as an int; whole numbers of numpy and torch are accepted, True and False are not.
 
     Args:
-        name: what the value is, as the error message begins: "workers", "a channel".
+        name: of the value, which the error message begins with: "workers", "a channel".
         least, most: the bounds, both included.
 
     Raises:
@@ -36,7 +36,7 @@ def finite_number(value: Any, sentence: str) -> float:
     """Return a value as a float.
 
     Args:
-        sentence: what is expected, as the error message begins: "an objective is multiplied by a number".
+        sentence: the expectation, which the error message begins with: "an objective is multiplied by a number".
 
     Raises:
         InvalidRequest: it is not a real number, or it is infinite or NaN.
@@ -50,10 +50,10 @@ def indices(chosen: int | Iterable[int], noun: str) -> list[int]:
     """Return the chosen indices as a list.
 
     Args:
-        noun: what is chosen: "channel", "class".
+        noun: of an index, for the error message: "channel", "class".
 
     Raises:
-        InvalidRequest: none is chosen, or one is not a whole number of at least 0.
+        InvalidRequest: none is chosen, or an index is not a whole number of at least 0.
     """
     numbers: list[Any] = list(chosen) if isinstance(chosen, Iterable) else [chosen]
     if not numbers:

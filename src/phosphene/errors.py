@@ -1,7 +1,7 @@
-"""The error tree: each error says what was asked, what there is, and what to do next.
+"""The error tree: each message names the request, the alternatives, and what to do next.
 
-Every error is a `PhospheneError` and also the builtin exception that fits it, so that callers who know neither
-name can still catch it. The command line turns a `PhospheneError` into one sentence and exit code 2.
+Every error is a `PhospheneError` and also the builtin exception that fits it, so that callers can catch it without
+knowing this module. The command line turns a `PhospheneError` into one sentence and exit code 2.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ class PhospheneError(Exception):
 
 
 class InvalidRequest(PhospheneError, ValueError):
-    """An argument is outside what it may be."""
+    """An argument has a value that is not allowed."""
 
 
 class ModelNotFound(PhospheneError, LookupError):
-    """No model goes by that reference."""
+    """No model has that reference."""
 
 
 class ModelRefused(PhospheneError, ValueError):
-    """The model was found, but it cannot be shown."""
+    """The model exists, but Phosphene cannot show it."""
 
 
 class LayerNotFound(PhospheneError, KeyError):
-    """The model has no layer of that address."""
+    """The model has no layer with that address."""
 
 
 class LayerRefused(PhospheneError, ValueError):
@@ -44,7 +44,7 @@ class ChannelNotFound(PhospheneError, IndexError):
 
 
 class RecipeNotFound(PhospheneError, KeyError):
-    """No recipe goes by that name."""
+    """No recipe has that name."""
 
 
 class SizeRefused(PhospheneError, ValueError):
@@ -60,11 +60,11 @@ class PhotoRefused(PhospheneError, ValueError):
 
 
 class OutputRefused(PhospheneError, OSError):
-    """The place for the results cannot be written."""
+    """The results cannot be written to that file, folder or URL."""
 
 
 class StoreRefused(PhospheneError, ValueError):
-    """The place is no store, is of a newer format, is damaged, or cannot be read."""
+    """The folder or URL is no store, or the store has a newer format, is damaged, or cannot be read."""
 
 
 class EntryNotFound(PhospheneError, LookupError):
@@ -72,7 +72,7 @@ class EntryNotFound(PhospheneError, LookupError):
 
 
 class ExtraMissing(PhospheneError, ImportError):
-    """A part that is installed separately is not there."""
+    """An optional package is not installed."""
 
 
 class OutOfMemory(PhospheneError, MemoryError):
@@ -80,7 +80,7 @@ class OutOfMemory(PhospheneError, MemoryError):
 
 
 class Unfinished(PhospheneError, RuntimeError):
-    """Something failed on the way; `finished` holds what was done until then, or None."""
+    """The work failed before its end; `finished` holds the results up to then, or None."""
 
     def __init__(self, message: str, finished: object = None) -> None:
         super().__init__(message)
@@ -88,14 +88,14 @@ class Unfinished(PhospheneError, RuntimeError):
 
 
 class Interrupted(Unfinished, KeyboardInterrupt):
-    """The work was stopped by the user; `finished` holds what was done until then, or None."""
+    """The user stopped the work; `finished` holds the results up to then, or None."""
 
 
 def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
-    """Return the `count` names most like `name`, joined for an error message; the first ones where none is alike."""
-    known = list(names)
-    alike = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
-    return ", ".join(alike or known[:count])
+    """Return the `count` names most like `name`, joined for an error message; the first ones if none is alike."""
+    candidates = list(names)
+    matches = difflib.get_close_matches(name, candidates, n=count, cutoff=0.5)
+    return ", ".join(matches or candidates[:count])
 
 
 def first_line(error: BaseException) -> str:
@@ -107,11 +107,11 @@ def require_extra(module: str, extra: str) -> Any:
     """Return an optional package.
 
     Args:
-        module: its name as it is imported.
+        module: the name to import.
         extra: the extra of this package that installs it.
 
     Raises:
-        ExtraMissing: it cannot be imported; the message has the line that installs it.
+        ExtraMissing: it cannot be imported; the message holds the command that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -18,7 +18,7 @@ from torchvision import models
 
 import phosphene as ph
 from phosphene.errors import PhotoRefused
-from phosphene.images.photo import MIDDLE, MOST_PIXELS, Fit, decode, read
+from phosphene.images.photo import MAX_PIXELS, MIDDLE, Fit, decode, read
 
 # two rows of three: red, green, blue / black, grey 51, white
 PIXELS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [51, 51, 51], [255, 255, 255]]], np.uint8)
@@ -125,12 +125,12 @@ def test_a_palette_is_looked_up(tmp_path: Path) -> None:
 
 
 def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
-    seen = Image.new("RGBA", (3, 1))
-    for at, colour in enumerate([(255, 0, 0, 255), (0, 0, 0, 102), (7, 8, 9, 0)]):
-        seen.putpixel((at, 0), colour)
+    image = Image.new("RGBA", (3, 1))
+    for column, colour in enumerate([(255, 0, 0, 255), (0, 0, 0, 102), (7, 8, 9, 0)]):
+        image.putpixel((column, 0), colour)
     # opaque red; black over white at 0.4: 1 - 0.4; nothing at all
     expected = torch.tensor([[1, 0.6, 1], [0, 0.6, 1], [0, 0.6, 1]]).view(1, 3, 1, 3)
-    assert_reads(save(seen, tmp_path / "a.png"), expected)
+    assert_reads(save(image, tmp_path / "a.png"), expected)
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 51, 0, 102, 255])
     palette.putpixel((1, 0), 1)
@@ -142,8 +142,8 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
 
 def test_inks_become_light(tmp_path: Path) -> None:
     inks = Image.new("CMYK", (3, 1))
-    for at, ink in enumerate([(255, 0, 0, 0), (0, 0, 0, 204), (0, 255, 255, 0)]):
-        inks.putpixel((at, 0), ink)
+    for column, ink in enumerate([(255, 0, 0, 0), (0, 0, 0, 204), (0, 255, 255, 0)]):
+        inks.putpixel((column, 0), ink)
     expected = torch.tensor([[0, 0.2, 1], [1, 0.2, 0], [1, 0.2, 0]]).view(1, 3, 1, 3)
     assert_reads(save(inks, tmp_path / "a.tiff"), expected)
 
@@ -178,8 +178,8 @@ def test_a_file_cut_short_is_refused_rather_than_filled_with_grey(tmp_path: Path
     path = save(Image.fromarray(noise), tmp_path / f"a.{kind}")
     read(path)
     whole = path.read_bytes()
-    for tenth in range(1, 10):
-        path.write_bytes(whole[: len(whole) * tenth // 10])
+    for tenths in range(1, 10):
+        path.write_bytes(whole[: len(whole) * tenths // 10])
         assert "is no image that can be read" in (message := refused(path)) or "cut short" in message
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
@@ -201,7 +201,7 @@ def png(width: int, height: int) -> bytes:
 def test_a_decompression_bomb_is_refused_before_it_unpacks(
     tmp_path: Path, size: tuple[int, int], limited: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert size[0] * size[1] > MOST_PIXELS
+    assert size[0] * size[1] > MAX_PIXELS
     if not limited:  # as programs do that want no limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     path = tmp_path / "bomb.png"
@@ -227,8 +227,8 @@ def test_a_small_file_made_the_same_way_as_the_bomb_does_unpack(tmp_path: Path) 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bytes_give_what_their_file_gives(tmp_path: Path, name: str, channels: int) -> None:
     path = save(Image.fromarray(PIXELS), tmp_path / name)
-    for longer in (None, 3, 1024):  # no more than it has
-        assert torch.equal(decode(path.read_bytes(), channels, longer=longer), read(path, channels))
+    for max_side in (None, 3, 1024):  # no more than it has
+        assert torch.equal(decode(path.read_bytes(), channels, max_side=max_side), read(path, channels))
 
 
 def test_bytes_that_are_no_photo_are_refused_with_the_reason() -> None:
@@ -244,7 +244,7 @@ def test_bytes_that_are_no_photo_are_refused_with_the_reason() -> None:
     assert refused_bytes(png(20, 10)).startswith("the photo cannot be read, it may be damaged or cut short: ")
     assert refused_bytes(b"", channels=7) == "a photo has 3 channels or 1; this network sees 7"
     for size in ((2000, 1001), (1_000_000, 1_000_000)):
-        assert refused_bytes(png(*size), most=2_000_000) == (
+        assert refused_bytes(png(*size), max_pixels=2_000_000) == (
             "the photo unpacks to more than 2 million pixels, which is refused; make it smaller"
         )
 
@@ -257,7 +257,7 @@ def test_a_large_photo_is_shrunk_whatever_its_mode(mode: str) -> None:
     image = Image.fromarray(HALVES.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(HALVES).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "TIFF")
-    small = decode(buffer.getvalue(), longer=40)
+    small = decode(buffer.getvalue(), max_side=40)
     assert tuple(small.shape) == (1, 3, 10, 40)
     assert float(small.min()) >= 0
     assert float(small.max()) <= 1
@@ -265,14 +265,14 @@ def test_a_large_photo_is_shrunk_whatever_its_mode(mode: str) -> None:
     assert float(dark.max()) <= 0.01
     assert float(bright.min()) >= 0.99
     # and smoothed: a column of the middle is neither
-    assert tuple(decode(buffer.getvalue(), 1, longer=40).shape) == (1, 1, 10, 40)
+    assert tuple(decode(buffer.getvalue(), 1, max_side=40).shape) == (1, 1, 10, 40)
 
 
 def test_what_is_shrunk_is_the_mean_of_what_was_there() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (256, 512, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "PNG")
-    small = decode(buffer.getvalue(), longer=32)
+    small = decode(buffer.getvalue(), max_side=32)
     blocks = torch.from_numpy(noise).double().view(16, 16, 32, 16, 3).mean((1, 3)).permute(2, 0, 1) / 255
     assert tuple(small.shape) == (1, 3, 16, 32)
     assert torch.corrcoef(torch.stack([small.double().flatten(), blocks.flatten()]))[0, 1] > 0.8
@@ -285,7 +285,7 @@ def test_what_is_shrunk_is_turned_upright_too(kind: str) -> None:
     exif[0x0112] = 6  # a quarter turn clockwise makes it upright: what is left comes to the top
     buffer = io.BytesIO()
     Image.fromarray(HALVES).convert("RGB").save(buffer, kind, exif=exif)
-    small = decode(buffer.getvalue(), longer=40)
+    small = decode(buffer.getvalue(), max_side=40)
     assert tuple(small.shape) == (1, 3, 40, 10)
     assert float(small[..., :17, :].max()) < 0.1 < 0.9 < float(small[..., 23:, :].min())
 
@@ -301,7 +301,7 @@ def test_a_large_jpeg_is_not_unpacked_at_its_full_size(monkeypatch: pytest.Monke
         return original(image)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    assert tuple(decode(buffer.getvalue(), longer=250).shape) == (1, 3, 188, 250)
+    assert tuple(decode(buffer.getvalue(), max_side=250).shape) == (1, 3, 188, 250)
     assert max(width for width, _ in sizes) <= 1000
 
 
@@ -340,8 +340,8 @@ def test_squashing_keeps_the_whole_photo() -> None:
     photo = torch.tensor([[[[0.0, 1.0], [0.25, 0.75]]]])
     image, _ = Fit(squash=True, interpolation="nearest")(photo, (2, 4))
     assert image.tolist() == [[[[0.0, 0.0, 1.0, 1.0], [0.25, 0.25, 0.75, 0.75]]]]
-    own, _ = Fit(squash=True)(photo, (2, 2))
-    assert torch.equal(own, photo)
+    unchanged, _ = Fit(squash=True)(photo, (2, 2))
+    assert torch.equal(unchanged, photo)
 
 
 def test_a_network_is_loaded_with_its_own_fit() -> None:

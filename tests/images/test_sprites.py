@@ -11,7 +11,7 @@ from PIL import Image
 from phosphene.images.sprites import preview_strip, sprite_sheets, thumbnail, tile, tile_size
 
 
-def plain(*colours: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
+def plain_pictures(*colours: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
     return [Image.new("RGB", size, colour) for colour in colours]
 
 
@@ -24,7 +24,7 @@ def test_a_tile_is_at_most_96_pixels(size: tuple[int, int], tile: tuple[int, int
 
 def test_tiles_lie_row_by_row() -> None:
     colours = [(40 * number, 0, 0) for number in range(5)]
-    sheet = np.asarray(tile(plain(*colours, size=(2, 3)), 2))
+    sheet = np.asarray(tile(plain_pictures(*colours, size=(2, 3)), 2))
     assert sheet.shape == (9, 4, 3)
     assert sheet[::3, ::2, 0].tolist() == [[0, 40], [80, 120], [160, 0]]
 
@@ -39,7 +39,7 @@ def test_a_picture_shrinks_to_its_tile_without_aliasing() -> None:
 
 def test_one_sheet_holds_a_layer() -> None:
     grey = [(20 * number,) * 3 for number in range(7)]
-    (sheet,) = sprite_sheets(plain(*grey, size=(128, 128)), [3, 4, 5, 9, 10, 11, 12])
+    (sheet,) = sprite_sheets(plain_pictures(*grey, size=(128, 128)), [3, 4, 5, 9, 10, 11, 12])
     assert sheet.facts == {
         "file": "sheet.webp",
         "tile": [96, 96],
@@ -51,42 +51,42 @@ def test_one_sheet_holds_a_layer() -> None:
     for number in range(7):
         row, column = divmod(number, 3)
         assert abs(pixels[row * 96 + 48, column * 96 + 48] - 20 * number) <= 3
-    assert next(sprite_sheets(plain(*grey, size=(128, 128)), range(7))).content == sheet.content
+    assert next(sprite_sheets(plain_pictures(*grey, size=(128, 128)), range(7))).content == sheet.content
 
 
 def test_a_layer_that_one_sheet_does_not_hold_gets_several() -> None:
-    several = list(sprite_sheets(plain(*[(0, 0, 0)] * 14, size=(8, 12)), range(14), most=6))
-    assert [(one.name, one.facts["channels"]) for one in several] == [
+    sheets = list(sprite_sheets(plain_pictures(*[(0, 0, 0)] * 14, size=(8, 12)), range(14), most=6))
+    assert [(sheet.name, sheet.facts["channels"]) for sheet in sheets] == [
         ("sheet.webp", list(range(6))),
         ("sheet_2.webp", list(range(6, 12))),
         ("sheet_3.webp", [12, 13]),
     ]
-    sizes = [Image.open(io.BytesIO(one.content)).size for one in several]
+    sizes = [Image.open(io.BytesIO(sheet.content)).size for sheet in sheets]
     assert sizes == [(24, 24), (24, 24), (16, 12)]  # 3 wide, 2 high, and 2 wide
 
 
 def test_256_tiles_make_a_sheet() -> None:
-    dots = plain(*[(9, 9, 9)] * 257, size=(96, 1))
-    assert [len(one.facts["channels"]) for one in sprite_sheets(dots, range(257))] == [256, 1]
+    dots = plain_pictures(*[(9, 9, 9)] * 257, size=(96, 1))
+    assert [len(sheet.facts["channels"]) for sheet in sprite_sheets(dots, range(257))] == [256, 1]
 
 
 def test_a_strip_shows_twelve_pictures_evenly_spread() -> None:
-    spread = [0, 4, 7, 11, 14, 18, 21, 25, 28, 32, 35, 39]  # of 40, 39/11 apart
-    made = preview_strip(plain(*[(6 * number,) * 3 for number in range(40)], size=(128, 96)), range(100, 140))
-    assert made.name == "strip.webp"
-    assert made.facts == {
+    indices = [0, 4, 7, 11, 14, 18, 21, 25, 28, 32, 35, 39]  # of 40, 39/11 apart
+    strip = preview_strip(plain_pictures(*[(6 * number,) * 3 for number in range(40)], size=(128, 96)), range(100, 140))
+    assert strip.name == "strip.webp"
+    assert strip.facts == {
         "file": "strip.webp",
         "tile": [64, 48],
         "columns": 12,
-        "channels": [100 + one for one in spread],
+        "channels": [100 + index for index in indices],
     }
-    pixels = np.asarray(Image.open(io.BytesIO(made.content)).convert("L")).astype(int)
+    pixels = np.asarray(Image.open(io.BytesIO(strip.content)).convert("L")).astype(int)
     assert pixels.shape == (48, 768)
-    assert np.abs(pixels[24, 32::64] - 6 * np.array(spread)).max() <= 3
+    assert np.abs(pixels[24, 32::64] - 6 * np.array(indices)).max() <= 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_a_strip_of_few_pictures_shows_them_all(count: int) -> None:
-    made = preview_strip(plain(*[(20 * number,) * 3 for number in range(count)]), range(count))
-    assert (made.facts["channels"], made.facts["columns"]) == (list(range(count)), count)
-    assert Image.open(io.BytesIO(made.content)).size == (8 * count, 8)
+    strip = preview_strip(plain_pictures(*[(20 * number,) * 3 for number in range(count)]), range(count))
+    assert (strip.facts["channels"], strip.facts["columns"]) == (list(range(count)), count)
+    assert Image.open(io.BytesIO(strip.content)).size == (8 * count, 8)

@@ -8,6 +8,7 @@ Each photo is read on request, as `photo.read` reads a file. A dataset may retur
 from __future__ import annotations
 
 import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from phosphene.errors import PhotoRefused
 from phosphene.evidence.photo_sources import FolderFiles, ParquetRows, UserDataset, dataset_source, open_source, unwrap
-from phosphene.images.photo import FORMATS, MOST_PIXELS, check_size, read, refusing_bad_files, to_tensor
+from phosphene.images.photo import FORMATS, MAX_PIXELS, check_size, read, refusing_bad_files, to_tensor
 
 LUMA = (0.299, 0.587, 0.114)  # shares of red, green and blue in grey (ITU-R BT.601), as Pillow has them
 READ_AHEAD = 64  # photos
@@ -77,11 +78,11 @@ class PhotoDataset:
 
     def map_in_order(self, indices: Iterable[int], function: Callable[[int], Result]) -> Iterator[Result]:
         """Yield function(index) of the indices in order, computed ahead in threads if the source allows that."""
-        if self.source.threads < 2:
+        if not self.source.parallel:
             yield from map(function, indices)
             return
         remaining, waiting = iter(indices), deque[Future[Result]]()
-        pool = ThreadPoolExecutor(self.source.threads, "phosphene-photos")
+        pool = ThreadPoolExecutor(thread_count(), "phosphene-photos")
         try:
             waiting.extend(pool.submit(function, index) for index in islice(remaining, READ_AHEAD))
             while waiting:
@@ -90,6 +91,11 @@ class PhotoDataset:
                 yield first
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def thread_count() -> int:
+    """Return how many photos are read at once."""
+    return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
 
 
 def open_photos(source: str | Path | Any, channels: int = 3) -> PhotoDataset:
@@ -155,7 +161,7 @@ def from_picture(picture: Image.Image, name: str, channels: int) -> Tensor:
     """Return the photo of a PIL image, as `photo.read` returns a file's."""
     if channels not in (1, 3):
         raise PhotoRefused(f"{name} has 3 channels or 1; this network sees {channels}: give a dataset of tensors")
-    with refusing_bad_files(name, MOST_PIXELS):
+    with refusing_bad_files(name, MAX_PIXELS):
         check_size(name, picture)
         return to_tensor(name, picture, channels)
 

@@ -204,13 +204,8 @@ class PhotoPass:
             loaded = [photo for photo in batch if isinstance(photo, LoadedPhoto)]
             refused = [photo for photo in batch if isinstance(photo, RefusedPhoto)]
             sketch = self.add_batch(run_photos, partial, loaded, floor) if loaded else partial.sketch
-            partial = Partial(
-                partial.top_photos,
-                sketch,
-                partial.seen + len(loaded),
-                partial.lost + len(refused),
-                (*partial.refused, *refused)[:MAX_REFUSED],
-            )
+            seen, lost = partial.seen + len(loaded), partial.lost + len(refused)
+            partial = Partial(partial.top_photos, sketch, seen, lost, (*partial.refused, *refused)[:MAX_REFUSED])
             if watch:
                 watch(len(batch))
         return partial

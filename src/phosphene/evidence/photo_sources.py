@@ -24,24 +24,16 @@ KEYS = ("image", "img")  # of the photo in a dataset's row
 SAMPLES = 3  # photos of a dataset that its digest is taken from
 
 
-def thread_count() -> int:
-    """Return how many photos are read at once."""
-    return max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))
-
-
 @dataclass(frozen=True, eq=False)
 class FolderFiles:
     """Files of photos, in the order of their names."""
 
     paths: tuple[Path, ...]
     kind = "files"
+    parallel = True
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    @property
-    def threads(self) -> int:
-        return thread_count()
 
     def row(self, index: int) -> Path:
         return self.paths[index]
@@ -67,13 +59,10 @@ class ParquetRows:
     groups: tuple[tuple[Path, int, int], ...]
     state: ProcessLocal = field(default_factory=lambda: ProcessLocal(), repr=False)
     kind = "parquet"
+    parallel = True
 
     def __len__(self) -> int:
         return sum(rows for _, _, rows in self.groups)
-
-    @property
-    def threads(self) -> int:
-        return thread_count()
 
     def row(self, index: int) -> Any:
         """Return a row; its row group stays in memory until a row of another group is read."""
@@ -115,7 +104,7 @@ class UserDataset:
 
     photos: Any
     kind = "dataset"
-    threads = 1
+    parallel = False
 
     def __len__(self) -> int:
         return len(self.photos)

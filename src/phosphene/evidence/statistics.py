@@ -53,6 +53,9 @@ class PhotoStatistics:
     positions: Tensor
 
 
+COLUMNS = tuple(column.name for column in fields(PhotoStatistics))
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence(Mapping[str, PhotoStatistics]):
     """What photos do to the layers of a network: a mapping from a layer's path to its `PhotoStatistics`.
@@ -91,8 +94,7 @@ class Evidence(Mapping[str, PhotoStatistics]):
 
     def files(self) -> dict[str, bytes]:
         """Return all of it as files, by name."""
-        columns = [column.name for column in fields(PhotoStatistics)]
-        tensors = {f"{path}/{name}": getattr(self[path], name).contiguous() for path in self for name in columns}
+        tensors = {f"{path}/{name}": getattr(self[path], name).contiguous() for path in self for name in COLUMNS}
         about = (json.dumps(self.about, indent=1, sort_keys=True) + "\n").encode()
         return {STATISTICS: safetensors.torch.save(tensors), ABOUT: about, **self.sheets}
 
@@ -100,10 +102,8 @@ class Evidence(Mapping[str, PhotoStatistics]):
     def from_files(cls, files: Mapping[str, bytes]) -> Evidence:
         """Return the result that `files` wrote; the sheets may be left out."""
         about, tensors = json.loads(files[ABOUT]), safetensors.torch.load(files[STATISTICS])
-        columns = [column.name for column in fields(PhotoStatistics)]
         statistics = {
-            path: PhotoStatistics(**{name: tensors[f"{path}/{name}"] for name in columns})
-            for path in about["spec"]["layers"]
+            path: PhotoStatistics(*(tensors[f"{path}/{name}"] for name in COLUMNS)) for path in about["spec"]["layers"]
         }
         return cls(statistics, about, {name: files[name] for name in files if name not in (ABOUT, STATISTICS)})
 

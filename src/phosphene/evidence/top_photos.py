@@ -38,9 +38,8 @@ class TopPhotos(NamedTuple):
     def reordered(self, order: Tensor) -> TopPhotos:
         """Return the entries of each channel in another order (c, m)."""
         positions = self.positions.gather(1, order[..., None].expand(-1, -1, 2))
-        columns = (self.peaks, self.photos, self.image_hashes)
-        peaks, photos, image_hashes = (column.gather(1, order) for column in columns)
-        return TopPhotos(peaks, photos, positions, image_hashes)
+        peaks, photos, hashes = (field.gather(1, order) for field in (self.peaks, self.photos, self.image_hashes))
+        return TopPhotos(peaks, photos, positions, hashes)
 
 
 def empty_top_photos(channels: int, top: int) -> TopPhotos:

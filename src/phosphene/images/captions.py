@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from phosphene.images.display import Picture, apply_colormap
 
-PAPER, INK, QUIET, SHADE = (255, 255, 255), (25, 25, 25), (110, 110, 110), (243, 243, 243)
-LETTERS = 14  # height of writing, in pixels
+PAPER, INK, GREY, SHADE = (255, 255, 255), (25, 25, 25), (110, 110, 110), (243, 243, 243)
+LETTERS = 14  # height of the text, in pixels
 
 
 @cache
@@ -26,8 +26,8 @@ def lettering(size: int = LETTERS) -> ImageFont.FreeTypeFont:
 
 
 def with_caption(image: Picture, title: str, note: str = "") -> Picture:
-    """Return a picture on white paper under a title, and below that the lines of a note, which are quieter."""
-    lines = [(title, lettering(LETTERS + 3), INK)] + [(text, lettering(), QUIET) for text in note.splitlines()]
+    """Return a picture on white paper under a title and the lines of a note, which are grey."""
+    lines = [(title, lettering(LETTERS + 3), INK)] + [(text, lettering(), GREY) for text in note.splitlines()]
     width = max(image.width, *(math.ceil(font.getlength(text)) for text, font, _ in lines))
     border, line = 12, LETTERS + 10
     top = border + line * len(lines) + 4
@@ -39,12 +39,12 @@ def with_caption(image: Picture, title: str, note: str = "") -> Picture:
 
 
 def wrap_text(parts: Sequence[str], width: int, between: str = " · ") -> str:
-    """Return the parts of a note in lines of at most `width` pixels, where no part is wider by itself."""
+    """Return the parts of a note in lines of at most `width` pixels; a part that is wider gets a line to itself."""
     lines: list[str] = []
     for part in parts:
-        longer = f"{lines[-1]}{between}{part}" if lines else part
-        fits = lines and lettering().getlength(longer) <= width
-        lines = [*lines[:-1], longer] if fits else [*lines, part]
+        joined = f"{lines[-1]}{between}{part}" if lines else part
+        fits = lines and lettering().getlength(joined) <= width
+        lines = [*lines[:-1], joined] if fits else [*lines, part]
     return "\n".join(lines)
 
 
@@ -57,31 +57,31 @@ def with_axis_labels(image: Picture, rows: Mapping[int, str], columns: Mapping[i
     page.paste(image, (left, top))
     draw = ImageDraw.Draw(page)
     for y, text in rows.items():
-        draw.text((left - 4, top + y), text, QUIET, font, anchor="rm")
+        draw.text((left - 4, top + y), text, GREY, font, anchor="rm")
     for x, text in (columns or {}).items():
-        draw.text((left + x, top - 3), text, QUIET, font, anchor="ms")
+        draw.text((left + x, top - 3), text, GREY, font, anchor="ms")
     return page
 
 
 def column(heading: str, cells: Mapping[int, str], height: int) -> Picture:
-    """Return a column of text, to the right, under its heading; the keys are the pixels that cells are centred on."""
-    font, top = lettering(LETTERS - 3), LETTERS + 4  # that of `ruled`, beside which it stands
+    """Return a right-aligned column of text under its heading; the keys are the pixels that cells are centred on."""
+    font, top = lettering(LETTERS - 3), LETTERS + 4  # as `with_axis_labels`, beside which it stands
     width = max(math.ceil(font.getlength(text)) for text in (heading, *cells.values()))
     page = Image.new("RGB", (width, top + height), PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((width, top - 3), heading, QUIET, font, anchor="rs")
+    draw.text((width, top - 3), heading, GREY, font, anchor="rs")
     for y, text in cells.items():
-        draw.text((width, top + y), text, QUIET, font, anchor="rm")
+        draw.text((width, top + y), text, GREY, font, anchor="rm")
     return page
 
 
 def stack_images(pictures: Sequence[Picture], down: bool = False, gap: int = 16) -> Picture:
     """Return pictures side by side, their tops aligned, or one below the other, on white paper."""
-    ends = list(accumulate((one.size[down] + gap for one in pictures), initial=0))
-    length, across = ends[-1] - gap, max(one.size[not down] for one in pictures)
+    starts = list(accumulate((picture.size[down] + gap for picture in pictures), initial=0))
+    length, across = starts[-1] - gap, max(picture.size[not down] for picture in pictures)
     page = Image.new("RGB", (across, length) if down else (length, across), PAPER)
-    for one, start in zip(pictures, ends, strict=False):
-        page.paste(one, (0, start) if down else (start, 0))
+    for picture, start in zip(pictures, starts, strict=False):
+        page.paste(picture, (0, start) if down else (start, 0))
     return page
 
 
@@ -100,19 +100,19 @@ def colour_bar(low: float, high: float, colours: str, height: int) -> Picture:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0) -> Picture:
-    """Return a table of text: the first two columns to the left, the others (numbers) to the right."""
+    """Return a table of text: the first two columns aligned left, the others (numbers) right."""
     font, line, space = lettering(LETTERS - 1), LETTERS + 6, 22
-    shown = (headings, *rows)
-    wide = [max(math.ceil(font.getlength(row[column])) for row in shown) for column in range(len(headings))]
-    spare = max(0, width - sum(wide) - space * len(wide)) // len(wide)
-    page = Image.new("RGB", (max(width, sum(wide) + (space + spare) * len(wide)), line * len(shown) + 4), PAPER)
+    lines = (headings, *rows)
+    widths = [max(math.ceil(font.getlength(text)) for text in column) for column in zip(*lines, strict=True)]
+    spare = max(0, width - sum(widths) - space * len(widths)) // len(widths)
+    page = Image.new("RGB", (max(width, sum(widths) + (space + spare) * len(widths)), line * len(lines) + 4), PAPER)
     draw = ImageDraw.Draw(page)
-    for number, row in enumerate(shown):
-        top, right = number * line, space // 2
+    for number, cells in enumerate(lines):
+        top, left = number * line, space // 2
         if number and number % 2 == 0:
             draw.rectangle((0, top, page.width, top + line - 1), fill=SHADE)
-        for column, (cell, one) in enumerate(zip(row, wide, strict=True)):
-            place, anchor = (right, "lm") if column < 2 else (right + one + spare, "rm")
-            draw.text((place, top + line // 2), cell, INK if number else QUIET, font, anchor=anchor)
-            right += one + space + spare
+        for column, (cell, cell_width) in enumerate(zip(cells, widths, strict=True)):
+            x, anchor = (left, "lm") if column < 2 else (left + cell_width + spare, "rm")
+            draw.text((x, top + line // 2), cell, INK if number else GREY, font, anchor=anchor)
+            left += cell_width + space + spare
     return page

@@ -1,4 +1,4 @@
-"""Display rules and colour maps: from what a tensor holds to levels that a screen shows."""
+"""Display rules and colour maps: from the values of a tensor to the levels of a screen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Picture = Image.Image
 
 
 def clip(images: Tensor) -> Tensor:
-    """Return the images (n, c, h, w) held inside [0, 1]."""
+    """Return the images (n, c, h, w) clipped to [0, 1]."""
     return images.clamp(0, 1)
 
 
@@ -25,10 +25,10 @@ def stretch(images: Tensor) -> Tensor:
 
 def standardise(images: Tensor) -> Tensor:
     """Return each image minus its mean, over its standard deviation + 1e-5, × 0.1, + 0.5, clipped (R4.2, on 0..255)."""
-    counted = images * 255
-    mean = counted.flatten(1).mean(1).view(-1, 1, 1, 1)
-    deviation = counted.flatten(1).std(1, correction=0).view(-1, 1, 1, 1)
-    return ((counted - mean) / (deviation + 1e-5) * 0.1 + 0.5).clamp(0, 1)
+    levels = images * 255
+    mean = levels.flatten(1).mean(1).view(-1, 1, 1, 1)
+    deviation = levels.flatten(1).std(1, correction=0).view(-1, 1, 1, 1)
+    return ((levels - mean) / (deviation + 1e-5) * 0.1 + 0.5).clamp(0, 1)
 
 
 def standardise_map(maps: Tensor) -> Tensor:
@@ -47,16 +47,16 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def colormap_image(values: Tensor, colours: str = "viridis") -> Picture:
-    """Return values (h, w) in [0, 1] as an RGB picture in a colour map of matplotlib's; what is outside is clipped."""
-    from matplotlib import colormaps  # a fifth of a second, which a render need not wait for
+    """Return values (h, w) in [0, 1] as an RGB picture in a colour map of matplotlib's; values outside are clipped."""
+    from matplotlib import colormaps  # takes a fifth of a second, which a render need not wait for
 
-    painted = colormaps[colours](values.double().clamp(0, 1).cpu().numpy(), bytes=True)
-    return Image.fromarray(painted[..., :3].copy())
+    rgba = colormaps[colours](values.double().clamp(0, 1).cpu().numpy(), bytes=True)
+    return Image.fromarray(rgba[..., :3].copy())
 
 
 def apply_colormap(levels: Tensor, colours: str = "viridis") -> Tensor:
     """Return levels 0..255 (…), uint8, as colours (…, 3), uint8, of a colour map of matplotlib's; `gray` is exact."""
-    if colours == "gray":  # whose table in matplotlib is one too dark at some levels, for it rounds down
+    if colours == "gray":  # matplotlib's table rounds down: some levels of it are one too dark
         return levels.cpu()[..., None].repeat_interleave(3, -1)
     from matplotlib import colormaps  # as above
 
@@ -65,7 +65,7 @@ def apply_colormap(levels: Tensor, colours: str = "viridis") -> Tensor:
 
 
 def resized(levels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return maps (n, h, w) at a size: a side that shrinks by averaging areas, one that grows by repeating."""
+    """Return maps (n, h, w) at a size: a side shrinks by averaging areas, and grows by repeating."""
     height, width = (min(pair) for pair in zip(levels.shape[1:], size, strict=True))
     small = levels if (height, width) == levels.shape[1:] else F.adaptive_avg_pool2d(levels, (height, width))
     return F.interpolate(small[None], size, mode="nearest-exact")[0]

@@ -1,4 +1,4 @@
-"""Pictures side by side: one image tensor as a picture, the tiles for what shows nothing, mosaics and grids."""
+"""One image tensor as a picture, tiles for dead filters and blank channels, and mosaics and grids of pictures."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from phosphene.images.display import Picture, to_bytes
 RING = (110, 110, 110)
 MARGIN = 5  # black pixels between the pictures of a grid (R4.2)
 DEAD = (200, 60, 60)
-EMPTY = (38, 38, 38)  # darker than any colour of viridis, which a blank channel must not be taken for
+EMPTY = (38, 38, 38)  # darker than any colour of viridis, so that a blank channel is not taken for a map
 
 
 def picture(image: Tensor) -> Picture:
     """Return one image (c, h, w), in [0, 1] or uint8, as a PIL image: grey for one channel, RGB for three.
 
-    Any other number of channels becomes a grey tile a channel, in a near-square block.
+    Any other number of channels becomes a grey tile for each channel, in a near-square block.
     """
-    shown = image if image.dtype == torch.uint8 else to_bytes(image)
-    if shown.shape[0] == 3:
-        return Image.fromarray(shown.permute(1, 2, 0).contiguous().cpu().numpy())
-    bands = [Image.fromarray(band.contiguous().cpu().numpy()) for band in shown]
+    levels = image if image.dtype == torch.uint8 else to_bytes(image)
+    if levels.shape[0] == 3:
+        return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+    bands = [Image.fromarray(band.contiguous().cpu().numpy()) for band in levels]
     return bands[0] if len(bands) == 1 else grid(bands, margin=0)
 
 

@@ -257,10 +257,8 @@ def open_filesystem(url: str) -> FileSystem:
         advice = f"install it with: pip install {package_for(scheme, error)}"
         raise ExtraMissing(f"{display_name(url)} needs a package that is not installed; {advice}") from error
     except ValueError as error:
-        reason = without_secrets(str(error), url)
-        raise InvalidRequest(
-            f"{display_name(url)} is no place for a store: {reason}; give a folder, or another URL"
-        ) from None
+        problem = f"is no place for a store: {without_secrets(str(error), url)}; give a folder, or another URL"
+        raise InvalidRequest(f"{display_name(url)} {problem}") from None
 
 
 def package_for(scheme: str, error: ImportError) -> str:
