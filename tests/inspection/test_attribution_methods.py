@@ -52,19 +52,19 @@ def test_eigencam_by_hand() -> None:
 
 def test_eigencam_is_the_best_single_map() -> None:
     acts = noise(1, 6, 4, 5)
-    one = eigencam(acts, acts).flatten()
-    one = one / one.norm()
-    explained = (acts.flatten(2)[0] @ one).square().sum()
+    pattern = eigencam(acts, acts).flatten()
+    pattern = pattern / pattern.norm()
+    explained = (acts.flatten(2)[0] @ pattern).square().sum()
     greatest = torch.linalg.eigvalsh(acts.flatten(2)[0].T @ acts.flatten(2)[0])[-1]
     torch.testing.assert_close(explained, greatest, rtol=1e-12, atol=0)
-    assert float((one * acts.sum(1).flatten()).sum()) >= 0
+    assert float((pattern * acts.sum(1).flatten()).sum()) >= 0
 
 
 @pytest.mark.parametrize("name", CAMS)
 def test_each_image_of_a_batch_has_its_own_map(name: str) -> None:
     acts, grads = noise(3, 4, 5, 6), noise(3, 4, 5, 6, seed=2)
     together = CAMS[name](acts, grads)
-    alone = torch.cat([CAMS[name](acts[one : one + 1], grads[one : one + 1]) for one in range(3)])
+    alone = torch.cat([CAMS[name](acts[index : index + 1], grads[index : index + 1]) for index in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
 
 
@@ -79,32 +79,34 @@ def test_channels_that_never_fire_and_no_gradient_give_zero(name: str) -> None:
 def test_gradients_of_two_channels_are_summed_by_hand() -> None:
     image = torch.tensor([[[[0.5, 1.0]], [[0.25, 0.0]]]])
 
-    def slope(images: Tensor) -> Tensor:  # of the score: sum of the first channel, minus three times the second
+    def input_gradient(
+        images: Tensor,
+    ) -> Tensor:  # of the first channel's sum minus three times the second's
         return torch.tensor([1.0, -3.0]).view(1, 2, 1, 1).expand_as(images)
 
-    assert gradient(slope, image).tolist() == [[[-2.0, -2.0]]]
-    assert smoothgrad(slope, image).tolist() == [[[-2.0, -2.0]]]
-    assert integrated_gradients(slope, image).tolist() == [[[0.5 - 0.75, 1.0]]]
+    assert gradient(input_gradient, image).tolist() == [[[-2.0, -2.0]]]
+    assert smoothgrad(input_gradient, image).tolist() == [[[-2.0, -2.0]]]
+    assert integrated_gradients(input_gradient, image).tolist() == [[[0.5 - 0.75, 1.0]]]
 
 
 def test_integrated_gradients_sum_to_the_difference_of_scores() -> None:
     image, weights = noise(2, 3, 4, 4), noise(3, 4, 4, seed=2)
-    maps = integrated_gradients(lambda some: 2 * some * weights, image, steps=3)  # of sum(weights · x²), exact
+    maps = integrated_gradients(lambda images: 2 * images * weights, image, steps=3)  # of sum(weights · image²)
     torch.testing.assert_close(maps.sum((1, 2)), (weights * image**2).sum((1, 2, 3)), rtol=1e-12, atol=1e-12)
 
 
 def test_smoothgrad_averages_over_noise_of_its_own() -> None:
     image = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 2.0]]]], dtype=torch.float64)
-    seen: list[Tensor] = []
+    noises: list[Tensor] = []
 
-    def slope(images: Tensor) -> Tensor:
-        seen.append(images - image)
+    def input_gradient(images: Tensor) -> Tensor:
+        noises.append(images - image)
         return images
 
     before = torch.get_rng_state()
-    maps = smoothgrad(slope, image, samples=2000, noise=0.1)
+    maps = smoothgrad(input_gradient, image, samples=2000, noise=0.1)
     assert torch.equal(before, torch.get_rng_state())
-    drawn = torch.stack(seen)
+    drawn = torch.stack(noises)
     assert drawn[:, 0].std().item() == pytest.approx(0.1, rel=0.05)
     torch.testing.assert_close(drawn[:, 1], 2 * drawn[:, 0])  # the second image has twice the range
     torch.testing.assert_close(maps, (image + drawn.mean(0))[:, 0])

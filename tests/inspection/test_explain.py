@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -13,13 +15,15 @@ import torch.nn.functional as F
 from captum.attr import IntegratedGradients, LayerGradCam, Saliency
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models import inception
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import MBConvConfig
 
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, LayerRefused
 from phosphene.images.photo import Region
 from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
-from phosphene.inspection.explain import default_layer, explain, explaining, heatmaps
+from phosphene.inspection.default_layer import default_layer
+from phosphene.inspection.explain import explain, explaining, heatmaps
 from phosphene.network.feature_maps import as_map, token_grid
 from phosphene.network.loading import load
 from phosphene.network.model import Model
@@ -29,52 +33,62 @@ Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 NETS = {  # name -> side of the image in pixels
     "vgg11": 48,
     "vgg11_bn": 48,
-    "resnet18": 48,
+    "resnet18": 33,
     "resnet50": 33,
     "densenet121": 48,
     "inception_v3": 80,
+    "small inception": 25,
     "mobilenet_v2": 48,
-    "mobilenet_v3_small": 48,
+    "mobilenet_v3_small": 33,
     "efficientnet_b0": 33,
     "convnext_tiny": 48,
     "small densenet": 48,
     "small efficientnet": 33,
     "small convnext": 48,
 }
-SMALL = ("small densenet", "small efficientnet", "small convnext")
-SLOW = ("vgg11", "resnet50", "densenet121", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
+SLOW = ("vgg11", "resnet50", "densenet121", "inception_v3", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 
 
 def noise(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def small(name: str) -> nn.Module:
-    """Return a network of torchvision's with the same kinds of blocks as the large ones, but few of them."""
-    blocks = [MBConvConfig(1, 3, 1, 32, 16, 1), MBConvConfig(6, 3, 2, 16, 24, 2), MBConvConfig(6, 5, 2, 24, 40, 2)]
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "small densenet": lambda: models.DenseNet(8, (2, 3, 2, 2), 16, num_classes=10),
-        "small efficientnet": lambda: models.EfficientNet(blocks, 0.2, num_classes=10),
-        "small convnext": lambda: models.ConvNeXt(
-            [CNBlockConfig(24, 48, 2), CNBlockConfig(48, None, 3)], num_classes=10
-        ),
-    }
-    return makers[name]()
+def vgg11(batch_norm: bool) -> nn.Module:
+    """Return VGG11 with a single layer as its classifier: a hundred million weights less."""
+    features = models.vgg.make_layers(models.vgg.cfgs["A"], batch_norm)
+    head = {"avgpool": nn.AdaptiveAvgPool2d(7), "flatten": nn.Flatten(), "classifier": nn.Linear(512 * 49, 10)}
+    return nn.Sequential(OrderedDict(features=features, **head))
 
 
+def small_inception() -> nn.Module:
+    """Return a stem and three of the blocks with branches that Inception v3 has."""
+    blocks = inception.InceptionA(8, 4), inception.InceptionB(228), inception.InceptionC(708, 8)
+    stem = inception.BasicConv2d(3, 8, kernel_size=3, stride=2)
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(768, 10))
+
+
+BLOCKS = [MBConvConfig(1, 3, 1, 32, 16, 1), MBConvConfig(6, 3, 2, 16, 24, 2), MBConvConfig(6, 5, 2, 24, 40, 2)]
+MAKERS: dict[str, Callable[[], nn.Module]] = {  # the small ones have the same kinds of blocks as the large, but few
+    "vgg11": lambda: vgg11(False),
+    "vgg11_bn": lambda: vgg11(True),
+    "inception_v3": lambda: models.inception_v3(init_weights=False),
+    "small inception": small_inception,
+    "small densenet": lambda: models.DenseNet(8, (2, 3, 2, 2), 16, num_classes=10),
+    "small efficientnet": lambda: models.EfficientNet(BLOCKS, 0.2, num_classes=10),
+    "small convnext": lambda: models.ConvNeXt([CNBlockConfig(24, 48, 2), CNBlockConfig(48, None, 3)], num_classes=10),
+}
+
+
+@lru_cache(maxsize=2)
 def built(name: str) -> nn.Module:
-    """Return a torchvision network in float64 and evaluation mode, its weights and statistics from seed 0."""
+    """Return a network in float64 and evaluation mode, its weights and statistics from seed 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        options = {"init_weights": False} if name.startswith(("vgg", "inception")) else {}
-        net: nn.Module = small(name) if name in SMALL else models.get_model(name, weights=None, **options)
-        if name.startswith("vgg"):
-            net.classifier = nn.Linear(512 * 49, 10)  # a hundred million weights less
-        net = net.double().eval()
-        for one in net.modules():
-            if isinstance(one, nn.BatchNorm2d):
-                one.running_mean = 0.1 * torch.randn(one.num_features, dtype=torch.float64)
-                one.running_var = 0.2 + torch.rand(one.num_features, dtype=torch.float64)
+        net = (MAKERS[name]() if name in MAKERS else models.get_model(name, weights=None)).double().eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean = 0.1 * torch.randn(module.num_features, dtype=torch.float64)
+                module.running_var = 0.2 + torch.rand(module.num_features, dtype=torch.float64)
     return net
 
 
@@ -84,24 +98,24 @@ def model_of(net: nn.Module, side: int, labels: tuple[str, ...] = ()) -> Model:
 
 def reference(net: nn.Module, image: Tensor, targets: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return every convolution's activations and gradients, by hooks on a copy with nothing in place."""
-    net, found = copy.deepcopy(net), {}
-    for one in net.modules():
-        if getattr(one, "inplace", False):
-            one.inplace = False  # type: ignore[assignment]
+    net, acts = copy.deepcopy(net), {}
+    for module in net.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
 
     def keep(path: str, output: Tensor) -> None:
         output.retain_grad()
-        found[path] = output
+        acts[path] = output
 
-    for path, one in net.named_modules():
-        if isinstance(one, nn.Conv2d):
-            one.register_forward_hook(lambda _one, _inputs, output, path=path: keep(path, output))
+    for path, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _module, _inputs, output, path=path: keep(path, output))
     logits = net((image - 0.5) / 0.25)
     sum(logits[number, target] for number, target in enumerate(targets)).backward()
-    return {path: (act.detach(), act.grad) for path, act in found.items() if act.grad is not None}
+    return {path: (act.detach(), act.grad) for path, act in acts.items() if act.grad is not None}
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in NETS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETS])
 def test_equal_to_a_reference_at_every_convolution(name: str) -> None:
     net, side = built(name), NETS[name]
     model, image = model_of(net, side), noise(1, 3, side, side, dtype=torch.float64)
@@ -118,7 +132,7 @@ def test_equal_to_a_reference_at_every_convolution(name: str) -> None:
     assert sum(bool(expected[path][1].any()) for path in spatial) > 0.9 * len(spatial)
 
 
-@pytest.mark.parametrize("method", [one for one in CAMS if one != "gradcam"])
+@pytest.mark.parametrize("method", [method for method in CAMS if method != "gradcam"])
 def test_every_method_gets_the_right_activations_and_gradients(method: str) -> None:
     net = built("vgg11_bn")
     images = noise(2, 3, 48, 48, dtype=torch.float64)
@@ -140,9 +154,9 @@ def test_equal_to_captum(name: str, layer: str) -> None:
 
 def test_input_methods_are_equal_to_captum(small_net: nn.Sequential) -> None:
     model, images = model_of(small_net, 16), noise(2, 3, 16, 16, dtype=torch.float64)
-    for one in small_net.modules():
-        if isinstance(one, nn.ReLU):
-            one.inplace = False  # for captum
+    for module in small_net.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # for captum
     saliency = Saliency(model.forward).attribute(images.clone().requires_grad_(), target=[1, 4], abs=False).sum(1)
     torch.testing.assert_close(heatmaps(model, images, [1, 4], method="gradient")[0], saliency)
     integrated = IntegratedGradients(model.forward).attribute(
@@ -160,7 +174,7 @@ def test_a_map_does_not_depend_on_its_batch(small_net: nn.Sequential, method: st
         torch.testing.assert_close(maps[number], alone[0], rtol=1e-8, atol=1e-10)
 
 
-def test_a_method_of_ones_own(small_net: nn.Sequential) -> None:
+def test_a_method_of_the_user(small_net: nn.Sequential) -> None:
     def strongest(acts: Tensor, grads: Tensor) -> Tensor:
         return acts.amax(1)
 
@@ -203,9 +217,10 @@ def test_photos_of_several_sizes_at_once(small_net: nn.Sequential) -> None:
     with explaining(model, method="hirescam") as explainer:
         both = explainer.several(photos, [1, 2])
         alone = [explainer(photo, target) for photo, target in zip(photos, (1, 2), strict=True)]
-    for one, other in zip(both, alone, strict=True):
-        torch.testing.assert_close(one.map, other.map)
-        assert (one.region, one.photo_size, one.target.index) == (other.region, other.photo_size, other.target.index)
+    for heat, wanted in zip(both, alone, strict=True):
+        torch.testing.assert_close(heat.map, wanted.map)
+        assert (heat.region, heat.photo_size) == (wanted.region, wanted.photo_size)
+        assert heat.target.index == wanted.target.index
 
 
 class OneLogit(nn.Module):
@@ -218,8 +233,8 @@ class OneLogit(nn.Module):
             self.conv.weight.copy_(torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1))
             self.conv.bias.fill_(-0.4)  # type: ignore[union-attr]
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.conv(x).mean((2, 3))
+    def forward(self, image: Tensor) -> Tensor:
+        output: Tensor = self.conv(image).mean((2, 3))
         return output
 
 
@@ -248,29 +263,6 @@ def test_nothing_speaks_for_a_class(small_net: nn.Sequential) -> None:
     assert not explain(model_of(small_net, 16), noise(1, 3, 16, 16), 2, method="gradient").silent
 
 
-DEFAULTS = {  # name -> side in pixels, layer
-    "vgg16": (64, "features.28"),
-    "resnet18": (64, "layer4"),
-    "densenet121": (64, "features"),
-    "inception_v3": (139, "Mixed_7c"),
-    "mobilenet_v2": (64, "features"),
-    "convnext_tiny": (64, "features"),
-    "squeezenet1_1": (64, "classifier.1"),
-    "swin_t": (64, "norm"),
-    "alexnet": (80, "features.10"),
-}
-
-
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_the_default_layer(name: str) -> None:
-    side, layer = DEFAULTS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = {"init_weights": False} if name.startswith(("vgg", "inception")) else {}
-        net = models.get_model(name, weights=None, **options).eval()
-    assert default_layer(Model(net, name, (side, side))).path == layer
-
-
 def small_vit() -> nn.Module:
     """Return a vision transformer of torchvision with a classifier that is not 0."""
     with torch.random.fork_rng(devices=[]):
@@ -282,28 +274,33 @@ def small_vit() -> nn.Module:
     return net.double().eval()
 
 
+def act_and_gradient(net: nn.Module, path: str, image: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """Return what a layer returns, and the gradient of a class score there, by a plain hook."""
+    acts: list[Tensor] = []
+    handle = net.get_submodule(path).register_forward_hook(lambda _module, _inputs, output: acts.append(output))
+    score = net((image - 0.5) / 0.25)[0, target]
+    handle.remove()
+    return acts[0].detach(), torch.autograd.grad(score, acts)[0]
+
+
 def test_tokens_are_mapped_through_their_grid() -> None:
     net, image = small_vit(), noise(1, 3, 32, 32, dtype=torch.float64)
     layer = "encoder.layers.encoder_layer_1.ln_1"
     model = model_of(net, 32)
     assert default_layer(model).path == layer
-    found: dict[str, Tensor] = {}
-    handle = net.get_submodule(layer).register_forward_hook(lambda _one, _inputs, output: found.update(act=output))
-    score = net((image - 0.5) / 0.25)[0, 2]
-    handle.remove()
-    grad = torch.autograd.grad(score, found["act"])[0]
+    act, grad = act_and_gradient(net, layer, image, 2)
     weights = grad[0, 1:].mean(0)  # the class token comes first
-    expected = (found["act"][0, 1:] * weights).sum(1).view(4, 4).detach()
+    expected = (act[0, 1:] * weights).sum(1).view(4, 4)
     maps, _ = heatmaps(model, image, 2)
     torch.testing.assert_close(maps[0], expected)
 
 
 def test_channels_last_are_turned_to_maps() -> None:
-    net = models.swin_t(weights=None).double().eval()
-    model, image = model_of(net, 64), noise(1, 3, 64, 64, dtype=torch.float64)
-    last, turned = heatmaps(model, image, 1, "norm")[0], heatmaps(model, image, 1, "norm")[0]
-    assert last.shape == (1, 2, 2)
-    torch.testing.assert_close(last, turned)
+    net = models.SwinTransformer([4, 4], 12, [1, 1], [1, 2], [2, 2], num_classes=5).double().eval()
+    model, image = model_of(net, 32), noise(1, 3, 32, 32, dtype=torch.float64)
+    act, grad = act_and_gradient(net, "norm", image, 1)
+    assert act.shape == (1, 4, 4, 24)
+    torch.testing.assert_close(heatmaps(model, image, 1, "norm")[0], (act * grad.mean((1, 2))).sum(-1))
 
 
 @pytest.mark.parametrize(
@@ -338,8 +335,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.conv, self.several = nn.Conv2d(3, 4, 3, padding=1), several
 
-    def forward(self, x: Tensor) -> Any:
-        return {"out": self.conv(x), "aux": self.conv(x)} if self.several else self.conv(x)
+    def forward(self, image: Tensor) -> Any:
+        return {"out": self.conv(image), "aux": self.conv(image)} if self.several else self.conv(image)
 
 
 class Branching(nn.Module):
@@ -349,9 +346,9 @@ class Branching(nn.Module):
         super().__init__()
         self.used, self.unused = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.unused(x)
-        output: Tensor = self.used(x).mean((2, 3))
+    def forward(self, image: Tensor) -> Tensor:
+        self.unused(image)
+        output: Tensor = self.used(image).mean((2, 3))
         return output
 
 
@@ -362,8 +359,8 @@ class Dense(nn.Module):
         super().__init__()
         self.flatten, self.line = nn.Flatten(), nn.Linear(3 * 64, 4)
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.line(self.flatten(x))
+    def forward(self, image: Tensor) -> Tensor:
+        output: Tensor = self.line(self.flatten(image))
         return output
 
 
@@ -445,12 +442,12 @@ def ranks(values: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def shuffled() -> tuple[Model, Model]:
     """Return EfficientNet-lite0, and again with its classifier's weights shuffled."""
-    model, other = load("builtin/efficientnet-lite0"), load("builtin/efficientnet-lite0")
-    weight = other.module.get_parameter("_fc.weight")
+    model, randomised = load("builtin/efficientnet-lite0"), load("builtin/efficientnet-lite0")
+    weight = randomised.module.get_parameter("_fc.weight")
     order = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         weight.copy_(weight.flatten()[order].view_as(weight))
-    return model, other
+    return model, randomised
 
 
 RANDOMISED = {  # what is left of the map's ranks; these keep only what is positive in the gradient, or nothing of it
@@ -465,12 +462,12 @@ def test_with_a_randomised_classifier_the_map_is_another(shuffled: tuple[Model, 
     """Adebayo 2018: a map that stays says nothing of what the network has learned about classes."""
     images = torch.cat([shuffled[0].fitted(landscape(seed))[0] for seed in range(4)])
     if method in INPUT_METHODS:  # dozens of passes
-        images = F.interpolate(images[:2], (96, 96), mode="area")
+        images = F.interpolate(images[:2], (64, 64), mode="area")
     first, logits = heatmaps(shuffled[0], images, method=method)
     second, _ = heatmaps(shuffled[1], images, logits.argmax(1), method=method)
     correlations = [
-        float(torch.corrcoef(torch.stack([ranks(one), ranks(other)]))[0, 1])
-        for one, other in zip(first, second, strict=True)
+        float(torch.corrcoef(torch.stack([ranks(original), ranks(randomised)]))[0, 1])
+        for original, randomised in zip(first, second, strict=True)
     ]
     mean = sum(correlations) / len(correlations)
     low, high = RANDOMISED.get(method, (-0.5, 0.5))

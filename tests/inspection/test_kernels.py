@@ -29,14 +29,14 @@ def handle(module: nn.Module, **options: Any) -> Model:
     return Model(module=module, name="net", input_size=(16, 16), **options)
 
 
-def made(weights: Tensor, colours: str | None = None) -> Kernels:
+def kernels_of(weights: Tensor, colours: str | None = None) -> Kernels:
     return Kernels(weights, {"model": "net", "layer": "conv", "colours": colours})
 
 
 def colour(value: float, end: float = 1.0, name: str = "RdBu_r") -> tuple[int, ...]:
     """Return the colour of a weight on a scale from -end to end."""
     level = round((value / end + 1) / 2 * 255)
-    return tuple(int(one) for one in colormaps[name](level, bytes=True)[:3])
+    return tuple(int(channel) for channel in colormaps[name](level, bytes=True)[:3])
 
 
 def first_column(pixels: np.ndarray[Any, Any], row: int) -> int:
@@ -49,14 +49,14 @@ def first_column(pixels: np.ndarray[Any, Any], row: int) -> int:
 
 def test_the_weights_are_a_copy_of_the_layer_s_in_one_layout() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, (3, 5)), nn.ConvTranspose2d(4, 6, 2), nn.Conv2d(6, 6, 3, groups=6))
-    found = [kernels(handle(net), address) for address in ("0", 1, ".2")]
-    assert [tuple(one.weights.shape) for one in found] == [(4, 3, 3, 5), (6, 4, 2, 2), (6, 1, 3, 3)]
-    assert found[0].weights.equal(net.state_dict()["0.weight"])
-    assert found[1].weights[5, 2].equal(net.state_dict()["1.weight"][2, 5])
-    found[0].weights.zero_()
+    layers = [kernels(handle(net), address) for address in ("0", 1, ".2")]
+    assert [tuple(layer.weights.shape) for layer in layers] == [(4, 3, 3, 5), (6, 4, 2, 2), (6, 1, 3, 3)]
+    assert layers[0].weights.equal(net.state_dict()["0.weight"])
+    assert layers[1].weights[5, 2].equal(net.state_dict()["1.weight"][2, 5])
+    layers[0].weights.zero_()
     assert bool(net.state_dict()["0.weight"].any())
-    assert repr(found[2]) == "Kernels(6×1×3×3 of .2 in net)"
-    assert [one.spec["colours"] for one in found] == ["rgb", None, None]
+    assert repr(layers[2]) == "Kernels(6×1×3×3 of .2 in net)"
+    assert [layer.spec["colours"] for layer in layers] == ["rgb", None, None]
 
 
 def test_a_layer_without_kernels_is_refused_and_the_nearest_named() -> None:
@@ -79,7 +79,7 @@ def test_a_layer_without_kernels_is_refused_and_the_nearest_named() -> None:
 
 def test_one_row_a_filter_one_column_an_input_channel_in_the_colours_of_the_scale() -> None:
     weights = torch.linspace(-1, 0.75, 10 * 5 * 9).view(10, 5, 3, 3)  # R2.2b's layout; the scale reaches from -1 to 1
-    page = np.asarray(made(weights).grid())
+    page = np.asarray(kernels_of(weights).grid())
     tile = 48 + 1  # a kernel of 3×3, 16 times enlarged, and a line
     left = first_column(page, TOP + HEAD)
     for out, channel, y, x in ((0, 0, 0, 0), (0, 4, 1, 2), (3, 2, 2, 0), (9, 4, 2, 2), (9, 0, 0, 1)):
@@ -88,35 +88,34 @@ def test_one_row_a_filter_one_column_an_input_channel_in_the_colours_of_the_scal
         assert tuple(page[top, start]) == expected
         assert tuple(page[top + 15, start + 15]) == expected
     assert tuple(page[TOP + HEAD + 48, left + 7]) == (195, 195, 195)
-    assert tuple(page[TOP + HEAD, left]) == tuple(int(one) for one in colormaps["RdBu_r"](0, bytes=True)[:3])
+    assert tuple(page[TOP + HEAD, left]) == colour(-1)
 
 
 def test_the_grey_style_stretches_all_together_from_the_lowest_to_the_highest() -> None:
     weights = torch.tensor([1.0, 2, 3, 5]).view(2, 2, 1, 1)
-    page = np.asarray(made(weights).grid(style="grey"))
+    page = np.asarray(kernels_of(weights).grid(style="grey"))
     left = first_column(page, TOP + HEAD)
-    found = [page[TOP + HEAD + row * 49, left + column * 49, 0] for row in (0, 1) for column in (0, 1)]
-    assert found == [0, 64, 128, 255]
+    levels = [page[TOP + HEAD + row * 49, left + column * 49, 0] for row in (0, 1) for column in (0, 1)]
+    assert levels == [0, 64, 128, 255]
     with pytest.raises(errors.InvalidRequest, match="there is no style 'jet'; there are: signed, grey"):
-        made(weights).grid(style="jet")
+        kernels_of(weights).grid(style="jet")
 
 
 def test_the_scale_is_symmetric_and_an_outlier_does_not_take_the_colour_from_the_others() -> None:
     assert scale(torch.tensor([-0.5, 0.25]), True) == (-0.5, 0.5)
     assert scale(torch.tensor([-0.5, 0.25]), False) == (-0.5, 0.25)
     assert scale(torch.zeros(3), True) == (-1.0, 1.0)
-    one_far_off = torch.cat([torch.ones(99), torch.tensor([100.0])])  # root mean square sqrt(100.99)
-    low, high = scale(one_far_off, True)
+    outlier = torch.cat([torch.ones(99), torch.tensor([100.0])])  # root mean square sqrt(100.99)
+    low, high = scale(outlier, True)
     assert high == pytest.approx(4 * 100.99**0.5, rel=1e-9)
     assert low == -high
-    page = np.asarray(made(one_far_off.view(100, 1, 1, 1)).grid())
-    darkest = tuple(int(one) for one in colormaps["RdBu_r"](255, bytes=True)[:3])
-    assert any(tuple(one) == darkest for one in page.reshape(-1, 3))
+    page = np.asarray(kernels_of(outlier.view(100, 1, 1, 1)).grid())
+    assert any(tuple(pixel) == colour(1) for pixel in page.reshape(-1, 3))
 
 
 def test_depthwise_kernels_fill_a_near_square_grid_row_by_row() -> None:
     weights = torch.linspace(-1, 1, 7 * 4).view(7, 1, 2, 2)
-    page = np.asarray(made(weights).grid())
+    page = np.asarray(kernels_of(weights).grid())
     left = first_column(page, TOP)
     for index in range(7):
         row, column = divmod(index, 3)
@@ -135,34 +134,32 @@ def test_rows_go_on_in_a_further_block_where_filters_see_few_channels() -> None:
 def test_pages_hold_every_kernel_once_and_are_bounded(shape: tuple[int, int, int, int]) -> None:
     weights = torch.zeros(1, 1, *shape[2:]).expand(shape)
     sheet = KernelSheet.of(weights)
-    seen = np.zeros(shape[:2], int)
+    drawn = np.zeros(shape[:2], int)
     for filters, channels in sheet.pages:
-        seen[filters.start : filters.stop, channels.start : channels.stop] += 1
+        drawn[filters.start : filters.stop, channels.start : channels.stop] += 1
         assert len(filters) <= sheet.rows * max(1, 2700 // (sheet.columns * (shape[3] * sheet.factor + 1)))
         assert len(channels) * (shape[3] * sheet.factor + 1) <= 2700
         assert sheet.rows * (shape[2] * sheet.factor + 1) <= 2700
-    assert bool((seen == 1).all())
+    assert bool((drawn == 1).all())
     assert sheet.factor * max(shape[2:]) >= 9
 
 
 def test_the_pages_of_a_large_layer(tmp_path: Path) -> None:
     weights = torch.zeros(3, 300, 3, 3)
     weights[1, 256:, 0, 0] = 1.0
-    many = made(weights)
+    many = kernels_of(weights)
     assert many.pages == 2
     second = np.asarray(many.grid(1))
     height = 3 * KernelSheet.of(weights).factor + 1
     left = first_column(second, TOP + HEAD)
-    assert tuple(second[TOP + HEAD + height, left]) == tuple(
-        int(one) for one in colormaps["RdBu_r"](255, bytes=True)[:3]
-    )
+    assert tuple(second[TOP + HEAD + height, left]) == colour(1)
     with pytest.raises(errors.InvalidRequest, match="conv has no page 2: it has 2, counted from 0"):
         many.grid(2)
     paths = many.save(tmp_path / "conv.png")
-    assert [one.name for one in paths] == ["conv.png", "conv_page2.png"]
+    assert [path.name for path in paths] == ["conv.png", "conv_page2.png"]
     with Image.open(paths[1]) as opened:
-        about = json.loads(opened.text[encode.METADATA])  # type: ignore[attr-defined]
-    assert (about["layer"], about["page"]) == ("conv", 1)
+        metadata = json.loads(opened.text[encode.METADATA])  # type: ignore[attr-defined]
+    assert (metadata["layer"], metadata["page"]) == ("conv", 1)
 
 
 def test_labels_are_as_close_as_there_is_room() -> None:
@@ -177,12 +174,12 @@ def test_labels_are_as_close_as_there_is_room() -> None:
 def test_filters_of_the_first_layer_in_colour(order: str, expected: tuple[int, ...]) -> None:
     weights = torch.zeros(4, 3, 1, 1)
     weights[0, :, 0, 0] = torch.tensor([1.0, 0.0, -0.5])
-    page = np.asarray(made(weights, order).rgb())
+    page = np.asarray(kernels_of(weights, order).rgb())
     left = first_column(page, TOP)
     assert tuple(page[TOP, left]) == expected
     assert tuple(page[TOP + 49, left]) == (128, 128, 128)
-    with pytest.raises(errors.LayerRefused, match="conv has 2 input channels, not the 3 of a colour"):
-        made(weights[:, :2]).rgb()
+    with pytest.raises(errors.LayerRefused, match="conv has 2 input channels; a colour has 3"):
+        kernels_of(weights[:, :2]).rgb()
 
 
 def test_only_the_first_layer_of_a_network_that_sees_colour_is_shown_in_colour() -> None:
@@ -195,10 +192,10 @@ def test_only_the_first_layer_of_a_network_that_sees_colour_is_shown_in_colour()
 
 
 def test_the_built_in_network_shows_a_green_filter_in_green() -> None:
-    shown = kernels(load("builtin/vgg19"), "block1_conv1")
-    assert shown.weights.shape == (64, 3, 3, 3)
-    assert shown.spec["colours"] == "bgr"
-    page = np.asarray(shown.rgb()).astype(int)
+    first = kernels(load("builtin/vgg19"), "block1_conv1")
+    assert first.weights.shape == (64, 3, 3, 3)
+    assert first.spec["colours"] == "bgr"
+    page = np.asarray(first.rgb()).astype(int)
     left = first_column(page, TOP)
     red, green, blue = page[TOP + 49 + 24, left + 4 * 49 + 24]  # filter 12: green against red and blue
     assert green > red + 60
@@ -215,7 +212,7 @@ def test_the_colours_of_kernels_that_fill_several_pages_keep_their_names(monkeyp
 
     monkeypatch.setattr(captions, "with_axis_labels", note)
     monkeypatch.setattr(sys.modules["phosphene.inspection.kernels"], "PAGE", 90)  # room for two columns of 40 px
-    sheets = made(torch.rand(2, 3, 40, 40), "bgr")
+    sheets = kernels_of(torch.rand(2, 3, 40, 40), "bgr")
     for page in range(sheets.pages):
         sheets.grid(page)
     assert named == [["B", "G"], ["R"]]
@@ -227,7 +224,7 @@ def test_the_colours_of_kernels_that_fill_several_pages_keep_their_names(monkeyp
 def pixel(share: float) -> list[int]:
     """Return the colour of a weight that is such a share of its filter's largest."""
     end = (179, 88, 6) if share > 0 else (33, 102, 172)
-    return [round(255 + abs(share) * (one - 255)) for one in end]
+    return [round(255 + abs(share) * (channel - 255)) for channel in end]
 
 
 def test_a_pixel_is_a_weight_and_each_filter_has_its_scale() -> None:
@@ -235,8 +232,8 @@ def test_a_pixel_is_a_weight_and_each_filter_has_its_scale() -> None:
     weights[0, 1] = torch.tensor([[-2.0, 1.0]])
     weights[0, 0, 0, 1] = 0.5
     weights[2, 0] = torch.tensor([[0.0, 0.01]])
-    image, facts = made(weights).pixels([2, 0, 1])
-    assert facts == {
+    image, legend = kernels_of(weights).pixels([2, 0, 1])
+    assert legend == {
         "tile": [2, 1],
         "columns": 2,
         "inputs": [[0, 1], [1, 0], [0, 1]],  # strongest first; of equal ones the lower number
@@ -254,26 +251,26 @@ def test_a_pixel_is_a_weight_and_each_filter_has_its_scale() -> None:
 
 def test_the_strongest_inputs_are_those_of_the_largest_norm() -> None:
     weights = torch.randn(5, 30, 3, 2, generator=torch.Generator().manual_seed(3))
-    image, facts = made(weights).pixels(range(5))
-    shown = np.asarray(image)
-    assert shown.shape == (15, 24, 3)
-    for number, one in enumerate(weights.double()):
-        norms = [sum(float(w) ** 2 for w in kernel.flatten()) ** 0.5 for kernel in one]
+    image, legend = kernels_of(weights).pixels(range(5))
+    pixels = np.asarray(image)
+    assert pixels.shape == (15, 24, 3)
+    for number, kernels_in in enumerate(weights.double()):
+        norms = [sum(float(w) ** 2 for w in kernel.flatten()) ** 0.5 for kernel in kernels_in]
         order = sorted(range(30), key=lambda channel: -norms[channel])[:12]
-        largest = max(abs(float(w)) for w in one.flatten())
-        assert (facts["inputs"][number], facts["scale"][number], facts["of"]) == (order, largest, 30)
+        largest = max(abs(float(w)) for w in kernels_in.flatten())
+        assert (legend["inputs"][number], legend["scale"][number], legend["of"]) == (order, largest, 30)
         for column, channel in enumerate(order):
-            tile = shown[number * 3 : number * 3 + 3, column * 2 : column * 2 + 2].tolist()
-            assert tile == [[pixel(float(w) / largest) for w in row] for row in one[channel]]
+            tile = pixels[number * 3 : number * 3 + 3, column * 2 : column * 2 + 2].tolist()
+            assert tile == [[pixel(float(w) / largest) for w in row] for row in kernels_in[channel]]
 
 
 @pytest.mark.parametrize(("order", "expected"), [("rgb", [255, 128, 64]), ("bgr", [64, 128, 255])])
 def test_a_filter_of_the_first_layer_is_one_tile_in_colour(order: str, expected: list[int]) -> None:
     weights = torch.zeros(2, 3, 1, 1)
     weights[0, :, 0, 0] = torch.tensor([4.0, 0.0, -2.0])
-    image, facts = made(weights, order).pixels([0, 1])
+    image, legend = kernels_of(weights, order).pixels([0, 1])
     assert np.asarray(image).tolist() == [[expected], [[128] * 3]]
-    assert facts == {
+    assert legend == {
         "tile": [1, 1],
         "columns": 1,
         "inputs": [[0, 1, 2]] * 2,
@@ -285,12 +282,12 @@ def test_a_filter_of_the_first_layer_is_one_tile_in_colour(order: str, expected:
 
 def test_kernels_of_half_precision_and_of_one_channel_each() -> None:
     net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=4)).bfloat16()
-    found = kernels(handle(net, channels_in=4), 0)
-    image, facts = found.pixels([3, 6])
-    assert (image.size, facts["inputs"], facts["of"]) == ((3, 6), [[0], [0]], 1)
+    halves = kernels(handle(net, channels_in=4), 0)
+    image, legend = halves.pixels([3, 6])
+    assert (image.size, legend["inputs"], legend["of"]) == ((3, 6), [[0], [0]], 1)
     rows = [
         pixel(float(w) / scale)
-        for n, scale in zip((3, 6), facts["scale"], strict=True)
-        for w in found.weights[n].flatten()
+        for n, scale in zip((3, 6), legend["scale"], strict=True)
+        for w in halves.weights[n].flatten()
     ]
     assert np.asarray(image).reshape(-1, 3).tolist() == rows

@@ -15,7 +15,8 @@ from phosphene.images.photo import SUFFIXES, read
 from phosphene.inspection.activations import activations as read_activations
 from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
 from phosphene.inspection.explain import Explainer, explaining
-from phosphene.inspection.heatmap import STYLES, Heatmap
+from phosphene.inspection.heatmap import Heatmap
+from phosphene.inspection.overlay import STYLES
 from phosphene.network.model import Model
 from phosphene.storage.atomic import check_writable, write_manifest
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest, LayerRefused, WeightsRefused, nearest
 from phosphene.images import captions, display, encode, grid
+from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 from phosphene.storage.atomic import write_file
 
@@ -20,9 +21,9 @@ PAGE = 2560  # pixels of a page's longest side, about
 SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side
 GAP, BETWEEN = 1, 195  # pixels between kernels, and their grey
 SCALE_IN_RMS = 4  # root mean squares that the scale reaches at most: one outlier would leave all others without colour
-INPUTS = 12  # input channels that a filter shows of at most where a weight is a pixel
-BLUE, ORANGE = (33, 102, 172), (179, 88, 6)  # equally dark, and told apart by colour-blind eyes
-# colour map, and whether 0 is its middle. Red against blue is told apart by colour-blind eyes, red against green is not
+INPUTS = 12  # most input channels of a filter where a weight is a pixel
+BLUE, ORANGE = (33, 102, 172), (179, 88, 6)  # equally dark; colour-blind eyes tell them apart
+# Colour map, and whether 0 is its middle. Colour-blind eyes tell red from blue, but not red from green.
 STYLES = {"signed": ("RdBu_r", True), "grey": ("gray", False)}
 
 
@@ -46,15 +47,11 @@ def kernels(model: Model, address: str | int) -> Kernels:
     module = model.modules[layer.place.path]
     weights = model.layout.kernel(module)
     if weights is None:
-        there = [one.path for one in model.layers() if model.layout.kernel(model.modules[one.place.path]) is not None]
-        have = (
-            f"the nearest that have: {nearest(layer.path, there)}" if there else "and no layer of this network has any"
-        )
-        raise LayerRefused(f"{layer.path} is a {layer.kind}, which has no kernels (out, in, height, width); {have}")
+        raise no_kernels(model, layer)
     if not bool(weights.isfinite().all()):
         raise WeightsRefused(f"the kernels of {layer.path} hold NaN or infinity; load a sound file")
-    first = next((one.place for one in model.layers() if one.convolution), None) == layer.place
-    sees_photo = first and weights.shape[1] == model.channels_in == 3
+    convolutions = (layer.place for layer in model.layers() if layer.convolution)
+    sees_photo = layer.place == next(convolutions, None) and weights.shape[1] == model.channels_in == 3
     order = "bgr" if getattr(model.preprocessing, "bgr", False) else "rgb"
     spec = {
         **model.origin,
@@ -64,6 +61,13 @@ def kernels(model: Model, address: str | int) -> Kernels:
         "colours": order if sees_photo else None,
     }
     return Kernels(weights.detach().cpu().clone(), spec)
+
+
+def no_kernels(model: Model, layer: Layer) -> LayerRefused:
+    """Return the refusal of a layer without kernels, which names the nearest that have some."""
+    paths = [other.path for other in model.layers() if model.layout.kernel(model.modules[other.place.path]) is not None]
+    advice = f"the nearest that have: {nearest(layer.path, paths)}" if paths else "and no layer of this network has any"
+    return LayerRefused(f"{layer.path} is a {layer.kind}, which has no kernels (out, in, height, width); {advice}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +99,11 @@ class Kernels:
     def grid(self, page: int = 0, style: str = "signed") -> display.Picture:
         """Return one row of kernels per output filter, one column per input channel (R2.2b), on one common scale.
 
-        Style `signed` goes from blue over white, which is 0, to red: as far either way as the largest magnitude, but
-        at most four times the root mean square, for one outlier would leave all others without colour. `grey` is
-        R2.2b's own: the lowest weight black, the highest white. Where filters see few input channels each,
-        the rows go on in a further block to the right; those that see one (depthwise) fill a near-square grid row by
-        row. Kernels are enlarged by a whole factor, and what does not fit a page goes to the next.
+        Style `signed` goes from blue through white, which is 0, to red: as far either way as the largest magnitude,
+        but at most four times the root mean square, for one outlier would leave all others without colour. `grey` is
+        that of R2.2b: the lowest weight black, the highest white. If filters have few input channels each, the rows
+        go on in a further block to the right; filters of one channel (depthwise) fill a near-square grid row by row.
+        Kernels are enlarged by a whole factor, and what does not fit a page goes to the next.
 
         Raises:
             InvalidRequest: there is no such page or style.
@@ -119,50 +123,50 @@ class Kernels:
             for start in range(0, len(filters), sheet.rows)
         ]
         bar = captions.colour_bar(low, high, colours, min(240, max(100, blocks[0].height)))
-        said = [
-            f"{len(self):,} filters, one a row" if sheet.columns > 1 else f"{len(self):,} filters of one channel each"
-        ]
-        said += [f"{self.weights.shape[1]:,} input channels, one a column"] if sheet.columns > 1 else []
-        said += ["×".join(map(str, self.weights.shape[2:]))]
+        notes = [f"{len(self):,} filters of one channel each"]
+        if sheet.columns > 1:
+            notes = [f"{len(self):,} filters, one a row", f"{self.weights.shape[1]:,} input channels, one a column"]
+        notes += ["×".join(map(str, self.weights.shape[2:]))]
         largest = float(self.weights.abs().max())
-        said += [f"largest ±{largest:.3g}, shown as ±{high:.3g}"] if about_zero and largest > high * 1.001 else []
-        said += [f"page {page + 1} of {len(sheet.pages)}"] if len(sheet.pages) > 1 else []
-        return captions.with_caption(captions.stack_images([*blocks, bar]), self.heading("kernels"), " · ".join(said))
+        notes += [f"largest ±{largest:.3g}, shown as ±{high:.3g}"] if about_zero and largest > high * 1.001 else []
+        notes += [f"page {page + 1} of {len(sheet.pages)}"] if len(sheet.pages) > 1 else []
+        return captions.with_caption(captions.stack_images([*blocks, bar]), self.title("kernels"), " · ".join(notes))
 
     def rgb(self) -> display.Picture:
-        """Return one tile in colour per filter, for a layer that sees a photo's three channels, row by row.
+        """Return one tile in colour per filter, row by row, for a layer whose input is a photo's three channels.
 
-        One common scale, that of the grid: mid-grey (128) is 0, 255 its end, 0 the same with a minus.
+        All share the scale of the signed grid: the level 0 is its lowest weight, 128 (mid-grey) 0, 255 its highest.
 
         Raises:
             LayerRefused: the filters do not have three input channels.
         """
         if self.weights.shape[1] != 3:
-            raise LayerRefused(
-                f"{self.spec['layer']} has {self.weights.shape[1]} input channels, not the 3 of a colour"
-            )
+            raise LayerRefused(f"{self.spec['layer']} has {self.weights.shape[1]} input channels; a colour has 3")
         low, high = scale(self.weights, True)
-        levels = as_levels(self.weights, low, high)
-        levels = levels.flip(1) if self.spec["colours"] == "bgr" else levels
+        levels = self.to_rgb(as_levels(self.weights, low, high))
         columns = math.ceil(math.sqrt(len(self)))
         factor = enlargement(self.weights, columns)
         tiles = levels.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         sheet = grid.mosaic(tiles, columns, GAP)
-        marks = index_labels(range(0, len(self), columns), self.weights.shape[2] * factor + GAP, 14)
+        labels = index_labels(range(0, len(self), columns), self.weights.shape[2] * factor + GAP, 14)
         size = "×".join(map(str, self.weights.shape[2:]))
         note = f"{len(self):,} filters of {size} in colour · grey is 0, full colour ±{high:.3g}"
-        return captions.with_caption(captions.with_axis_labels(sheet, marks), self.heading("filters in colour"), note)
+        return captions.with_caption(captions.with_axis_labels(sheet, labels), self.title("filters in colour"), note)
+
+    def to_rgb(self, colours: Tensor) -> Tensor:
+        """Return colours (n, 3, …) in the layer's order of input channels as RGB."""
+        return colours.flip(1) if self.spec["colours"] == "bgr" else colours
 
     def pixels(self, filters: Sequence[int]) -> tuple[display.Picture, dict[str, Any]]:
-        """Return filters with one pixel a weight, a row a filter, and what is where, in JSON terms.
+        """Return filters with one pixel a weight, a row a filter, and the legend in JSON terms.
 
         A column is one of a filter's strongest input channels (by L2 norm, strongest first; of equal ones the lower
-        number), at most `INPUTS`. Colours go from blue over white, which is 0, to orange; in a first layer that sees
-        colour a filter is one tile in true colour, where mid-grey is 0. Each filter has its own scale, as far either
-        way as its largest magnitude.
+        number), at most `INPUTS`. Colours go from blue through white, which is 0, to orange; in a first layer that
+        sees colour a filter is one tile in true colour, where mid-grey is 0. Each filter has a scale to itself, as far
+        either way as its largest magnitude.
 
-        The facts are `tile` (width, height), `columns`, `inputs` (a row's input channels, in order), `scale` (a row's
-        largest magnitude), `colours` ("signed" or "rgb") and `of`, the input channels that there are. In a grouped
+        The legend holds `tile` (width, height), `columns`, `inputs` (a row's input channels, in order), `scale` (a
+        row's largest magnitude), `colours` ("signed" or "rgb") and `of`, the number of input channels. In a grouped
         convolution these are counted within the group.
         """
         weights = self.weights[list(filters)]
@@ -171,11 +175,11 @@ class Kernels:
         inputs = norms.argsort(dim=1, descending=True, stable=True)[:, :INPUTS]
         if self.spec["colours"]:
             inputs = torch.arange(3).expand(len(filters), 3)
-        seen = weights.gather(1, inputs[..., None, None].expand(-1, -1, *weights.shape[2:])).double()
-        tiles = self.coloured(seen / largest.where(largest > 0, 1).view(-1, 1, 1, 1))
+        drawn = weights.gather(1, inputs[..., None, None].expand(-1, -1, *weights.shape[2:])).double()
+        tiles = self.colourise(drawn / largest.where(largest > 0, 1).view(-1, 1, 1, 1))
         count, columns, height, width = tiles.shape[:4]
         image = tiles.transpose(1, 2).reshape(count * height, columns * width, 3)
-        facts = {
+        legend = {
             "tile": [width, height],
             "columns": columns,
             "inputs": inputs.tolist(),
@@ -183,25 +187,24 @@ class Kernels:
             "colours": "rgb" if self.spec["colours"] else "signed",
             "of": weights.shape[1],
         }
-        return grid.picture(image.permute(2, 0, 1)), facts
+        return grid.picture(image.permute(2, 0, 1)), legend
 
-    def coloured(self, shares: Tensor) -> Tensor:
+    def colourise(self, shares: Tensor) -> Tensor:
         """Return shares (n, m, kh, kw) of each filter's scale, -1 to 1, as tiles (n, columns, kh, kw, 3), uint8."""
         if self.spec["colours"]:
-            shares = shares.flip(1) if self.spec["colours"] == "bgr" else shares
-            return display.to_bytes((shares + 1) / 2).permute(0, 2, 3, 1)[:, None]
+            return display.to_bytes((self.to_rgb(shares) + 1) / 2).permute(0, 2, 3, 1)[:, None]
         ends = torch.where(shares[..., None] > 0, torch.tensor(ORANGE), torch.tensor(BLUE))
         return (255 - shares.abs()[..., None] * (255 - ends)).round().to(torch.uint8)
 
-    def heading(self, what: str) -> str:
-        """Return what a picture shows; of a recorded training, after which epoch."""
+    def title(self, subject: str) -> str:
+        """Return the title of a picture; in a recorded training it names the epoch."""
         epoch = self.spec.get("epoch")
-        return f"{self.spec['layer']} · {what}" + ("" if epoch is None else f" after epoch {epoch}")
+        return f"{self.spec['layer']} · {subject}" + ("" if epoch is None else f" after epoch {epoch}")
 
     def pictures(self, style: str = "signed") -> Iterator[display.Picture]:
-        """Yield what there is to see: every page of the grid, beside tiles in colour in a network's first layer.
+        """Yield every page of the grid; in a network's first layer one picture, with tiles in colour beside the grid.
 
-        The tiles are signed too, so that there are none beside another style.
+        The tiles in colour are signed, so only the style `signed` has them.
         """
         if self.spec["colours"] and style == "signed":
             yield captions.stack_images([self.rgb(), self.grid()])
@@ -220,19 +223,19 @@ class Kernels:
         return encode.png(next(self.pictures()), self.spec)
 
 
-def write_pages(pages: Iterable[display.Picture], target: Path, facts: Mapping[str, Any]) -> list[Path]:
+def write_pages(pages: Iterable[display.Picture], target: Path, metadata: Mapping[str, Any]) -> list[Path]:
     """Write pages as PNG, the first as `target`, further ones as `…_page2.png`, and return the paths."""
     return [
         write_file(
             target.with_name(f"{target.stem}_page{page + 1}{target.suffix}") if page else target,
-            encode.png(one, {**facts, "page": page}),
+            encode.png(picture, {**metadata, "page": page}),
         )
-        for page, one in enumerate(pages)
+        for page, picture in enumerate(pages)
     ]
 
 
 class KernelSheet(NamedTuple):
-    """How kernels are laid out: enlarged by `factor`, `rows` filters of `columns` channels a block, and the pages."""
+    """The layout of kernels: enlarged by `factor`, `rows` filters of `columns` channels a block, and the pages."""
 
     factor: int
     rows: int
@@ -263,19 +266,16 @@ class KernelSheet(NamedTuple):
         big = tiles.flatten(0, 1).repeat_interleave(self.factor, 1).repeat_interleave(self.factor, 2)
         if self.columns == 1:
             side = math.ceil(math.sqrt(len(tiles)))
-            return captions.with_axis_labels(
-                grid.mosaic(big, side, GAP), index_labels(range(0, len(tiles), side), height, 14)
-            )
-        sheet = grid.mosaic(big, len(channels), GAP, BETWEEN)
-        rows = index_labels(range(first, first + len(tiles)), height, 14)
-        names = index_labels(channels, width, 28)
+            rows = index_labels(range(0, len(tiles), side), height, 14)
+            return captions.with_axis_labels(grid.mosaic(big, side, GAP), rows)
+        rows, columns = index_labels(range(first, first + len(tiles)), height, 14), index_labels(channels, width, 28)
         if colours:
-            names = {place: colours.upper()[int(number)] for place, number in names.items()}
-        return captions.with_axis_labels(sheet, rows, names)
+            columns = {position: colours.upper()[int(number)] for position, number in columns.items()}
+        return captions.with_axis_labels(grid.mosaic(big, len(channels), GAP, BETWEEN), rows, columns)
 
 
 def enlargement(weights: Tensor, side: int | None = None) -> int:
-    """Return the whole factor by which kernels are enlarged: the least, or the best where `side` go along a page."""
+    """Return the whole factor by which kernels are enlarged: the least, or the best for `side` of them along a page."""
     longer = max(weights.shape[2:])
     least = math.ceil(SMALLEST / longer)
     return least if side is None else max(least, min(LARGEST // longer, (PAGE // 2 // side - GAP) // longer))
@@ -296,6 +296,6 @@ def as_levels(weights: Tensor, low: float, high: float) -> Tensor:
 
 
 def index_labels(numbers: range, step: int, room: int) -> dict[int, str]:
-    """Return labels for tiles that are `step` pixels apart, each 1, 2, 4 … th so that a label has `room` pixels."""
-    every = 2 ** max(0, math.ceil(math.log2(room / step)))
-    return {index * step + step // 2: str(one) for index, one in enumerate(numbers) if index % every == 0}
+    """Return labels for tiles that are `step` pixels apart: each 1st, 2nd, 4th … so that a label has `room` pixels."""
+    stride = 2 ** max(0, math.ceil(math.log2(room / step)))
+    return {index * step + step // 2: str(number) for index, number in enumerate(numbers) if index % stride == 0}
