@@ -23,11 +23,12 @@ from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, Lay
 from phosphene.images.photo import Region
 from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
 from phosphene.inspection.default_layer import default_layer
-from phosphene.inspection.explain import explain, explaining, heatmaps
+from phosphene.inspection.explain import explain, explaining
 from phosphene.network.feature_maps import as_map, token_grid
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.network.preprocessing import Preprocessing
+from raw_heatmaps import heatmaps
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 NETS = {  # name -> side of the image in pixels

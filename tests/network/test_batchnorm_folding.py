@@ -17,11 +17,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from phosphene.inspection.explain import explaining, heatmaps
+from phosphene.inspection.explain import explaining
 from phosphene.network.batchnorm_folding import BatchNormFolding, fold
 from phosphene.network.layers import survey
 from phosphene.network.loading import load
 from phosphene.network.model import Model
+from raw_heatmaps import heatmaps
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 

@@ -27,8 +27,8 @@ def weighted(acts: Tensor, weights: Tensor) -> Tensor:
 
 def safe_divide(above: Tensor, below: Tensor) -> Tensor:
     """Return above / below, and 0 where `below` is 0."""
-    nothing = below == 0
-    return torch.where(nothing, 0, above / below.masked_fill(nothing, 1))
+    is_zero = below == 0
+    return torch.where(is_zero, 0, above / below.masked_fill(is_zero, 1))
 
 
 def gradcam(acts: Tensor, grads: Tensor) -> Tensor:
@@ -99,12 +99,12 @@ CAUTIONS = {
 CLASS_FREE = ("eigencam",)
 
 
-def gradient(slope: InputGradient, images: Tensor) -> Tensor:
+def gradient(input_gradient: InputGradient, images: Tensor) -> Tensor:
     """Return the gradient's sum over channels (after Simonyan 2013, arXiv:1312.6034): signed; its size is shown."""
-    return slope(images).sum(1)
+    return input_gradient(images).sum(1)
 
 
-def smoothgrad(slope: InputGradient, images: Tensor, samples: int = 24, noise: float = 0.15) -> Tensor:
+def smoothgrad(input_gradient: InputGradient, images: Tensor, samples: int = 24, noise: float = 0.15) -> Tensor:
     """Return the gradient's sum over channels, its mean over noisy copies (Smilkov 2017, arXiv:1706.03825).
 
     Signed; its size is shown. (The mean of ABSOLUTE gradients would show the photo's edges: with the classifier's
@@ -117,11 +117,11 @@ def smoothgrad(slope: InputGradient, images: Tensor, samples: int = 24, noise: f
     total = torch.zeros_like(images)
     for _ in range(samples):
         draw = torch.randn(images.shape[1:], generator=generator, dtype=torch.float64).to(images)
-        total += slope(images + noise * span * draw)
+        total += input_gradient(images + noise * span * draw)
     return (total / samples).sum(1)
 
 
-def integrated_gradients(slope: InputGradient, images: Tensor, steps: int = 32) -> Tensor:
+def integrated_gradients(input_gradient: InputGradient, images: Tensor, steps: int = 32) -> Tensor:
     """Return the image times its gradient, the mean along the way from black (Sundararajan 2017, arXiv:1703.01365).
 
     Signed, summed over channels: the map's sum tends to the class score of the image minus that of black. Black parts
@@ -129,7 +129,7 @@ def integrated_gradients(slope: InputGradient, images: Tensor, steps: int = 32) 
     """
     total = torch.zeros_like(images)
     for step in range(steps):
-        total += slope(images * ((step + 0.5) / steps))
+        total += input_gradient(images * ((step + 0.5) / steps))
     return (images * total / steps).sum(1)
 
 

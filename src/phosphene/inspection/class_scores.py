@@ -54,15 +54,10 @@ def class_indices(targets: Any, logits: Tensor, labels: Sequence[str]) -> list[i
         targets = targets.tolist()
     per_image = [targets] * len(logits) if targets is None or isinstance(targets, int | str) else list(targets)
     if len(per_image) != len(logits):
-        raise InvalidRequest(
-            f"there are {len(per_image)} targets for {len(logits)} images; give one target, or one for each image"
-        )
+        raise InvalidRequest(f"there are {len(per_image)} targets for {len(logits)} images; give one, or one for each")
     count = 2 if is_binary(logits, labels) else logits.shape[1]
-    likely = class_probabilities(logits.detach(), labels).argmax(1).tolist()
-    return [
-        top if target is None else class_index(target, count, labels)
-        for target, top in zip(per_image, likely, strict=True)
-    ]
+    pairs = zip(per_image, class_probabilities(logits.detach(), labels).argmax(1).tolist(), strict=True)
+    return [top if target is None else class_index(target, count, labels) for target, top in pairs]
 
 
 def class_index(target: int | str, count: int, labels: Sequence[str]) -> int:

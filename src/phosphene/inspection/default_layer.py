@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,39 +12,43 @@ from phosphene.network.feature_maps import as_map_or_none, map_is_certain
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 
+Size = tuple[int, int]
+
 
 def default_layer(model: Model) -> Layer:
     """Return the layer where a heat map is taken by default.
 
-    That is the last convolution or normalisation with a map larger than 1×1, or the last block of layers with the same
-    map size that follows or ends with it: VGG16's last convolution (14×14, as in R4.3) rather than what is pooled from
-    it to 7×7; `layer4` of a ResNet. A bare activation function after it does not count: before it the map also holds
-    what speaks against the class, which makes it sharper (`bench/mosaics.py`). Where tokens take part, the class scores
-    must depend on the layer's positions: in a ViT that makes it the first normalisation of the last block, for after it
-    only the class token counts.
+    That is the last convolution or normalisation with a map larger than 1×1, or the last block with the same map size
+    that follows or ends with it: the last convolution of VGG16 (14×14, as in R4.3) rather than the 7×7 that is pooled
+    from it; `layer4` of a ResNet. A bare activation function does not count: the map before it also holds what speaks
+    against the class, which makes it sharper (`bench/mosaics.py`). Where tokens take part, the class scores must depend
+    on the layer's positions: in a ViT only the class token counts after the last attention, so it is the first
+    normalisation of the last block.
 
     Raises:
         LayerRefused: no layer has a map.
     """
     layers = layers_before_scores(model)
-    mapped = [
-        number
-        for number, layer in enumerate(layers)
-        if is_convolution_or_norm(model, layer) and has_certain_map(model, layer)
-    ]
-    tail = layers[mapped[-1] :] if mapped else layers
-    sizes = {layer.path: layer.size for layer in tail if has_certain_map(model, layer)}
+    sizes = {layer.path: layer.size for layer in layers if has_certain_map(model, layer)}
+    tail = layers[last_anchor(model, layers, sizes) or 0 :]
     if any(may_have_hidden_map(model, layer) for layer in tail):
         sizes = contributing_map_sizes(model, tail)
-    anchors = [
-        number for number, layer in enumerate(tail) if layer.path in sizes and is_convolution_or_norm(model, layer)
-    ]
-    if not anchors:
+    anchor = last_anchor(model, tail, sizes)
+    if anchor is None:
         raise LayerRefused(f"{model.name} has no convolution or normalisation with a map that counts; name a layer")
-    size = sizes[tail[anchors[-1]].path]
-    same_size = [layer for layer in tail[anchors[-1] :] if sizes.get(layer.path) == size]
+    size = sizes[tail[anchor].path]
+    same_size = [layer for layer in tail[anchor:] if sizes.get(layer.path) == size]
     weighted = [layer for layer in same_size if any(True for _ in model.modules[layer.place.path].parameters())]
     return [layer for layer in weighted if 2 not in weight_dimensions(model, layer)][-1]
+
+
+def last_anchor(model: Model, layers: Sequence[Layer], sizes: Mapping[str, Size | None]) -> int | None:
+    """Return the index of the last convolution or normalisation that has a map size, None if there is none."""
+    for number in reversed(range(len(layers))):
+        dimensions = weight_dimensions(model, layers[number]) if layers[number].path in sizes else set()
+        if dimensions and 2 not in dimensions:  # no plain matrix, as in Linear
+            return number
+    return None
 
 
 def layers_before_scores(model: Model) -> list[Layer]:
@@ -67,12 +71,6 @@ def may_have_hidden_map(model: Model, layer: Layer) -> bool:
     return not is_vector and not map_is_certain(layer, model.input_size)
 
 
-def is_convolution_or_norm(model: Model, layer: Layer) -> bool:
-    """Return whether a layer has weights of its own, and none of them is a plain matrix as in Linear."""
-    dimensions = weight_dimensions(model, layer)
-    return bool(dimensions) and 2 not in dimensions
-
-
 def weight_dimensions(model: Model, layer: Layer) -> set[int]:
     """Return how many dimensions a layer's weights have; for a block, which holds further layers, the empty set."""
     module = model.modules[layer.place.path]
@@ -81,7 +79,7 @@ def weight_dimensions(model: Model, layer: Layer) -> set[int]:
     return set() if holds_layers else {weight.dim() for weight in module.parameters()}
 
 
-def contributing_map_sizes(model: Model, layers: Sequence[Layer]) -> dict[str, tuple[int, int] | None]:
+def contributing_map_sizes(model: Model, layers: Sequence[Layer]) -> dict[str, Size | None]:
     """Return the map sizes of the layers whose positions matter to the class scores, tried on an image of noise.
 
     If none seems to matter (the classifier's weights may be 0), return the sizes of all layers that have a map.
@@ -93,7 +91,7 @@ def contributing_map_sizes(model: Model, layers: Sequence[Layer]) -> dict[str, t
         score = values[model.logits].float().amax()
         acts = {path: values[path] for path in paths if values[path].requires_grad}
         grads = torch.autograd.grad(score, list(acts.values()), allow_unused=True) if acts else ()
-    sizes, contributing = dict[str, tuple[int, int] | None](), set[str]()
+    sizes, contributing = dict[str, Size | None](), set[str]()
     by_path = {layer.path: layer for layer in layers}
     for (path, act), grad in zip(acts.items(), grads, strict=True):
         act_map, grad_map = (as_map_or_none(tensor, by_path[path], image) for tensor in (act, grad))

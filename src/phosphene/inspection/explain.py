@@ -24,7 +24,6 @@ from phosphene.network.model import Model
 
 Address = str | int
 Target = int | str | None
-INPUT = "input"  # the "layer" of the methods that look at the image itself
 TOP = 5  # classes that a heat map names
 SEVERAL = 4  # images from which on it pays to lay the weights out anew
 
@@ -54,21 +53,6 @@ def explain(
     """
     with explaining(model, layer, method) as explainer:
         return explainer(photo, target)
-
-
-def heatmaps(
-    model: Model,
-    images: Tensor,
-    targets: Sequence[Target] | Tensor | Target = None,
-    layer: Address | None = None,
-    method: str | Cam = "gradcam",
-) -> tuple[Tensor, Tensor]:
-    """Return raw maps (b, h, w) and logits (b, k) of images (b, c, h, w) as the network takes them; see `explain`.
-
-    `targets` is one class for all images, or one for each.
-    """
-    with explaining(model, layer, method) as explainer:
-        return explainer.maps(images, targets)
 
 
 @contextmanager
@@ -111,11 +95,8 @@ class Explainer:
     @cached_property
     def spec(self) -> dict[str, Any]:
         """What determines the maps besides photo and class, in JSON terms."""
-        return {
-            **self.model.origin,
-            "layer": self.layer.path if self.layer else INPUT,
-            "method": method_name(self.method),
-        }
+        layer = self.layer.path if self.layer else "input"
+        return {**self.model.origin, "layer": layer, "method": method_name(self.method)}
 
     def __call__(self, photo: Tensor, target: Target = None) -> Heatmap:
         """Return the heat map of one photo (1, c, H, W)."""
@@ -152,10 +133,13 @@ class Explainer:
         )
 
     def maps(self, images: Tensor, targets: Sequence[Target] | Tensor | Target = None) -> tuple[Tensor, Tensor]:
-        """Return raw maps (b, h, w) and logits (b, k) of images (b, c, h, w) at the network's input size."""
-        # Convolutions are fastest with the channels last in memory and with the normalisations folded into them. Both
-        # lay the weights out anew, which pays for several images, or where gradients go all the way back. The results
-        # are the same within rounding. What runs again in the backward pass has to find the same weights.
+        """Return raw maps (b, h, w) and logits (b, k) of images (b, c, h, w) at the network's input size.
+
+        `targets` is one class for all images, or one for each.
+        """
+        # Convolutions are fastest with channels last in memory and normalisations folded into them. Both lay out the
+        # weights anew, which pays for several images, or if gradients go all the way back; the results are the same
+        # within rounding. What runs again in the backward pass has to find the same weights.
         fold_batchnorm = len(images) >= SEVERAL or self.layer is None
         with self.folding.folded() if fold_batchnorm else nullcontext():
             maps, logits = (self.cam_maps if self.layer else self.input_gradient_maps)(images, targets)

@@ -44,10 +44,13 @@ def kernels(model: Model, address: str | int) -> Kernels:
         torch.Size([64, 3, 3, 3])
     """
     layer = model.find(address)
-    module = model.modules[layer.place.path]
-    weights = model.layout.kernel(module)
+    weights = weights_of(model, layer)
     if weights is None:
-        raise no_kernels(model, layer)
+        paths = [candidate.path for candidate in model.layers() if weights_of(model, candidate) is not None]
+        have = (
+            f"the nearest that have: {nearest(layer.path, paths)}" if paths else "and no layer of this network has any"
+        )
+        raise LayerRefused(f"{layer.path} is a {layer.kind}, which has no kernels (out, in, height, width); {have}")
     if not bool(weights.isfinite().all()):
         raise WeightsRefused(f"the kernels of {layer.path} hold NaN or infinity; load a sound file")
     convolutions = (layer.place for layer in model.layers() if layer.convolution)
@@ -63,11 +66,9 @@ def kernels(model: Model, address: str | int) -> Kernels:
     return Kernels(weights.detach().cpu().clone(), spec)
 
 
-def no_kernels(model: Model, layer: Layer) -> LayerRefused:
-    """Return the refusal of a layer without kernels, which names the nearest that have some."""
-    paths = [other.path for other in model.layers() if model.layout.kernel(model.modules[other.place.path]) is not None]
-    advice = f"the nearest that have: {nearest(layer.path, paths)}" if paths else "and no layer of this network has any"
-    return LayerRefused(f"{layer.path} is a {layer.kind}, which has no kernels (out, in, height, width); {advice}")
+def weights_of(model: Model, layer: Layer) -> Tensor | None:
+    """Return a layer's kernels (out, in, kh, kw), None if it has none."""
+    return model.layout.kernel(model.modules[layer.place.path])
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +144,8 @@ class Kernels:
         if self.weights.shape[1] != 3:
             raise LayerRefused(f"{self.spec['layer']} has {self.weights.shape[1]} input channels; a colour has 3")
         low, high = scale(self.weights, True)
-        levels = self.to_rgb(as_levels(self.weights, low, high))
+        levels = as_levels(self.weights, low, high)
+        levels = levels.flip(1) if self.spec["colours"] == "bgr" else levels
         columns = math.ceil(math.sqrt(len(self)))
         factor = enlargement(self.weights, columns)
         tiles = levels.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -152,10 +154,6 @@ class Kernels:
         size = "×".join(map(str, self.weights.shape[2:]))
         note = f"{len(self):,} filters of {size} in colour · grey is 0, full colour ±{high:.3g}"
         return captions.with_caption(captions.with_axis_labels(sheet, labels), self.title("filters in colour"), note)
-
-    def to_rgb(self, colours: Tensor) -> Tensor:
-        """Return colours (n, 3, …) in the layer's order of input channels as RGB."""
-        return colours.flip(1) if self.spec["colours"] == "bgr" else colours
 
     def pixels(self, filters: Sequence[int]) -> tuple[display.Picture, dict[str, Any]]:
         """Return filters with one pixel a weight, a row a filter, and the legend in JSON terms.
@@ -192,7 +190,8 @@ class Kernels:
     def colourise(self, shares: Tensor) -> Tensor:
         """Return shares (n, m, kh, kw) of each filter's scale, -1 to 1, as tiles (n, columns, kh, kw, 3), uint8."""
         if self.spec["colours"]:
-            return display.to_bytes((self.to_rgb(shares) + 1) / 2).permute(0, 2, 3, 1)[:, None]
+            shares = shares.flip(1) if self.spec["colours"] == "bgr" else shares
+            return display.to_bytes((shares + 1) / 2).permute(0, 2, 3, 1)[:, None]
         ends = torch.where(shares[..., None] > 0, torch.tensor(ORANGE), torch.tensor(BLUE))
         return (255 - shares.abs()[..., None] * (255 - ends)).round().to(torch.uint8)
 
