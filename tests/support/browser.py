@@ -33,7 +33,7 @@ from phosphene.storage.atomic import write_file
 from phosphene.web.export import export
 from phosphene.web.live.render_queue import RenderQueue
 from phosphene.web.live.routes import live_routes
-from phosphene.web.server import Server, application, configured, listening
+from phosphene.web.server import Server, application, uvicorn_config, listening
 from phosphene.web.site import Site
 from phosphene.web.store_reader import StoreReader, stores_and_records_at
 from tiny_atlas import Here
@@ -50,7 +50,7 @@ class Served(NamedTuple):
 
     base: str
     place: Path
-    studio: RenderQueue
+    queue: RenderQueue
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +110,16 @@ def forming(count: int, channels: int, side: int, epoch: int) -> Tensor:
 def served(place: Path) -> Iterator[Served]:
     """Return a server with all that the page can do."""
     stores, histories, _ = stores_and_records_at(place)
-    gallery = StoreReader(stores)
-    studio = RenderQueue(gallery)
-    site = Site(gallery, trainings(histories), live=True)
-    shown = application(site, live_routes(studio), on_shutdown=studio.close)
+    reader = StoreReader(stores)
+    queue = RenderQueue(reader)
+    site = Site(reader, trainings(histories), live=True)
+    shown = application(site, live_routes(queue), on_shutdown=queue.close)
     at, ready = listening("127.0.0.1", 0), threading.Event()
-    server = Server(configured(shown), ready.set, studio.close)
+    server = Server(uvicorn_config(shown), ready.set, queue.close)
     thread = threading.Thread(target=server.run, args=([at],), daemon=True)
     thread.start()
     assert ready.wait(20)
-    yield Served(f"http://127.0.0.1:{at.getsockname()[1]}/", place, studio)
+    yield Served(f"http://127.0.0.1:{at.getsockname()[1]}/", place, queue)
     server.should_exit = True
     thread.join(20)
     assert not thread.is_alive()

@@ -37,18 +37,18 @@ NETWORK = "builtin/efficientnet-lite0"
 
 
 @pytest.fixture(scope="module")
-def gallery(place: Path) -> StoreReader:
+def reader(place: Path) -> StoreReader:
     """Return what the store says, which the page is to show."""
     return StoreReader(stores_and_records_at(place)[0])
 
 
-def atlas_at(base: str, gallery: StoreReader) -> str:
+def atlas_at(base: str, reader: StoreReader) -> str:
     """Return the address of the atlas."""
-    return f"{base}atlas/{gallery.atlases()[0].d}/"
+    return f"{base}atlas/{reader.atlases()[0].atlas_id}/"
 
 
-def verdicts(gallery: StoreReader, path: str) -> list[Verdict]:
-    return gallery.verdicts(gallery.atlases()[0].d, path)
+def verdicts(reader: StoreReader, path: str) -> list[Verdict]:
+    return reader.verdicts(reader.atlases()[0].atlas_id, path)
 
 
 def shown(page: Page) -> list[int]:
@@ -74,9 +74,9 @@ def until(there: Callable[[], bool], seconds: float = 15) -> None:
         time.sleep(0.02)
 
 
-def walk_by_mouse(page: Page, base: str, gallery: StoreReader) -> None:
+def walk_by_mouse(page: Page, base: str, reader: StoreReader) -> None:
     """Go from the index to a filter and back again."""
-    path, atlas = LAYERS[0], atlas_at(base, gallery)
+    path, atlas = LAYERS[0], atlas_at(base, reader)
     page.goto(f"{base}index.html")
     page.get_by_role("link", name=NETWORK).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(NETWORK)
@@ -95,10 +95,10 @@ def walk_by_mouse(page: Page, base: str, gallery: StoreReader) -> None:
         expect(page.get_by_role("heading", level=1)).to_have_text(heading)
 
 
-def see_filter(page: Page, base: str, gallery: StoreReader) -> None:
+def see_filter(page: Page, base: str, reader: StoreReader) -> None:
     """See all there is of a filter, by its address alone."""
-    page.goto(f"{atlas_at(base, gallery)}{LAYERS[1]}/5.html")
-    one = verdicts(gallery, LAYERS[1])[5]
+    page.goto(f"{atlas_at(base, reader)}{LAYERS[1]}/5.html")
+    one = verdicts(reader, LAYERS[1])[5]
     picture = page.locator(".portrait img")
     expect(picture).to_be_visible()
     until(lambda: picture.evaluate("one => one.complete && one.naturalWidth") == SIDE)
@@ -121,10 +121,10 @@ def most_excited(one: Verdict) -> float:
     return math.inf if one.excitation is None else -one.excitation
 
 
-def sort_and_filter(page: Page, base: str, gallery: StoreReader) -> None:
+def sort_and_filter(page: Page, base: str, reader: StoreReader) -> None:
     """Sort and filter a layer; what is chosen stands in the address, and goes with the back button."""
     path = LAYERS[0]
-    layer, known = f"{atlas_at(base, gallery)}{path}/index.html", verdicts(gallery, path)
+    layer, known = f"{atlas_at(base, reader)}{path}/index.html", verdicts(reader, path)
     by_excitation = [one.channel for one in sorted(known, key=most_excited)]
     by_score = [one.channel for one in sorted(known, key=lambda one: -one.score)]
     vivid = {one.channel for one in known if one.verdict == "vivid"}
@@ -155,10 +155,10 @@ def sort_and_filter(page: Page, base: str, gallery: StoreReader) -> None:
     assert shown(page) == list(range(FILTERS))[::-1]
 
 
-def leaf_through(page: Page, base: str, gallery: StoreReader) -> None:
+def leaf_through(page: Page, base: str, reader: StoreReader) -> None:
     """Go from filter to filter in the order of the grid, and back to it; from elsewhere by number."""
     path = LAYERS[0]
-    layer, known = f"{atlas_at(base, gallery)}{path}/index.html", verdicts(gallery, path)
+    layer, known = f"{atlas_at(base, reader)}{path}/index.html", verdicts(reader, path)
     chosen = [one.channel for one in sorted(known, key=most_excited) if one.verdict != "vivid"]
     assert len(chosen) > 2
     assert chosen != sorted(chosen)
@@ -182,7 +182,7 @@ def leaf_through(page: Page, base: str, gallery: StoreReader) -> None:
     expect(around.locator("a")).to_have_text([re.compile("filter 0$"), re.compile("^filter 2 ")])
 
 
-def walk_by_keyboard(page: Page, base: str, gallery: StoreReader) -> None:
+def walk_by_keyboard(page: Page, base: str, reader: StoreReader) -> None:
     """Go from the index to a filter, and on from there, by keys alone."""
     page.goto(f"{base}index.html")
     tab_to(page, lambda one: one.inner_text() == NETWORK)
@@ -210,7 +210,7 @@ def walk_by_keyboard(page: Page, base: str, gallery: StoreReader) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {at} of {LAYERS[0]}")
 
 
-def see_training(page: Page, base: str, gallery: StoreReader) -> None:
+def see_training(page: Page, base: str, reader: StoreReader) -> None:
     """Go through the epochs of a training run by slider, list, address, back button, and by itself."""
     page.goto(f"{base}index.html")
     page.get_by_role("link", name="flowers").click()
@@ -249,21 +249,21 @@ Visit = Callable[[Page, str, StoreReader], None]
 
 
 @pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
-def test_a_visit(visit: Visit, chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_a_visit(visit: Visit, chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
-        visit(page, served.base, gallery)
+        visit(page, served.base, reader)
 
 
 @pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
-def test_a_visit_to_plain_files(visit: Visit, chromium: Browser, exported: str, gallery: StoreReader) -> None:
+def test_a_visit_to_plain_files(visit: Visit, chromium: Browser, exported: str, reader: StoreReader) -> None:
     with visiting(chromium, exported) as page:
-        visit(page, exported, gallery)
+        visit(page, exported, reader)
 
 
-def test_a_visit_without_scripts(chromium: Browser, exported: str, gallery: StoreReader) -> None:
+def test_a_visit_without_scripts(chromium: Browser, exported: str, reader: StoreReader) -> None:
     with visiting(chromium, exported, script=False) as page:
-        walk_by_mouse(page, exported, gallery)
-        see_filter(page, exported, gallery)
+        walk_by_mouse(page, exported, reader)
+        see_filter(page, exported, reader)
         page.goto(f"{exported}runs/flowers/index.html")
         expect(page.get_by_label("Epoch", exact=True)).to_be_hidden()  # it would do nothing
         page.get_by_text("Every picture, as links").click()
@@ -297,9 +297,9 @@ def test_a_visit_that_something_is_wrong_with_fails(broken: str, said: str, chro
         visit()
 
 
-def views(base: str, gallery: StoreReader) -> dict[str, str]:
+def views(base: str, reader: StoreReader) -> dict[str, str]:
     """Return the address of each view."""
-    atlas = atlas_at(base, gallery)
+    atlas = atlas_at(base, reader)
     return {
         "index": f"{base}index.html",
         "network": f"{atlas}index.html",
@@ -309,25 +309,25 @@ def views(base: str, gallery: StoreReader) -> dict[str, str]:
     }
 
 
-def test_every_view_is_for_all(chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_every_view_is_for_all(chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
-        for name, address in views(served.base, gallery).items():
+        for name, address in views(served.base, reader).items():
             page.goto(address, wait_until="networkidle")
             look(page, name)
 
 
-def test_every_view_in_the_dark_on_a_telephone(chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_every_view_in_the_dark_on_a_telephone(chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base, width=390, dark=True) as page:
-        atlas = atlas_at(served.base, gallery)
-        for address in (*views(served.base, gallery).values(), f"{atlas}photo.html"):
+        atlas = atlas_at(served.base, reader)
+        for address in (*views(served.base, reader).values(), f"{atlas}photo.html"):
             page.goto(address)
             check_access(page)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, address
 
 
-def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_a_photo_that_is_dropped(chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
-        page.goto(f"{atlas_at(served.base, gallery)}index.html")
+        page.goto(f"{atlas_at(served.base, reader)}index.html")
         page.get_by_role("link", name="Show it a photo of yours").click()
         expect(page.locator("#drop")).to_be_visible()  # the script is there that takes the photo
         drop(page, CHELSEA, "#drop")
@@ -366,7 +366,7 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, gallery: Sto
 
 
 def test_a_photo_that_cannot_be_read_leaves_the_one_before(
-    chromium: Browser, served: Served, gallery: StoreReader, tmp_path: Path
+    chromium: Browser, served: Served, reader: StoreReader, tmp_path: Path
 ) -> None:
     broken, empty = tmp_path / "bro<b>ken.png", tmp_path / "empty.png"
     broken.write_bytes(b"\x89PNG and nothing more")
@@ -374,7 +374,7 @@ def test_a_photo_that_cannot_be_read_leaves_the_one_before(
 
     def visit() -> None:
         with visiting(chromium, served.base) as page:
-            page.goto(f"{atlas_at(served.base, gallery)}photo.html")
+            page.goto(f"{atlas_at(served.base, reader)}photo.html")
             state, heat, classes = (page.locator(one) for one in ("#state", "#heat", "#classes label"))
             expect(page.locator("#drop")).to_be_visible()  # till then the page does not know whether it takes photos
             page.locator("#file").set_input_files(empty)
@@ -401,9 +401,9 @@ def test_a_photo_that_cannot_be_read_leaves_the_one_before(
         visit()
 
 
-def test_any_filter_of_any_layer(chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_any_filter_of_any_layer(chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
-        page.goto(f"{atlas_at(served.base, gallery)}index.html")
+        page.goto(f"{atlas_at(served.base, reader)}index.html")
         form = page.locator("#any")
         layer, state = form.get_by_label("layer"), form.get_by_role("status")
         layer.fill("_fc")
@@ -424,11 +424,11 @@ def test_any_filter_of_any_layer(chromium: Browser, served: Served, gallery: Sto
         expect(page.get_by_role("heading", level=1)).to_have_text("Filter 7 of _conv_stem")
 
 
-def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served, reader: StoreReader) -> None:
     def visit() -> None:
         with visiting(chromium, served.base) as page:
             page.route("**/layers.json", lambda one: one.fulfill(status=409, json={"error": "tinynet is not loaded"}))
-            address = f"{atlas_at(served.base, gallery)}index.html"
+            address = f"{atlas_at(served.base, reader)}index.html"
             page.goto(address)
             page.locator("#any").get_by_label("layer").fill("_conv_stem")
             page.locator("#any").get_by_role("button").click()
@@ -439,9 +439,9 @@ def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served,
         visit()
 
 
-def places_of_live_use(served: Served, gallery: StoreReader) -> dict[str, str]:
+def places_of_live_use(served: Served, reader: StoreReader) -> dict[str, str]:
     """Return the address of each live control, by where on the page it is."""
-    atlas = atlas_at(served.base, gallery)
+    atlas = atlas_at(served.base, reader)
     return {
         "#visitor": f"{atlas}photo.html",
         "#any": f"{atlas}index.html",
@@ -450,29 +450,29 @@ def places_of_live_use(served: Served, gallery: StoreReader) -> dict[str, str]:
 
 
 def test_what_cannot_be_opened_is_said_before_anything_is_clicked(
-    chromium: Browser, served: Served, gallery: StoreReader
+    chromium: Browser, served: Served, reader: StoreReader
 ) -> None:
     told = "start the server with: phosphene serve PLACE --model tinynet:make, where that network can be imported."
     with visiting(chromium, served.base) as page:
         page.route("**/recipes.json", lambda one: one.fulfill(json={**one.fetch().json(), "refused": told}))
-        for control, address in places_of_live_use(served, gallery).items():
+        for control, address in places_of_live_use(served, reader).items():
             page.goto(address)
             expect(page.get_by_text(told)).to_be_visible()
             expect(page.locator(control)).to_be_hidden()
             check_access(page)
 
 
-def test_live_use_without_scripts(chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_live_use_without_scripts(chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base, script=False) as page:
-        for control, address in places_of_live_use(served, gallery).items():
+        for control, address in places_of_live_use(served, reader).items():
             page.goto(address)
             expect(page.locator(control)).to_be_hidden()
             assert re.search("<noscript>.*needs JavaScript", page.content())  # which this browser hides all the same
 
 
-def begin_render(page: Page, base: str, gallery: StoreReader, steps: int) -> None:
+def begin_render(page: Page, base: str, reader: StoreReader, steps: int) -> None:
     """Ask for a filter that the atlas has no picture of, and count the pictures that come."""
-    page.goto(f"{atlas_at(base, gallery)}{LAYERS[0]}/20.html")
+    page.goto(f"{atlas_at(base, reader)}{LAYERS[0]}/20.html")
     expect(page.get_by_text("This filter has no picture in the atlas yet.")).to_be_visible()
     expect(page.get_by_label("size")).to_have_value(str(SIDE))  # the recipes have come
     page.get_by_role("spinbutton", name="steps").fill(str(steps))
@@ -487,9 +487,9 @@ def updates(page: Page) -> int:
     return int(page.evaluate("window.pictures.size"))
 
 
-def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served, gallery: StoreReader) -> None:
+def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
-        begin_render(page, served.base, gallery, 60)
+        begin_render(page, served.base, reader, 60)
         expect(page.locator("#render .said")).to_contain_text("Done: score", timeout=30_000)
         assert updates(page) >= 5
         expect(page.locator(".count")).to_have_text(re.compile("^Step 60 of 60"))
@@ -499,18 +499,18 @@ def test_a_filter_that_is_rendered_on_request(chromium: Browser, served: Served,
 
 
 def test_leaving_the_page_ends_a_render_and_the_next_one_begins(
-    chromium: Browser, served: Served, gallery: StoreReader
+    chromium: Browser, served: Served, reader: StoreReader
 ) -> None:
-    line = served.studio.line
+    line = served.queue.tasks
     with visiting(chromium, served.base) as first, visiting(chromium, served.base) as second:
-        begin_render(first, served.base, gallery, 2048)
+        begin_render(first, served.base, reader, 2048)
         until(lambda: updates(first) >= 5)
-        begin_render(second, served.base, gallery, 2048)
+        begin_render(second, served.base, reader, 2048)
         expect(second.locator("#render .said")).to_have_text("Waiting: 1 is before you.")
         until(lambda: len(line) == 2)
         one, other = line
-        assert one.begun
-        assert not other.begun
+        assert one.started
+        assert not other.started
         first.goto(f"{served.base}index.html")
         until(lambda: line == [other])
         assert one.gone.is_set()

@@ -31,12 +31,12 @@ def test_what_was_asked_for_longest_ago_goes_first_and_one_thing_always_stays() 
     kept = SizedCache[str](10)
     for key in "abc":
         kept.get(key, lambda _: ("", 4))
-    assert list(kept.held) == ["b", "c"]
+    assert list(kept.entries) == ["b", "c"]
     kept.get("b", lambda _: ("", 4))
     kept.get("d", lambda _: ("", 4))
-    assert list(kept.held) == ["b", "d"]
+    assert list(kept.entries) == ["b", "d"]
     kept.get("large", lambda _: ("", 99))
-    assert list(kept.held) == ["large"]
+    assert list(kept.entries) == ["large"]
 
 
 def test_a_failed_reading_keeps_nothing() -> None:
@@ -61,4 +61,4 @@ def test_threads_share_one() -> None:
     for one in threads:
         one.join()
     assert not wrong
-    assert len(kept.held) == 50
+    assert len(kept.entries) == 50

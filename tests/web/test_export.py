@@ -11,7 +11,7 @@ from phosphene.errors import InvalidRequest, OutputRefused, StoreRefused
 from phosphene.storage.atomic import write_file
 from phosphene.storage.store import open_store
 from phosphene.web import export as module
-from phosphene.web.export import MARK, export
+from phosphene.web.export import MARKER, export
 from phosphene.web.site import Content, Site
 from phosphene.web.store_reader import StoreReader
 from tiny_atlas import contents
@@ -36,9 +36,9 @@ def test_all_of_the_site_is_written_and_the_index_last(
     count = export(site, tmp_path / "out", lambda *done: told.append(done))
     assert count == len(paths)
     assert told == [(n, count) for n in range(1, count + 1)]
-    assert (written[0], written[-1]) == (MARK, "index.html")
+    assert (written[0], written[-1]) == (MARKER, "index.html")
     found = contents(tmp_path / "out")
-    assert found.pop(MARK).startswith(b"The files here were written by `phosphene export`")
+    assert found.pop(MARKER).startswith(b"The files here were written by `phosphene export`")
     assert found == {path: site.get(path).body for path in paths}
 
 
@@ -58,7 +58,7 @@ def test_what_the_earlier_export_had_and_this_one_has_not_is_taken_away(site: Si
     mine.write_text("mine")
     far.mkdir()
     (far / "7.html").write_text("mine")
-    (out / MARK).write_text((out / MARK).read_text() + "../far/7.html\natlas/../../far/7.html\nruns/far/7.html\n")
+    (out / MARKER).write_text((out / MARKER).read_text() + "../far/7.html\natlas/../../far/7.html\nruns/far/7.html\n")
     (out / "runs").mkdir()
     (out / "runs/far").symlink_to(far)
     export(site, out)
@@ -78,7 +78,7 @@ def test_an_export_that_was_cut_off_is_tidied_by_the_next(
 ) -> None:
     out = tmp_path / "out"
     whole = Site(StoreReader([filled(tmp_path)]), [])
-    damaged = Site(whole.gallery, [])
+    damaged = Site(whole.reader, [])
     last = [one for one in whole.paths() if one.endswith(".html")][-2]
 
     def get(path: str) -> Content:
@@ -90,7 +90,7 @@ def test_an_export_that_was_cut_off_is_tidied_by_the_next(
     with pytest.raises(StoreRefused):
         export(damaged, out)
     export(site, out)
-    assert set(contents(out)) == {MARK, *site.paths()}
+    assert set(contents(out)) == {MARKER, *site.paths()}
 
 
 def test_a_folder_with_other_things_is_refused_before_anything_is_written(site: Site, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class Attacked(NamedTuple):
     """A server, the digits of its atlas, and all of its paths."""
 
     at: TestClient
-    d: str
+    atlas_id: str
     paths: list[str]
 
     def ask(self, method: str, address: str, **more: Any) -> Any:
@@ -64,16 +64,16 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         (folder / "secret.png").write_text(SECRET)
         (folder / "secret.webp").write_text(SECRET)
     stores, histories, _ = stores_and_records_at(place)
-    gallery = StoreReader(stores)
-    studio = RenderQueue(gallery, "cpu", load("large_store:narrow", input_size=64))
-    site = Site(gallery, [TrainingView(one, "run~201") for one in histories], live=True)
-    d = gallery.atlases()[0].d
+    reader = StoreReader(stores)
+    queue = RenderQueue(reader, "cpu", load("large_store:narrow", input_size=64))
+    site = Site(reader, [TrainingView(one, "run~201") for one in histories], live=True)
+    atlas_id = reader.atlases()[0].atlas_id
     live = ["photo", "activations", "excited", "render", "layers.json", "photo.html"]
-    paths = [*site.paths(), "healthz", "", *(f"atlas/{d}/{one}" for one in live)]
-    shown = application(site, live_routes(studio), on_shutdown=studio.close)
+    paths = [*site.paths(), "healthz", "", *(f"atlas/{atlas_id}/{one}" for one in live)]
+    shown = application(site, live_routes(queue), on_shutdown=queue.close)
     with TestClient(shown, HERE, raise_server_exceptions=False, follow_redirects=False) as at:
-        yield Attacked(at, d, paths)
-    studio.close()
+        yield Attacked(at, atlas_id, paths)
+    queue.close()
 
 
 NASTY = (
@@ -123,7 +123,7 @@ def check_addresses(attacked: Attacked, count: int) -> None:
 
 
 def test_every_page_is_there(attacked: Attacked) -> None:
-    posts = {f"atlas/{attacked.d}/{one}" for one in ("photo", "activations", "excited", "render")}
+    posts = {f"atlas/{attacked.atlas_id}/{one}" for one in ("photo", "activations", "excited", "render")}
     for path in attacked.paths:
         found = attacked.ask("GET", quote(path, safe="/~"))
         assert found.status_code == (404 if path in posts else 200), path
@@ -174,7 +174,7 @@ def check_queries(attacked: Attacked, count: int) -> None:
     )
     @given(some.sampled_from(["photo", "activations", "excited"]), some.lists(some.tuples(names, value), max_size=3))
     def check(endpoint: str, query: list[tuple[str, str]]) -> None:
-        attacked.ask("POST", f"atlas/{attacked.d}/{endpoint}", params=query, content=jpeg())
+        attacked.ask("POST", f"atlas/{attacked.atlas_id}/{endpoint}", params=query, content=jpeg())
 
     check()
 
@@ -199,7 +199,7 @@ def check_renders(attacked: Attacked, count: int) -> None:
         some.just([]),
         some.just({}),
     )
-    wish = some.fixed_dictionaries(
+    request = some.fixed_dictionaries(
         {},
         optional={
             "layer": some.one_of(some.sampled_from([".0", ".3", "", "*", "nothing"]), scalar),
@@ -210,14 +210,14 @@ def check_renders(attacked: Attacked, count: int) -> None:
         },
     )
     small = some.fixed_dictionaries({"size": some.sampled_from([16, 15, 0, 10**9]), "steps": some.sampled_from([1, 0])})
-    body = some.one_of(some.tuples(small, wish).map(lambda two: {**two[0], **two[1]}), scalar, some.lists(scalar))
+    body = some.one_of(some.tuples(small, request).map(lambda two: {**two[0], **two[1]}), scalar, some.lists(scalar))
 
     @settings(
         max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(body)
     def check(asked: Any) -> None:
-        found = attacked.ask("POST", f"atlas/{attacked.d}/render", content=json.dumps(asked))
+        found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/render", content=json.dumps(asked))
         if found.status_code == 200:
             assert found.headers["content-type"].startswith("text/event-stream")
 
@@ -237,7 +237,7 @@ def test_many_renders(attacked: Attacked) -> None:
     "body", [b"", b"{", b"[" * 5000, b"\xff\xfe{}", b'{"layer": NaN}', b"x" * 20_000, b'{"layer":".0","channel":1e999}']
 )
 def test_what_is_no_json_is_no_render(attacked: Attacked, body: bytes) -> None:
-    found = attacked.ask("POST", f"atlas/{attacked.d}/render", content=body)
+    found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/render", content=body)
     assert 400 <= found.status_code < 500
     assert list(found.json()) == ["error"]
 
@@ -375,7 +375,7 @@ MALFORMED = malformed()
 def test_uploads_that_are_no_photo(attacked: Attacked) -> None:
     assert len(MALFORMED) >= 150
     for name, made in MALFORMED.items():
-        found = attacked.ask("POST", f"atlas/{attacked.d}/photo", content=made())
+        found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/photo", content=made())
         assert 400 <= found.status_code < 500, (name, found.status_code)
         error = found.json()
         assert list(error) == ["error"], name
@@ -389,7 +389,7 @@ def test_uploads_that_are_no_photo(attacked: Attacked) -> None:
 @pytest.mark.parametrize("endpoint", ["activations?layer=.0", "excited"])
 def test_uploads_that_are_no_photo_anywhere(attacked: Attacked, endpoint: str) -> None:
     for name, made in MALFORMED.items():
-        found = attacked.ask("POST", f"atlas/{attacked.d}/{endpoint}", content=made())
+        found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/{endpoint}", content=made())
         assert 400 <= found.status_code < 500, (name, found.status_code)
         assert list(found.json()) == ["error"], name
 
@@ -410,12 +410,12 @@ def test_odd_photos_are_photos(attacked: Attacked) -> None:
         "a TIFF": saved("TIFF"),
     }
     for name, content in odd.items():
-        assert attacked.ask("POST", f"atlas/{attacked.d}/photo", content=content).status_code == 200, name
+        assert attacked.ask("POST", f"atlas/{attacked.atlas_id}/photo", content=content).status_code == 200, name
 
 
 def test_a_photo_that_is_one_still_is_answered(attacked: Attacked) -> None:
     """After all of this."""
-    found = attacked.ask("POST", f"atlas/{attacked.d}/photo", content=jpeg())
+    found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/photo", content=jpeg())
     assert found.status_code == 200
     assert found.json()["picture"].startswith("data:image/")
 
@@ -423,5 +423,5 @@ def test_a_photo_that_is_one_still_is_answered(attacked: Attacked) -> None:
 def test_a_link_in_the_store_leads_nowhere(attacked: Attacked, tmp_path: Path) -> None:
     """A file that no manifest names is none, a link least of all."""
     for name in ("secret.txt", "secret.webp", "secret.png", "store.json", "../secret.txt"):
-        for folder in ("evidence", "jobs", f"atlas/{attacked.d}", "runs/run~201", "static"):
+        for folder in ("evidence", "jobs", f"atlas/{attacked.atlas_id}", "runs/run~201", "static"):
             assert attacked.ask("GET", f"{folder}/{name}").status_code == 404

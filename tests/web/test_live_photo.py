@@ -28,12 +28,12 @@ from phosphene.storage.store import open_store
 from phosphene.web.live import photo as visitor
 from phosphene.web.live.photo import (
     activation_sheet,
-    by_pictures,
-    explained,
-    maps_of,
-    photo_of,
-    strongest,
+    explanation,
+    layer_choices,
+    ratio_to_pictures,
+    read_photo,
     top_filters,
+    top_of_layer,
     webp_bytes,
 )
 from phosphene.web.store_reader import StoreReader
@@ -83,7 +83,7 @@ def photo(seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=["with photos", "without"])
-def gallery(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
+def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     """An atlas of both convolutions, pictures of 16 px, whereas the network's own size is 24."""
     folder = tmp_path_factory.mktemp("store")
     photos = [picture(seed=seed) for seed in range(1, 9)] if request.param == "with photos" else None
@@ -105,7 +105,7 @@ def test_classes_and_map_are_those_of_explain(
 ) -> None:
     model = classifying()
     with untouched(model.module):
-        found = explained(model, photo(), method, layer, target)
+        found = explanation(model, photo(), method, layer, target)
     heat = explain(model, photo(), target, layer=layer, method=method)
     assert found["classes"] == [asdict(one) for one in heat.top]
     assert [one["name"] for one in found["classes"]] == [LABELS[one.index] for one in heat.top]
@@ -118,19 +118,19 @@ def test_classes_and_map_are_those_of_explain(
 
 
 def test_a_method_that_looks_at_the_image_takes_no_layer() -> None:
-    found = explained(classifying(), photo(), "gradient", "conv2", "cat")
+    found = explanation(classifying(), photo(), "gradient", "conv2", "cat")
     assert (found["layer"], found["map"]) == ("input", [24, 24])
     assert found["target"]["name"] == "cat"
 
 
 def test_a_silent_map_says_so() -> None:
-    found = explained(classifying(), photo(), "gradcam", "conv2", "fox")
+    found = explanation(classifying(), photo(), "gradcam", "conv2", "fox")
     assert found["note"] == "nothing speaks for fox at conv2"
     assert found["strongest"] == 0
 
 
 def test_a_network_without_classes_says_so_and_shows_the_photo() -> None:
-    found = explained(tiny_model(), photo(), "gradcam", None, None)
+    found = explanation(tiny_model(), photo(), "gradcam", None, None)
     assert found["classes"] == []
     assert "names no classes" in found["note"]
     assert of(found["picture"]) == encode.webp(picture(), 80)
@@ -138,17 +138,17 @@ def test_a_network_without_classes_says_so_and_shows_the_photo() -> None:
 
 def test_what_cannot_be_shown_is_refused() -> None:
     with pytest.raises(LayerNotFound):
-        explained(classifying(), photo(), "gradcam", "conv9", None)
+        explanation(classifying(), photo(), "gradcam", "conv9", None)
     with pytest.raises(LayerRefused, match="no map any more"):
-        explained(classifying(), photo(), "gradcam", "mean", None)
+        explanation(classifying(), photo(), "gradcam", "mean", None)
     with pytest.raises(ChannelNotFound, match="no class is called 'gnu'"):
-        explained(classifying(), photo(), "gradcam", None, "gnu")
+        explanation(classifying(), photo(), "gradcam", None, "gnu")
     with pytest.raises(InvalidRequest, match="there is no method 'guided'"):
-        explained(classifying(), photo(), "guided", None, None)
+        explanation(classifying(), photo(), "guided", None, None)
 
 
 def test_layers_with_maps_are_listed() -> None:
-    listed = {one["path"]: (one["channels"], one["size"]) for one in maps_of(classifying())}
+    listed = {one["path"]: (one["channels"], one["size"]) for one in layer_choices(classifying())["layers"]}
     wide, small = (24, 24), (12, 12)
     assert listed == {
         "conv1": (6, wide),
@@ -181,13 +181,13 @@ def at_16(image: Tensor) -> Tensor:
     return small[..., 2:18]
 
 
-def test_excitations_are_those_of_a_plain_loop(gallery: StoreReader, untouched: Untouched) -> None:
-    model, d = classifying(), gallery.atlases()[0].d
+def test_excitations_are_those_of_a_plain_loop(reader: StoreReader, untouched: Untouched) -> None:
+    model, atlas_id = classifying(), reader.atlases()[0].atlas_id
     with untouched(model.module):
-        found = top_filters(model, photo(), gallery, d)
+        found = top_filters(model, photo(), reader, atlas_id)
     assert found["size"] == [16, 16]
     means = plain_means(at_16(photo()))
-    evidence = gallery.evidence(d)
+    evidence = reader.evidence(atlas_id)
     assert found["photos"] == (evidence and 8)
     every = []
     for path in ("conv1", "conv2"):
@@ -197,8 +197,8 @@ def test_excitations_are_those_of_a_plain_loop(gallery: StoreReader, untouched: 
             top = [max(one) for one in zip(*others, strict=True)]
         else:
             base = plain_means(torch.full((1, 3, 16, 16), 0.5))[path]
-            top = [one.score for one in sorted(gallery.verdicts(d, path), key=lambda one: one.channel)]
-        alive = [one.channel for one in gallery.verdicts(d, path) if one.verdict != "dead"]
+            top = [one.score for one in sorted(reader.verdicts(atlas_id, path), key=lambda one: one.channel)]
+        alive = [one.channel for one in reader.verdicts(atlas_id, path) if one.verdict != "dead"]
         alive = [n for n in alive if top[n] > base[n]]  # a picture below grey is no measure
         ratios = {n: (means[path][n] - base[n]) / (top[n] - base[n]) for n in alive}
         alive = [n for n in alive if ratios[n] > 0] or alive
@@ -215,47 +215,47 @@ def test_excitations_are_those_of_a_plain_loop(gallery: StoreReader, untouched: 
     assert first["picture"] == f"{first['layer']}/filter_{first['channel']}.png"
 
 
-def test_a_photo_of_the_evidence_is_as_strong_as_the_evidence_says(gallery: StoreReader) -> None:
-    d = gallery.atlases()[0].d
-    if gallery.evidence(d) is None:
+def test_a_photo_of_the_evidence_is_as_strong_as_the_evidence_says(reader: StoreReader) -> None:
+    atlas_id = reader.atlases()[0].atlas_id
+    if reader.evidence(atlas_id) is None:
         pytest.skip("there is no evidence")
-    layers = [top_filters(classifying(), photo(seed), gallery, d)["layers"][0]["filters"] for seed in range(1, 9)]
+    layers = [top_filters(classifying(), photo(seed), reader, atlas_id)["layers"][0]["filters"] for seed in range(1, 9)]
     best = {n: max(one["excitation"] for few in layers for one in few if one["channel"] == n) for n in range(6)}
     assert list(best.values()) == pytest.approx([1.0] * 6, abs=1e-3)  # of each filter one of the photos is strongest
 
 
-def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(gallery: StoreReader) -> None:
-    verdicts = gallery.verdicts(gallery.atlases()[0].d, "conv1")
+def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(reader: StoreReader) -> None:
+    verdicts = reader.verdicts(reader.atlases()[0].atlas_id, "conv1")
     scores = torch.tensor([one.score for one in sorted(verdicts, key=lambda one: one.channel)]).double()
     grey = scores - torch.tensor([1.0, 2, 4, 0, -1, 5])  # of the fourth the picture does nothing, of the fifth less
-    ratios = by_pictures(grey + 1, grey, verdicts)
+    ratios = ratio_to_pictures(grey + 1, grey, verdicts)
     assert ratios[[0, 1, 2, 5]].tolist() == pytest.approx([1, 0.5, 0.25, 0.2])
     assert ratios[[3, 4]].isnan().all()
 
 
-def test_dead_filters_and_unknown_ratios_are_left_out(gallery: StoreReader) -> None:
-    verdicts = gallery.verdicts(gallery.atlases()[0].d, "conv1")
+def test_dead_filters_and_unknown_ratios_are_left_out(reader: StoreReader) -> None:
+    verdicts = reader.verdicts(reader.atlases()[0].atlas_id, "conv1")
     dead = {one.channel for one in verdicts if one.verdict == "dead"}
     ratios = torch.tensor([0.1, torch.nan, 0.3, 0.3, 0.05, 0.2])
-    shown = [one["channel"] for one in strongest("base/conv", ratios, verdicts)]
+    shown = [one["channel"] for one in top_of_layer("base/conv", ratios, verdicts)]
     assert shown == [one for one in (2, 3, 5, 0, 4) if one not in dead]
-    assert strongest("base/conv", ratios, verdicts)[0]["page"] == f"base~2Fconv/{shown[0]}.html"
+    assert top_of_layer("base/conv", ratios, verdicts)[0]["page"] == f"base~2Fconv/{shown[0]}.html"
 
 
-def test_filters_that_are_not_excited_are_left_out_unless_none_is(gallery: StoreReader) -> None:
-    verdicts = [one for one in gallery.verdicts(gallery.atlases()[0].d, "conv1") if one.verdict != "dead"]
+def test_filters_that_are_not_excited_are_left_out_unless_none_is(reader: StoreReader) -> None:
+    verdicts = [one for one in reader.verdicts(reader.atlases()[0].atlas_id, "conv1") if one.verdict != "dead"]
     numbers = [one.channel for one in verdicts][:4]
     ratios = torch.full((6,), -1.0)
     ratios[numbers[1]], ratios[numbers[2]] = -0.5, 0.0
-    assert len(strongest("conv1", ratios, verdicts)) == len(verdicts)
-    assert [one["channel"] for one in strongest("conv1", ratios, verdicts)][:2] == [numbers[2], numbers[1]]
+    assert len(top_of_layer("conv1", ratios, verdicts)) == len(verdicts)
+    assert [one["channel"] for one in top_of_layer("conv1", ratios, verdicts)][:2] == [numbers[2], numbers[1]]
     ratios[numbers[3]] = 0.25
-    assert [one["channel"] for one in strongest("conv1", ratios, verdicts)] == [numbers[3]]
+    assert [one["channel"] for one in top_of_layer("conv1", ratios, verdicts)] == [numbers[3]]
 
 
 def test_what_is_sent_is_small_whatever_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = picture(600, 400)
-    monkeypatch.setattr(visitor, "MOST", 30_000)
+    monkeypatch.setattr(visitor, "MAX_BYTES", 30_000)
     content = webp_bytes(noise)
     assert 10_000 < len(content) <= 30_000
     width, height = encode.decode_image(content).size
@@ -263,17 +263,17 @@ def test_what_is_sent_is_small_whatever_the_photo(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_upload_is_held_to_its_limits() -> None:
-    found = photo_of(png(picture(2048, 1536)), classifying())
+    found = read_photo(png(picture(2048, 1536)), classifying())
     assert tuple(found.shape) == (1, 3, 768, 1024)
-    assert torch.equal(photo_of(png(picture()), classifying()), photo())
+    assert torch.equal(read_photo(png(picture()), classifying()), photo())
     with pytest.raises(PhotoRefused, match="the photo is no image that can be read"):
-        photo_of(b"GIF89a and nothing more", classifying())
+        read_photo(b"GIF89a and nothing more", classifying())
 
 
 def test_the_trained_network_knows_the_cat() -> None:
     model = load("builtin/efficientnet-lite0")
     content = (Path(__file__).parents[2] / "src/phosphene/data/chelsea.jpg").read_bytes()
-    found = explained(model, photo_of(content, model), "gradcam", None, None)
+    found = explanation(model, read_photo(content, model), "gradcam", None, None)
     assert [one["name"] for one in found["classes"][:3]] == ["tiger cat", "Egyptian cat", "tabby"]
     assert found["classes"][0]["probability"] == pytest.approx(0.386, abs=0.01)
     shown = np.asarray(encode.decode_image(of(found["picture"])).convert("RGB")).astype(int)

@@ -34,7 +34,7 @@ from phosphene.inspection.explain import explain
 from phosphene.network.model import Model
 from phosphene.storage.store import open_store
 from phosphene.web.live import routes as live
-from phosphene.web.live.render_queue import VISITORS, RenderQueue
+from phosphene.web.live.render_queue import MAX_VISITORS, RenderQueue
 from phosphene.web.live.routes import live_routes
 from phosphene.web.server import application
 from phosphene.web.site import Site
@@ -46,48 +46,48 @@ CHELSEA = Path(__file__).parents[2] / "src/phosphene/data/chelsea.jpg"
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
+def reader(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     folder = tmp_path_factory.mktemp("store")
     run(tiny_atlas(classifying(), recipe="fast"), folder, Here(), photos=[picture(seed=seed) for seed in range(1, 5)])
     return StoreReader([open_store(folder)])
 
 
 @pytest.fixture(scope="module")
-def at(gallery: StoreReader) -> str:
-    return f"/atlas/{gallery.atlases()[0].d}"
+def at(reader: StoreReader) -> str:
+    return f"/atlas/{reader.atlases()[0].atlas_id}"
 
 
 @pytest.fixture(scope="module")
-def client(gallery: StoreReader) -> Iterator[TestClient]:
-    studio = RenderQueue(gallery, model=classifying())
-    shown = application(Site(gallery, [], live=True), live_routes(studio))
+def client(reader: StoreReader) -> Iterator[TestClient]:
+    queue = RenderQueue(reader, model=classifying())
+    shown = application(Site(reader, [], live=True), live_routes(queue))
     with TestClient(shown, HERE, raise_server_exceptions=False) as client:
         yield client
-    studio.close()
+    queue.close()
 
 
 @contextmanager
-def serving(gallery: StoreReader) -> Iterator[tuple[RenderQueue, int]]:
-    """Serve on a free port, and yield the studio and the port."""
-    studio = RenderQueue(gallery, model=classifying())
-    routes = live_routes(studio)
+def serving(reader: StoreReader) -> Iterator[tuple[RenderQueue, int]]:
+    """Serve on a free port, and yield the queue and the port."""
+    queue = RenderQueue(reader, model=classifying())
+    routes = live_routes(queue)
     with closing(socket.create_server(("127.0.0.1", 0))) as at:
-        shown = application(Site(gallery, [], live=True), routes)
+        shown = application(Site(reader, [], live=True), routes)
         server = uvicorn.Server(uvicorn.Config(shown, log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
         thread.start()
         try:
-            yield studio, at.getsockname()[1]
+            yield queue, at.getsockname()[1]
         finally:
-            studio.close()
+            queue.close()
             server.should_exit = True
             thread.join(20)
 
 
-def ask(port: int, path: str, wish: dict[str, Any]) -> tuple[HTTPConnection, HTTPResponse]:
+def ask(port: int, path: str, request: dict[str, Any]) -> tuple[HTTPConnection, HTTPResponse]:
     connection = HTTPConnection("127.0.0.1", port, timeout=20)
     headers = {"Content-Type": "application/json", "Origin": f"http://127.0.0.1:{port}"}
-    connection.request("POST", path, json.dumps(wish), headers)
+    connection.request("POST", path, json.dumps(request), headers)
     return connection, connection.getresponse()
 
 
@@ -109,10 +109,10 @@ def until(true: Any, seconds: float = 10.0) -> bool:
     return bool(true())
 
 
-def test_a_render_comes_as_events_over_a_real_connection(gallery: StoreReader, at: str) -> None:
-    with serving(gallery) as (_, port):
-        wish = {"layer": "conv1", "channel": 2, "recipe": "fast", "size": 24, "steps": 30, "seed": 1}
-        connection, answer = ask(port, f"{at}/render", wish)
+def test_a_render_comes_as_events_over_a_real_connection(reader: StoreReader, at: str) -> None:
+    with serving(reader) as (_, port):
+        request = {"layer": "conv1", "channel": 2, "recipe": "fast", "size": 24, "steps": 30, "seed": 1}
+        connection, answer = ask(port, f"{at}/render", request)
         assert answer.status == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         told = list(events(answer))
@@ -127,17 +127,17 @@ def test_a_render_comes_as_events_over_a_real_connection(gallery: StoreReader, a
     assert told[-1][1]["image"].startswith("data:image/png;base64,")
 
 
-def test_going_away_ends_the_render_and_the_line_moves_up(gallery: StoreReader, at: str) -> None:
-    with serving(gallery) as (studio, port):
-        wish = {"layer": "conv1", "channel": 0, "size": 24, "steps": 2048}
+def test_going_away_ends_the_render_and_the_line_moves_up(reader: StoreReader, at: str) -> None:
+    with serving(reader) as (queue, port):
+        request = {"layer": "conv1", "channel": 0, "size": 24, "steps": 2048}
         connections = []
         for place in range(3):
-            connection, answer = ask(port, f"{at}/render", wish)
+            connection, answer = ask(port, f"{at}/render", request)
             coming = events(answer)
             assert next(coming) == ("waiting", {"place": place})
             connections.append((connection, answer, coming))
         assert next(connections[0][2])[0] == "frame"
-        assert len(studio.line) == 3
+        assert len(queue.tasks) == 3
 
         connections[1][1].close()  # who waits gives up
         connections[1][0].close()
@@ -146,30 +146,30 @@ def test_going_away_ends_the_render_and_the_line_moves_up(gallery: StoreReader, 
         connections[0][0].close()
         assert next(connections[2][2]) == ("waiting", {"place": 0})
         assert next(connections[2][2])[0] == "frame"
-        assert len(studio.line) == 1
+        assert len(queue.tasks) == 1
         connections[2][1].close()
         connections[2][0].close()
-        assert until(lambda: not studio.line)
-        (model,) = studio.renders.models.values()
-        assert sum(len(one._forward_hooks) for one in model.module.modules()) == 0
+        assert until(lambda: not queue.tasks)
+        (entry,) = queue.renders.models.entries.values()
+        assert sum(len(module._forward_hooks) for module in entry.value.module.modules()) == 0
 
 
-def test_a_comment_comes_where_nothing_happens(gallery: StoreReader, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comment_comes_where_nothing_happens(reader: StoreReader, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "HEARTBEAT", 0.05)
-    with serving(gallery) as (studio, port):
-        wish = {"layer": "conv1", "channel": 0, "size": 24, "steps": 2048}
-        first, _ = ask(port, f"{at}/render", wish)
-        second, answer = ask(port, f"{at}/render", wish)
+    with serving(reader) as (queue, port):
+        request = {"layer": "conv1", "channel": 0, "size": 24, "steps": 2048}
+        first, _ = ask(port, f"{at}/render", request)
+        second, answer = ask(port, f"{at}/render", request)
         lines = [answer.readline() for _ in range(6)]
         assert lines[:2] == [b"event: waiting\n", b'data: {"place": 1}\n']
         assert b": nothing new\n" in lines[3:]
         first.close()
         second.close()
-        assert until(lambda: not studio.line)
+        assert until(lambda: not queue.tasks)
 
 
 def test_a_full_line_says_so(client: TestClient, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phosphene.web.live.render_queue.WAITING", -1)
+    monkeypatch.setattr("phosphene.web.live.render_queue.MAX_WAITING", -1)
     answer = client.post(f"{at}/render", json={"layer": "conv1", "channel": 0}, headers={"Origin": HERE})
     assert answer.status_code == 429
     assert "renders wait already" in answer.json()["error"]
@@ -272,39 +272,39 @@ def test_too_many_bytes_or_pixels_are_refused(client: TestClient, at: str) -> No
     assert "more than 40 million pixels" in wide.json()["error"]
 
 
-def test_a_crowd_is_told_to_come_again(gallery: StoreReader, at: str) -> None:
-    studio = RenderQueue(gallery, model=classifying())
-    studio.visitors = VISITORS
-    shown = application(Site(gallery, [], live=True), live_routes(studio))
+def test_a_crowd_is_told_to_come_again(reader: StoreReader, at: str) -> None:
+    queue = RenderQueue(reader, model=classifying())
+    queue.visitors = MAX_VISITORS
+    shown = application(Site(reader, [], live=True), live_routes(queue))
     with TestClient(shown, HERE) as client:
         answer = client.post(f"{at}/photo", content=png(picture()), headers={"Origin": HERE})
-    studio.close()
+    queue.close()
     assert answer.status_code == 429
     assert answer.json()["error"].startswith("40 people show a photo just now")
 
 
 def test_a_photo_whose_sender_has_gone_is_not_looked_at(
-    gallery: StoreReader, at: str, monkeypatch: pytest.MonkeyPatch
+    reader: StoreReader, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bytes] = []
 
-    def photo_of(content: bytes, model: Model) -> torch.Tensor:
+    def read_photo(content: bytes, model: Model) -> torch.Tensor:
         seen.append(content)
         return photo(1)
 
-    monkeypatch.setattr(live, "photo_of", photo_of)
+    monkeypatch.setattr(live, "read_photo", read_photo)
     first, last, free = png(picture(seed=1)), png(picture(seed=2)), threading.Event()
-    with serving(gallery) as (studio, port):
-        studio.photos.thread.submit(free.wait, 10)  # so that all others wait
+    with serving(reader) as (queue, port):
+        queue.photos.thread.submit(free.wait, 10)  # so that all others wait
         headers = {"Origin": f"http://127.0.0.1:{port}"}
         connections = []
         for content in (first, last):
             connection = HTTPConnection("127.0.0.1", port, timeout=20)
             connection.request("POST", f"{at}/photo", content, headers)
             connections.append(connection)
-            assert until(lambda: studio.photos.thread._work_queue.qsize() == len(connections))
+            assert until(lambda: queue.photos.thread._work_queue.qsize() == len(connections))
         connections[0].close()
-        assert until(lambda: studio.visitors == 1)
+        assert until(lambda: queue.visitors == 1)
         free.set()
         assert connections[1].getresponse().status == 200
         connections[1].close()
@@ -332,9 +332,9 @@ def test_whatever_is_asked_of_a_photo_the_answer_is_clear(client: TestClient, at
 
 
 @FUZZ
-@given(wish=st.dictionaries(NAMES, VALUES) | VALUES | st.binary(max_size=40))
-def test_whatever_is_wished_for_the_answer_is_clear(client: TestClient, at: str, wish: Any) -> None:
-    content = wish if isinstance(wish, bytes) else json.dumps(wish).encode()
+@given(request=st.dictionaries(NAMES, VALUES) | VALUES | st.binary(max_size=40))
+def test_whatever_is_wished_for_the_answer_is_clear(client: TestClient, at: str, request: Any) -> None:
+    content = request if isinstance(request, bytes) else json.dumps(request).encode()
     answer = client.post(f"{at}/render", content=content, headers={"Origin": HERE})
     assert 400 <= answer.status_code < 500, answer.text
     assert set(answer.json()) == {"error"}
@@ -348,14 +348,14 @@ def test_an_atlas_that_is_not_there_is_not_found(client: TestClient) -> None:
         assert client.get(f"/atlas/none/{name}").status_code == 404
 
 
-def test_a_network_that_cannot_be_loaded_is_a_conflict(gallery: StoreReader, at: str) -> None:
-    studio = RenderQueue(gallery)
-    shown = application(Site(gallery, [], live=True), live_routes(studio))
+def test_a_network_that_cannot_be_loaded_is_a_conflict(reader: StoreReader, at: str) -> None:
+    queue = RenderQueue(reader)
+    shown = application(Site(reader, [], live=True), live_routes(queue))
     with TestClient(shown, HERE) as client:
         answer = client.post(f"{at}/photo", content=png(picture()), headers={"Origin": HERE})
         told = client.post(f"{at}/render", json={"layer": "conv1", "channel": 0}, headers={"Origin": HERE})
         before = client.get(f"{at}/recipes.json").json()["refused"]
-    studio.close()
+    queue.close()
     assert before.startswith("To look at photos and to render, start the server with: phosphene serve PLACE --model M")
     assert answer.status_code == 409
     assert answer.json()["error"] == before

@@ -287,7 +287,7 @@ def test_a_body_that_does_not_say_how_large_it_is_is_read_no_further_than_it_may
 
 
 def test_a_body_that_comes_too_slowly_or_breaks_off_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SLOWEST", 0.05)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.05)
 
     async def call(gone: bool) -> int:
         async def receive() -> Any:

@@ -322,7 +322,7 @@ class running:  # noqa: N801, a context
         at = listening("127.0.0.1", 0)
         shown: Any = self.site
         ready = threading.Event()
-        self.made = server.Server(server.configured(application(shown, self.live)), ready.set, lambda: None)
+        self.made = server.Server(server.uvicorn_config(application(shown, self.live)), ready.set, lambda: None)
         self.thread = threading.Thread(target=self.made.run, args=([at],))
         self.thread.start()
         assert ready.wait(10)
@@ -542,7 +542,7 @@ def test_serve_refuses_a_port_that_is_taken(run: Run) -> None:
     with closing(listening("127.0.0.1", 0)) as at:
         ran = run("serve", "store", "--port", at.getsockname()[1])
     assert (ran.code, ran.out) == (2, "")
-    assert "is taken; give another --port, or --port 0 to have one chosen" in ran.err
+    assert "is taken; give another --port, or --port 0 to pick a free one" in ran.err
 
 
 @pytest.mark.parametrize(("command", "missing"), [("serve", "uvicorn"), ("serve", "starlette"), ("export", "jinja2")])

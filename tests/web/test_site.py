@@ -63,12 +63,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.fixture(scope="module")
-def d(site: Site) -> str:
-    return site.gallery.atlases()[0].d
+def atlas_id(site: Site) -> str:
+    return site.reader.atlases()[0].atlas_id
 
 
 def alive(site: Site) -> Site:
-    return Site(site.gallery, list(site.runs.values()), live=True)
+    return Site(site.reader, list(site.runs.values()), live=True)
 
 
 def target(here: str, url: str) -> str:
@@ -93,9 +93,9 @@ def test_every_link_of_every_page_leads_to_a_path_of_the_site(site: Site) -> Non
     assert {one for one in known - linked if not one.startswith("runs/")} <= {f"static/{name}" for name in site.static}
 
 
-def test_pages_are_well_made(site: Site, d: str) -> None:
+def test_pages_are_well_made(site: Site, atlas_id: str) -> None:
     """One h1, a title, landmarks; names for all pictures; no style, script or handler inside the page."""
-    for place, paths in ((site, list(site.paths())), (alive(site), ["index.html", f"atlas/{d}/index.html"])):
+    for place, paths in ((site, list(site.paths())), (alive(site), ["index.html", f"atlas/{atlas_id}/index.html"])):
         for here in (one for one in paths if one.endswith(".html")):
             page = Page(place.get(here).body)
             assert len(page.all("h1")) == len(page.all("main")) == len(page.all("title")) == 1, here
@@ -110,23 +110,23 @@ def test_pages_are_well_made(site: Site, d: str) -> None:
             assert all(one.get("alt") is not None for one in page.all("img"))
 
 
-def test_each_content_has_its_kind_and_a_tag_of_its_bytes(site: Site, d: str) -> None:
+def test_each_content_has_its_kind_and_a_tag_of_its_bytes(site: Site, atlas_id: str) -> None:
     kinds = {
         "": "text/html; charset=utf-8",
         "static/page.css": "text/css; charset=utf-8",
         "static/browse.js": "text/javascript; charset=utf-8",
         "static/icon.svg": "image/svg+xml",
-        f"atlas/{d}/~2E2/sheet.webp": "image/webp",
-        f"atlas/{d}/~2E2/filter_7.png": "image/png",
-        f"atlas/{d}/~2E2/film_6.webp": "image/webp",
-        f"atlas/{d}/~2E2/kernels.png": "image/png",
+        f"atlas/{atlas_id}/~2E2/sheet.webp": "image/webp",
+        f"atlas/{atlas_id}/~2E2/filter_7.png": "image/png",
+        f"atlas/{atlas_id}/~2E2/film_6.webp": "image/webp",
+        f"atlas/{atlas_id}/~2E2/kernels.png": "image/png",
     }
     for path, kind in kinds.items():
         found = site.get(path)
         assert found.media_type == kind
         assert found.tag == hashlib.sha256(found.body).hexdigest()[:32]
-    assert site.get(f"atlas/{d}/~2E2/film_6.webp").body == site.get(f"atlas/{d}/~2E2/film_4.webp").body
-    assert site.get(f"atlas/{d}/").body == site.get(f"atlas/{d}/index.html").body
+    assert site.get(f"atlas/{atlas_id}/~2E2/film_6.webp").body == site.get(f"atlas/{atlas_id}/~2E2/film_4.webp").body
+    assert site.get(f"atlas/{atlas_id}/").body == site.get(f"atlas/{atlas_id}/index.html").body
 
 
 @pytest.mark.parametrize(
@@ -134,25 +134,25 @@ def test_each_content_has_its_kind_and_a_tag_of_its_bytes(site: Site, d: str) ->
     [
         "index.htm",
         "static/none.css",
-        "static/../gallery.py",
+        "static/../reader.py",
         "atlas",
         "atlas/000000000000/index.html",
-        "atlas/{d}",
-        "atlas/{d}/photo.html",
-        "atlas/{d}/none/index.html",
-        "atlas/{d}/.2/index.html",
-        "atlas/{d}/~2e2/index.html",
-        "atlas/{d}/~FF/index.html",
-        "atlas/{d}/~2E2/8.html",
-        "atlas/{d}/~2E2/07.html",
-        "atlas/{d}/~2E2/-1.html",
-        "atlas/{d}/~2E2/٣.html",
-        "atlas/{d}/~2E2/9999999999.html",
-        "atlas/{d}/~2E2/filter_8.png",
-        "atlas/{d}/~2E2/film_8.webp",
-        "atlas/{d}/~2E2/manifest.json",
-        "atlas/{d}/~2E2/../../../store.json",
-        "atlas/{d}/~2E2/figures.safetensors",
+        "atlas/{atlas_id}",
+        "atlas/{atlas_id}/photo.html",
+        "atlas/{atlas_id}/none/index.html",
+        "atlas/{atlas_id}/.2/index.html",
+        "atlas/{atlas_id}/~2e2/index.html",
+        "atlas/{atlas_id}/~FF/index.html",
+        "atlas/{atlas_id}/~2E2/8.html",
+        "atlas/{atlas_id}/~2E2/07.html",
+        "atlas/{atlas_id}/~2E2/-1.html",
+        "atlas/{atlas_id}/~2E2/٣.html",
+        "atlas/{atlas_id}/~2E2/9999999999.html",
+        "atlas/{atlas_id}/~2E2/filter_8.png",
+        "atlas/{atlas_id}/~2E2/film_8.webp",
+        "atlas/{atlas_id}/~2E2/manifest.json",
+        "atlas/{atlas_id}/~2E2/../../../store.json",
+        "atlas/{atlas_id}/~2E2/figures.safetensors",
         "evidence/000000000000/crops_0_0.webp",
         "evidence/{e}/statistics.safetensors",
         "evidence/{e}/evidence.json",
@@ -165,16 +165,16 @@ def test_each_content_has_its_kind_and_a_tag_of_its_bytes(site: Site, d: str) ->
         "\0",
     ],
 )
-def test_there_is_nothing_anywhere_else(site: Site, d: str, path: str) -> None:
-    evidence = site.gallery.atlas(d)["evidence"][:12]
+def test_there_is_nothing_anywhere_else(site: Site, atlas_id: str, path: str) -> None:
+    evidence = site.reader.atlas(atlas_id)["evidence"][:12]
     with pytest.raises(EntryNotFound):
-        site.get(path.replace("{d}", d).replace("{e}", evidence))
+        site.get(path.replace("{atlas_id}", atlas_id).replace("{e}", evidence))
 
 
-def test_the_layer_s_page_has_a_link_a_filter_with_its_figures(site: Site, d: str) -> None:
-    page = Page(site.get(f"atlas/{d}/~2E2/index.html").body)
+def test_the_layer_s_page_has_a_link_a_filter_with_its_figures(site: Site, atlas_id: str) -> None:
+    page = Page(site.get(f"atlas/{atlas_id}/~2E2/index.html").body)
     cells = [one for one in page.all("li") if "data-c" in one]
-    verdicts = site.gallery.verdicts(d, SECOND)
+    verdicts = site.reader.verdicts(atlas_id, SECOND)
     assert [(one["data-v"], one.get("data-e"), one["data-c"]) for one in cells] == [
         (one.verdict, str(one.excitation), str(one.score)) for one in verdicts
     ]
@@ -184,38 +184,38 @@ def test_the_layer_s_page_has_a_link_a_filter_with_its_figures(site: Site, d: st
     assert "8 of 8" in page.words
 
 
-def test_the_filter_s_page_tells_its_verdict_and_how_it_was_made(site: Site, d: str) -> None:
-    words = Page(site.get(f"atlas/{d}/~2E2/5.html").body).words
-    verdict = site.gallery.verdicts(d, SECOND)[5]
+def test_the_filter_s_page_tells_its_verdict_and_how_it_was_made(site: Site, atlas_id: str) -> None:
+    words = Page(site.get(f"atlas/{atlas_id}/~2E2/5.html").body).words
+    verdict = site.reader.verdicts(atlas_id, SECOND)[5]
     assert verdict.verdict in words
     assert f"{verdict.excitation:.3g}" in words
     for text in ("Filter 5 of .2", "a.png", "fourier (", "3 others at once", "from noise to the finished picture"):
         assert text in words
 
 
-def test_a_server_has_a_page_of_what_is_not_drawn_yet(site: Site, d: str) -> None:
+def test_a_server_has_a_page_of_what_is_not_drawn_yet(site: Site, atlas_id: str) -> None:
     live = alive(site)
     for slug in ("~2E2", "elsewhere"):
         n = 8 if slug == "elsewhere" else 3
-        page = Page(live.get(f"atlas/{d}/{slug}/{n}.html").body)
+        page = Page(live.get(f"atlas/{atlas_id}/{slug}/{n}.html").body)
         assert f"Filter {n} of" in page.words
         assert (page.all("script")[-1]["src"] or "").endswith("static/live.js")
     with pytest.raises(EntryNotFound, match=r"there is no filter 8 in \.2: it has 0 to 7"):
-        live.get(f"atlas/{d}/~2E2/8.html")
+        live.get(f"atlas/{atlas_id}/~2E2/8.html")
     with pytest.raises(EntryNotFound):
-        live.get(f"atlas/{d}/elsewhere/index.html")
-    assert Page(live.get(f"atlas/{d}/photo.html").body).all("h1")
+        live.get(f"atlas/{atlas_id}/elsewhere/index.html")
+    assert Page(live.get(f"atlas/{atlas_id}/photo.html").body).all("h1")
     assert "static/live.js" in set(live.paths())
     assert "static/live.js" not in set(site.paths())
 
 
-def test_a_page_is_kept_until_its_manifest_changes(site: Site, d: str, tmp_path: Path) -> None:
-    store = open_store(shutil.copytree(site.gallery.stores[0].url, tmp_path / "copy"))
+def test_a_page_is_kept_until_its_manifest_changes(site: Site, atlas_id: str, tmp_path: Path) -> None:
+    store = open_store(shutil.copytree(site.reader.stores[0].url, tmp_path / "copy"))
     changing = Site(StoreReader([store], seconds=0), [])
-    here = f"atlas/{d}/~2E2/index.html"
+    here = f"atlas/{atlas_id}/~2E2/index.html"
     before = changing.get(here)
     assert changing.get(here) is before
-    digest = changing.gallery.row(d, SECOND)["digest"]
+    digest = changing.reader.row(atlas_id, SECOND)["digest"]
     manifest = store.manifest("layers", digest)
     files = {name: store.get("layers", digest, name) for name in manifest["files"]}
     store.put("layers", digest, files, {**manifest, "missing": ["one"]})
@@ -225,17 +225,17 @@ def test_a_page_is_kept_until_its_manifest_changes(site: Site, d: str, tmp_path:
         changing.get(here)
 
 
-def test_damage_is_said_and_not_shown(site: Site, d: str, tmp_path: Path) -> None:
-    copy = shutil.copytree(site.gallery.stores[0].url, tmp_path / "copy")
+def test_damage_is_said_and_not_shown(site: Site, atlas_id: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(site.reader.stores[0].url, tmp_path / "copy")
     damaged = Site(StoreReader([open_store(copy)], seconds=0), [])
     for one in copy.glob("jobs/*/filter_2.png"):
         one.write_bytes(b"")
     with pytest.raises(StoreRefused, match=r"filter_2\.png is damaged: it has 0 bytes of"):
-        damaged.get(f"atlas/{d}/~2E2/filter_2.png")
+        damaged.get(f"atlas/{atlas_id}/~2E2/filter_2.png")
     for one in copy.glob("layers/*/manifest.json"):
         one.write_bytes(b"{")
     with pytest.raises(StoreRefused, match="is damaged: it is no longer JSON; delete"):
-        damaged.get(f"atlas/{d}/~2E2/index.html")
+        damaged.get(f"atlas/{atlas_id}/~2E2/index.html")
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_the_index_shows_a_card_an_atlas_and_a_training(site: Site) -> None:
 
 
 def test_an_atlas_that_is_being_made_is_told_of_by_a_server(site: Site, tmp_path: Path) -> None:
-    copy = shutil.copytree(site.gallery.stores[0].url, tmp_path / "copy")
+    copy = shutil.copytree(site.reader.stores[0].url, tmp_path / "copy")
     said = "An atlas is being made here, or was cut off: 4 jobs are done."
     assert "being made here" not in Page(alive(site).get("index.html").body).words
     shutil.rmtree(copy / "atlases")
@@ -304,8 +304,8 @@ def test_an_atlas_that_is_being_made_is_told_of_by_a_server(site: Site, tmp_path
         assert (said in words) is live
 
 
-def test_names_break_after_their_signs_alone(site: Site, d: str) -> None:
-    body = site.get(f"atlas/{d}/~2E2/index.html").body
+def test_names_break_after_their_signs_alone(site: Site, atlas_id: str) -> None:
+    body = site.get(f"atlas/{atlas_id}/~2E2/index.html").body
     assert b"<h1>.<wbr>2</h1>" in body
     assert b"<title>.2 of " in body
 
@@ -328,38 +328,40 @@ def test_links_are_relative_wherever_the_process_is(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_could_not_be_read_at_all_is_told_on_the_first_page(site: Site) -> None:
-    text = Site(site.gallery, [], damaged=["my/run is <damaged>"]).get("index.html").body.decode()
+    text = Site(site.reader, [], damaged=["my/run is <damaged>"]).get("index.html").body.decode()
     assert '<p class="note">Not shown: my/run is &lt;damaged&gt;.</p>' in text
 
 
-def test_an_atlas_whose_photos_are_gone_is_shown_without_them(site: Site, d: str, tmp_path: Path) -> None:
+def test_an_atlas_whose_photos_are_gone_is_shown_without_them(site: Site, atlas_id: str, tmp_path: Path) -> None:
     copy = tmp_path / "store"
-    shutil.copytree(site.gallery.store_of(d).url, copy)
+    shutil.copytree(site.reader.store_of(atlas_id).url, copy)
     shutil.rmtree(copy / "evidence")
     without = Site(StoreReader([open_store(copy)], seconds=0), [])
-    atlas = without.gallery.atlas(d)
+    atlas = without.reader.atlas(atlas_id)
     path = atlas["layers"][0]["path"]
-    n = without.gallery.layer(d, path)["pictures"][0]["channel"]
+    n = without.reader.layer(atlas_id, path)["pictures"][0]["channel"]
     told = "What photos do to this network cannot be shown: "
-    network = without.get(f"atlas/{d}/index.html").body.decode()
+    network = without.get(f"atlas/{atlas_id}/index.html").body.decode()
     assert told in network
     assert "unknown" in network
-    assert told in without.get(filter_href(d, path, n)).body.decode()
-    for one in (f"atlas/{d}/index.html", filter_href(d, path, n)):
+    assert told in without.get(filter_href(atlas_id, path, n)).body.decode()
+    for one in (f"atlas/{atlas_id}/index.html", filter_href(atlas_id, path, n)):
         assert told not in site.get(one).body.decode()
 
 
-def test_a_damaged_atlas_leaves_the_others_their_first_page(site: Site, d: str, tmp_path: Path) -> None:
+def test_a_damaged_atlas_leaves_the_others_their_first_page(site: Site, atlas_id: str, tmp_path: Path) -> None:
     copy = tmp_path / "store"
-    shutil.copytree(site.gallery.store_of(d).url, copy)
-    (digest,) = [one.name for one in (copy / "atlases").iterdir() if one.name.startswith(d)]
+    shutil.copytree(site.reader.store_of(atlas_id).url, copy)
+    (digest,) = [one.name for one in (copy / "atlases").iterdir() if one.name.startswith(atlas_id)]
     (copy / "atlases" / digest / "manifest.json").write_text("")
-    both = Site(StoreReader([site.gallery.store_of(d), open_store(copy)], seconds=0), [])
-    assert both.gallery.damaged() == []  # of two that are called alike the first counts
+    both = Site(StoreReader([site.reader.store_of(atlas_id), open_store(copy)], seconds=0), [])
+    assert both.reader.damaged() == []  # of two that are called alike the first counts
     alone = Site(StoreReader([open_store(copy)], seconds=0), [], live=True)
     text = alone.get("index.html").body.decode()
     assert "Not shown: " in text
     assert "manifest.json is damaged: it is no longer JSON; delete" in text
-    assert [one.d for one in alone.gallery.atlases()] == [one.d for one in site.gallery.atlases() if one.d != d]
+    assert [one.atlas_id for one in alone.reader.atlases()] == [
+        one.atlas_id for one in site.reader.atlases() if one.atlas_id != atlas_id
+    ]
     with pytest.raises(StoreRefused, match="is damaged"):
         list(alone.paths())

@@ -13,12 +13,13 @@ from fake_training_record import record_of
 from page_store import FIRST, SECOND, filled
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, WeightsRefused
 from phosphene.storage.store import Store, open_store
-from phosphene.web.store_reader import StoreReader, layer_path, layer_slug, stores_and_records_at
+from phosphene.web.store_reader import StoreReader, stores_and_records_at
+from phosphene.web.urls import layer_path, layer_slug
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return filled(tmp_path_factory.mktemp("gallery"))
+    return filled(tmp_path_factory.mktemp("reader"))
 
 
 @pytest.fixture
@@ -26,61 +27,61 @@ def copy(store: Store, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store.url, tmp_path / "copy"))
 
 
-def atlas_of(gallery: StoreReader) -> str:
-    return gallery.atlases()[0].d
+def atlas_of(reader: StoreReader) -> str:
+    return reader.atlases()[0].atlas_id
 
 
 def test_an_atlas_and_its_layers_are_what_the_store_says(store: Store) -> None:
-    gallery = StoreReader([store])
+    reader = StoreReader([store])
     (digest,) = store.done("atlases")
-    ((d, manifest),) = gallery.atlases()
-    assert d == digest[:12]
-    assert manifest == gallery.atlas(d) == store.manifest("atlases", digest)
-    assert gallery.store_of(d) is store
+    ((atlas_id, manifest),) = reader.atlases()
+    assert atlas_id == digest[:12]
+    assert manifest == reader.atlas(atlas_id) == store.manifest("atlases", digest)
+    assert reader.store_of(atlas_id) is store
     row = manifest["layers"][1]
-    assert gallery.row(d, SECOND) == row
-    assert gallery.layer(d, SECOND) == store.manifest("layers", row["digest"])
-    assert gallery.photos(d) == 4
+    assert reader.row(atlas_id, SECOND) == row
+    assert reader.layer(atlas_id, SECOND) == store.manifest("layers", row["digest"])
+    assert reader.photos(atlas_id) == 4
 
 
 def test_a_filter_comes_with_its_verdict_and_its_job(store: Store) -> None:
-    gallery = StoreReader([store])
-    d = atlas_of(gallery)
+    reader = StoreReader([store])
+    atlas_id = atlas_of(reader)
     for n in range(8):
-        found = gallery.filter(d, SECOND, n)
-        assert found.verdict == gallery.verdicts(d, SECOND)[n]
+        found = reader.filter(atlas_id, SECOND, n)
+        assert found.verdict == reader.verdicts(atlas_id, SECOND)[n]
         assert found.verdict.channel == found.picture["channel"] == n
         assert found.job["channels"] == ([0, 1, 2, 3] if n < 4 else [4, 5, 6, 7])
-        content = gallery.file_of_job(d, SECOND, n, f"filter_{n}.png")
+        content = reader.job_file(atlas_id, SECOND, n, f"filter_{n}.png")
         assert content == store.read(f"jobs/{found.picture['job']}/filter_{n}.png")
 
 
 def test_evidence_has_the_statistics_and_none_of_the_crops(store: Store) -> None:
-    gallery = StoreReader([store])
-    found = gallery.evidence(atlas_of(gallery))
+    reader = StoreReader([store])
+    found = reader.evidence(atlas_of(reader))
     assert found is not None
     assert list(found) == [FIRST, SECOND]
     assert found.sheets == {}
-    assert gallery.evidence(atlas_of(gallery)) is found
+    assert reader.evidence(atlas_of(reader)) is found
     name = found.about["sheets"][FIRST][0]
-    assert gallery.file_of_evidence(found.digest[:12], name) == store.read(f"evidence/{found.digest}/{name}")
+    assert reader.evidence_file(found.digest[:12], name) == store.read(f"evidence/{found.digest}/{name}")
 
 
 def test_without_photos_there_is_no_evidence(tmp_path: Path) -> None:
-    gallery = StoreReader([filled(tmp_path, names=(), layers=FIRST)])
-    assert gallery.evidence(atlas_of(gallery)) is None
-    assert gallery.photos(atlas_of(gallery)) is None
+    reader = StoreReader([filled(tmp_path, names=(), layers=FIRST)])
+    assert reader.evidence(atlas_of(reader)) is None
+    assert reader.photos(atlas_of(reader)) is None
 
 
 def test_what_there_is_not_is_said_in_a_sentence(store: Store) -> None:
-    gallery = StoreReader([store])
-    d = atlas_of(gallery)
+    reader = StoreReader([store])
+    atlas_id = atlas_of(reader)
     for message, asked in (
-        ("there is no atlas 'abc' here; there are: " + d, lambda: gallery.atlas("abc")),
-        ("no layer 'conv'; the nearest are: .0, .2", lambda: gallery.layer(d, "conv")),
-        ("no picture of filter 9 of .2; it has 8", lambda: gallery.filter(d, SECOND, 9)),
-        ("manifest.json is not in its entry", lambda: gallery.file(d, SECOND, "manifest.json")),
-        ("no atlas here rests on evidence 'abc'", lambda: gallery.file_of_evidence("abc", "crops_0_0.webp")),
+        ("there is no atlas 'abc' here; there are: " + atlas_id, lambda: reader.atlas("abc")),
+        ("no layer 'conv'; the nearest are: .0, .2", lambda: reader.layer(atlas_id, "conv")),
+        ("no picture of filter 9 of .2; it has 8", lambda: reader.filter(atlas_id, SECOND, 9)),
+        ("manifest.json is not in its entry", lambda: reader.file(atlas_id, SECOND, "manifest.json")),
+        ("no atlas here rests on evidence 'abc'", lambda: reader.evidence_file("abc", "crops_0_0.webp")),
     ):
         with pytest.raises(EntryNotFound, match=message.replace("[", r"\[")):
             asked()
@@ -88,10 +89,10 @@ def test_what_there_is_not_is_said_in_a_sentence(store: Store) -> None:
 
 def test_a_store_that_grows_shows_it_after_a_while(store: Store, tmp_path: Path) -> None:
     growing = open_store(tmp_path / "growing", create=True)
-    gallery, slow = StoreReader([growing], seconds=0), StoreReader([growing], seconds=60)
-    assert gallery.atlases() == slow.atlases() == []
+    reader, slow = StoreReader([growing], seconds=0), StoreReader([growing], seconds=60)
+    assert reader.atlases() == slow.atlases() == []
     shutil.copytree(store.url, growing.url, dirs_exist_ok=True)
-    assert len(gallery.atlases()) == 1
+    assert len(reader.atlases()) == 1
     assert slow.atlases() == []
 
 
@@ -107,42 +108,42 @@ def test_jobs_that_belong_to_no_atlas_are_counted(store: Store, copy: Path) -> N
 
 
 def test_channels_are_known_from_any_atlas_of_the_same_weights(store: Store) -> None:
-    gallery = StoreReader([store])
-    d = atlas_of(gallery)
-    assert [gallery.channels(d, path) for path in (FIRST, SECOND, "elsewhere")] == [6, 8, None]
+    reader = StoreReader([store])
+    atlas_id = atlas_of(reader)
+    assert [reader.channels(atlas_id, path) for path in (FIRST, SECOND, "elsewhere")] == [6, 8, None]
 
 
 def test_a_manifest_that_is_replaced_is_read_again_and_another_is_not_parsed_again(copy: Path) -> None:
-    gallery = StoreReader([open_store(copy)], seconds=0)
-    d = atlas_of(gallery)
-    before, mark = gallery.layer(d, FIRST), gallery.mark(d, FIRST)
-    assert gallery.layer(d, FIRST) is before
-    digest = gallery.row(d, FIRST)["digest"]
+    reader = StoreReader([open_store(copy)], seconds=0)
+    atlas_id = atlas_of(reader)
+    before, mark = reader.layer(atlas_id, FIRST), reader.etag(atlas_id, FIRST)
+    assert reader.layer(atlas_id, FIRST) is before
+    digest = reader.row(atlas_id, FIRST)["digest"]
     facts = {name: one for name, one in before.items() if name not in ("files", "check")}
-    files = {name: gallery.file(d, FIRST, name) for name in before["files"]}
-    gallery.stores[0].put("layers", digest, files, {**facts, "remark": "changed"})
-    assert gallery.layer(d, FIRST)["remark"] == "changed"
-    assert gallery.mark(d, FIRST)[0] == mark[0] == gallery.mark(d)[0]
-    assert gallery.mark(d, FIRST)[1] != mark[1]
+    files = {name: reader.file(atlas_id, FIRST, name) for name in before["files"]}
+    reader.stores[0].put("layers", digest, files, {**facts, "remark": "changed"})
+    assert reader.layer(atlas_id, FIRST)["remark"] == "changed"
+    assert reader.etag(atlas_id, FIRST)[0] == mark[0] == reader.etag(atlas_id)[0]
+    assert reader.etag(atlas_id, FIRST)[1] != mark[1]
 
 
 def test_what_is_damaged_is_said_and_not_shown(copy: Path) -> None:
-    gallery = StoreReader([open_store(copy)], seconds=0)
-    d = atlas_of(gallery)
-    sheet = copy / "layers" / gallery.row(d, FIRST)["digest"] / "sheet.webp"
+    reader = StoreReader([open_store(copy)], seconds=0)
+    atlas_id = atlas_of(reader)
+    sheet = copy / "layers" / reader.row(atlas_id, FIRST)["digest"] / "sheet.webp"
     sheet.write_bytes(b"x" + sheet.read_bytes()[1:])
     with pytest.raises(StoreRefused, match=r"sheet\.webp is damaged: its bytes have changed; delete"):
-        gallery.file(d, FIRST, "sheet.webp")
+        reader.file(atlas_id, FIRST, "sheet.webp")
     manifest = sheet.with_name("manifest.json")
     manifest.write_text(manifest.read_text().replace("224", "225").replace("24", "25"))
     with pytest.raises(StoreRefused, match="is damaged: its bytes have changed"):
-        gallery.layer(d, FIRST)
+        reader.layer(atlas_id, FIRST)
 
 
 def test_the_first_of_two_stores_with_one_atlas_shows_it(store: Store, copy: Path) -> None:
-    gallery = StoreReader([store, open_store(copy)])
-    assert len(gallery.atlases()) == 1
-    assert gallery.store_of(atlas_of(gallery)) == store
+    reader = StoreReader([store, open_store(copy)])
+    assert len(reader.atlases()) == 1
+    assert reader.store_of(atlas_of(reader)) == store
 
 
 @pytest.mark.parametrize("path", ["base/conv1", ".0", "a~b", "ü/日本", "<script>", "..", "a b.c-d_e", "%2F", ""])

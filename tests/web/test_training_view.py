@@ -25,8 +25,7 @@ from phosphene.training.gradient_norms import verdicts
 from phosphene.training.history import History
 from phosphene.web.templating import render_template
 from phosphene.web.urls import layer_path, layer_slug
-from phosphene.web.views import training as trainings
-from phosphene.web.views.training import CHART, TrainingView, belongs, chart, figures
+from phosphene.web.views.training import CHART, TrainingView, belongs, chart, gradient_cells
 
 LAYERS = ("conv1", "deep/conv2")
 LOSSES = (2.0, 1.0, 0.5)
@@ -73,14 +72,14 @@ def test_the_view_holds_the_record_s_numbers(training: TrainingView) -> None:
     assert view["epochs"] == [0, 1, 2]
     assert view["weights"] == ["conv1.weight", "scores.weight"]
     # norm, mean magnitude, norm / 4, batches that are broken
-    assert view["figures_last"] == [("0.125", "0.5", "0.0312", "0"), ("2", "0.5", "0.5", "0")]
+    assert view["last_cells"] == [("0.125", "0.5", "0.0312", "0"), ("2", "0.5", "0.5", "0")]
     assert view["verdicts"] == verdicts(training.history)
     told = json.loads(view["figures"])
     assert told["metrics"] == [["2"], ["1"], ["0.5"]]
     assert told["gradients"][0] == "0.5 0.5 0.125 0|2 0.5 0.5 0"
     first, second = view["layers"]
-    assert (first["path"], first["filters"], first["own"]) == ("conv1", [0, 1, 2], [0])
-    assert (second["slug"], second["filters"], second["own"]) == ("deep~2Fconv2", [], [])
+    assert (first["path"], first["filters"], first["weight_rows"]) == ("conv1", [0, 1, 2], [0])
+    assert (second["slug"], second["filters"], second["weight_rows"]) == ("deep~2Fconv2", [], [])
     assert dict(view["facts"])["network"] == "net, 84 trained weights"
 
 
@@ -93,8 +92,8 @@ def test_a_metric_becomes_a_line_that_breaks_where_it_is_no_number() -> None:
 
 
 def test_figures_of_a_weight() -> None:
-    assert figures((3.0, 0.25, 0.0, 2)) == ("3", "0.25", "nan", "2")  # a weight of norm 0
-    assert figures(None) == ("–", "–", "–", "–")
+    assert gradient_cells((3.0, 0.25, 0.0, 2)) == ("3", "0.25", "nan", "2")  # a weight of norm 0
+    assert gradient_cells(None) == ("–", "–", "–", "–")
 
 
 def test_a_weight_belongs_to_the_layer_it_is_of() -> None:
@@ -151,12 +150,12 @@ def test_every_file_is_there_and_nothing_else(training: TrainingView) -> None:
             training.file(name)
 
 
-def test_pictures_are_made_once_and_few_are_kept(training: TrainingView, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_made_once_and_few_are_kept(training: TrainingView) -> None:
     first = training.file("conv1/kernels_0.png")
     assert training.file("conv1/kernels_0.png") is first
-    monkeypatch.setattr(trainings, "KEPT", len(first[0]))
+    training.cache.max_size = len(first[0])
     second = training.file("conv1/kernels_1.png")
-    assert list(training.kept.values()) == [second]
+    assert [entry.value for entry in training.cache.entries.values()] == [second]
     assert training.file("conv1/kernels_0.png") == first  # made again, the same
 
 
@@ -230,4 +229,4 @@ def test_the_page_escapes_names_and_links_relatively(tmp_path: Path) -> None:
     assert 'src="../../static/run.js" defer' in text
     slug = layer_slug(name).replace("~", "~")
     assert f'src="{slug}/kernels_0.png"' in text
-    assert isinstance(training.course(name), LayerStrip)
+    assert isinstance(training.pictures.strip(name), LayerStrip)

@@ -1,1 +1,1 @@
-"""The page: a store, a training run and a photo, in a browser. Needs the extra `web`."""
+"""The page: stores, training runs and photos in a browser. Needs the extra `web`."""

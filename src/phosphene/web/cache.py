@@ -1,4 +1,4 @@
-"""Keeping what was read of late: no more than so much of it, and each for so many seconds."""
+"""A cache of what was read recently, bounded by a total size and, if asked for, by the age of each entry."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ T = TypeVar("T")
 
 
 class CacheEntry(NamedTuple, Generic[T]):
-    """Something kept: how much it counts, and until when it is taken as it is."""
+    """A cached value, its size, and the time at which it expires."""
 
     value: T
     size: int
-    until: float
+    expires: float
 
 
 class SizedCache(Generic[T]):
-    """What was read of late, by key. Threads may share one.
+    """Values that were read recently, by key. Threads may share one.
 
     Attributes:
-        most: the sum of sizes that is kept; what was asked for longest ago goes first.
-        seconds: after which something is read again.
+        max_size: the largest sum of sizes; the entry used longest ago goes first, and the newest always stays.
+        seconds: after which a value is read again.
     """
 
-    def __init__(self, most: int, seconds: float = math.inf) -> None:
-        self.most, self.seconds = most, seconds
-        self.held: OrderedDict[Hashable, CacheEntry[T]] = OrderedDict()
+    def __init__(self, max_size: int, seconds: float = math.inf) -> None:
+        self.max_size, self.seconds = max_size, seconds
+        self.entries: OrderedDict[Hashable, CacheEntry[T]] = OrderedDict()
         self.lock = Lock()
 
     def get(self, key: Hashable, read: Callable[[T | None], tuple[T, int]]) -> T:
-        """Return what is kept, or what `read` returns with its size; it is given what was kept before, if anything."""
+        """Return the cached value, or else what `read` returns with its size; `read` is given the expired value."""
         with self.lock:
-            before = self.held.get(key)
-            if before and monotonic() < before.until:
-                self.held.move_to_end(key)
+            before = self.entries.get(key)
+            if before and monotonic() < before.expires:
+                self.entries.move_to_end(key)
                 return before.value
-        value, size = read(before.value if before else None)  # two threads may both, which costs time alone
+        value, size = read(before.value if before else None)  # two threads may read at once, which only costs time
         with self.lock:
-            self.held[key] = CacheEntry(value, size, monotonic() + self.seconds)
-            self.held.move_to_end(key)
-            total = sum(one.size for one in self.held.values())
-            while total > self.most and len(self.held) > 1:
-                total -= self.held.popitem(last=False)[1].size
+            self.entries[key] = CacheEntry(value, size, monotonic() + self.seconds)
+            self.entries.move_to_end(key)
+            total = sum(entry.size for entry in self.entries.values())
+            while total > self.max_size and len(self.entries) > 1:
+                total -= self.entries.popitem(last=False)[1].size
         return value

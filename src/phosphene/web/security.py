@@ -1,8 +1,8 @@
-"""What stands before every request: whose name the browser used, whose page sent it, whether it has the token.
+"""Checks on every request: Host header, Origin, and the access token.
 
-A page on the internet can make a browser send requests to a server on the same machine. It may not read the answers,
-unless its own name is made to lead here (DNS rebinding), so that the name in `Host` is checked; and it may not start
-work here, so that `Origin` and `Sec-Fetch-Site` are.
+A page on the internet can make a browser send requests to a server on the same machine. It must not read the responses,
+which it could if its own name led here (DNS rebinding), so `Host` is checked; and it must not start work here, so
+`Origin` and `Sec-Fetch-Site` are checked.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 READS = ("GET", "HEAD")
-PUBLIC_PATHS = re.compile("/healthz|/static/[^/]+")  # what nobody needs a token for: nothing of the store is there
-SLOWEST = 30.0  # seconds that a body may take to arrive
+PUBLIC_PATHS = re.compile("/healthz|/static/[^/]+")  # need no token: they show nothing of a store
+BODY_SECONDS = 30.0  # that a body may take to arrive
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>Phosphene</title>
@@ -52,24 +52,24 @@ FORM = (
 
 
 class RequestRefused(NamedTuple):
-    """Why a request goes no further."""
+    """Why a request is refused."""
 
     status: int
     sentence: str
 
 
 class SecurityMiddleware:
-    """ASGI middleware that lets through what comes from this page's own address, and with a token who has it.
+    """ASGI middleware that passes requests from the page's own address on, if a token is set only those that have it.
 
     Args:
-        names: the host names under which the page may be called; None where the server listens on a loopback address
-            alone, which then is all that it may be called.
-        token: what every request has to show, None for nothing.
+        names: the host names of the server; None if it listens on a loopback address only, whose names then are the
+            only ones it answers to.
+        token: that every request needs, None if none does.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str] | None = None, token: str | None = None) -> None:
         self.app, self.token = app, token
-        self.names = None if names is None else frozenset(one.lower() for one in names)
+        self.names = None if names is None else frozenset(name.lower() for name in names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,49 +83,49 @@ class SecurityMiddleware:
                     headers.setdefault(name, value)
             await send(message)
 
-        await (self.answer(Request(scope)) or self.app)(scope, receive, with_headers)
+        await (self.early_response(Request(scope)) or self.app)(scope, receive, with_headers)
 
-    def answer(self, request: Request) -> Response | None:
-        """Return what is answered in place of the page, if anything is."""
-        refused = host_refused(request.headers, self.names) or site_refused(request.method, request.headers)
-        if refused:
-            return told(request, refused)
-        free = PUBLIC_PATHS.fullmatch(request.scope["path"])
-        return self.token_asked(request, self.token) if self.token and not free else None
+    def early_response(self, request: Request) -> Response | None:
+        """Return the response that replaces the page's, None if the request passes all checks."""
+        refusal = check_host(request.headers, self.names) or check_origin(request.method, request.headers)
+        if refusal:
+            return refusal_response(request, refusal)
+        public = PUBLIC_PATHS.fullmatch(request.scope["path"])
+        return self.check_token(request, self.token) if self.token and not public else None
 
-    def token_asked(self, request: Request, token: str) -> Response | None:
-        """Return what a request gets that has no token, or has it in its address; nothing where all is well."""
+    def check_token(self, request: Request, token: str) -> Response | None:
+        """Return the response to a request without the token or with it in its address, None if it has the cookie."""
         secret, cookie = hashlib.sha256(token.encode()).hexdigest(), cookie_name(request.scope)
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and same(bearer.strip(), token):
+        if scheme.lower() == "bearer" and same_secret(bearer.strip(), token):
             return None
-        if same(cookies(request.headers).get(cookie, ""), secret):
-            return None if "token" not in request.query_params else cleaned(request)
-        if request.method in READS and same(request.query_params.get("token", ""), token):
-            response = cleaned(request)
+        if same_secret(cookies(request.headers).get(cookie, ""), secret):
+            return None if "token" not in request.query_params else redirect_without_token(request)
+        if request.method in READS and same_secret(request.query_params.get("token", ""), token):
+            response = redirect_without_token(request)
             response.set_cookie(cookie, secret, httponly=True, samesite="strict", path="/")
             return response
-        given = "That is not the token" if "token" in request.query_params else "This page needs its token"
-        sentence = f"{given}: type it here, or open the address that `phosphene serve` has printed."
-        return told(request, RequestRefused(403, sentence), FORM)
+        problem = "That is not the token" if "token" in request.query_params else "This page needs its token"
+        sentence = f"{problem}: type it here, or open the address that `phosphene serve` has printed."
+        return refusal_response(request, RequestRefused(403, sentence), FORM)
 
 
-def host_refused(headers: Headers, names: frozenset[str] | None) -> RequestRefused | None:
-    """Return why the name by which the server was called is refused, if it is; see `Guard`."""
-    given = headers.getlist("host")
-    host = host_of(given[0]) if len(given) == 1 else None
+def check_host(headers: Headers, names: frozenset[str] | None) -> RequestRefused | None:
+    """Return why the Host header is refused, if it is; see `SecurityMiddleware` for the names."""
+    hosts = headers.getlist("host")
+    host = host_of(hosts[0]) if len(hosts) == 1 else None
     if host is None:
         return RequestRefused(
             400, "The request has no Host, or more than one, or one that is none; send the page's own."
         )
     if is_loopback(host) if names is None else is_loopback(host) or is_address(host) or host in names:
         return None
-    also = "localhost or 127.0.0.1" if names is None else "its address, or by the name given with --host"
-    return RequestRefused(421, f"This server does not answer to the name {host}; call it by {also}.")
+    accepted = "localhost or 127.0.0.1" if names is None else "its address, or by the name given with --host"
+    return RequestRefused(421, f"This server does not answer to the name {host}; call it by {accepted}.")
 
 
 def host_of(header: str) -> str | None:
-    """Return the host in a Host header, in lower case and without its port; None where there is none.
+    """Return the host in a Host header, in lower case and without its port; None if the header is malformed.
 
     >>> host_of("[::1]:8000"), host_of("LocalHost:80"), host_of("a b")
     ('::1', 'localhost', None)
@@ -136,12 +136,12 @@ def host_of(header: str) -> str | None:
         proper = bracket.startswith("[") and is_address(host) and (after == "" or colon == ":")
     else:
         host, colon, port = header.partition(":")
-        proper = bool(host) and all(one.isalnum() or one in ".-_" for one in host) and host.isascii()
+        proper = bool(host) and all(letter.isalnum() or letter in ".-_" for letter in host) and host.isascii()
     return host.lower() if proper and (port.isdecimal() or not colon) else None
 
 
 def is_address(host: str) -> bool:
-    """Return whether a host is an IP address, which no one can make lead elsewhere."""
+    """Return whether a host is an IP address, which unlike a name cannot be made to lead elsewhere."""
     try:
         ip_address(host)
     except ValueError:
@@ -150,47 +150,47 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host always is this machine."""
+    """Return whether a host is always this machine."""
     return host == "localhost" or (is_address(host) and ip_address(host).is_loopback)
 
 
-def site_refused(method: str, headers: Headers) -> RequestRefused | None:
-    """Return why a request that another site made the browser send is refused; following a link to a page is not."""
+def check_origin(method: str, headers: Headers) -> RequestRefused | None:
+    """Return why a request that another site made the browser send is refused; links to pages may be followed."""
     origin, host = headers.get("origin"), headers.get("host", "").lower()
     foreign = headers.get("sec-fetch-site", "none").lower() not in ("none", "same-origin")
     followed = method in READS and headers.get("sec-fetch-dest") == "document"
-    own = origin is None or origin.lower() in (f"http://{host}", f"https://{host}")
-    if own and (followed or not foreign):
+    same_origin = origin is None or origin.lower() in (f"http://{host}", f"https://{host}")
+    if same_origin and (followed or not foreign):
         return None
     return RequestRefused(403, "The request came from a page of another site; open this page in a tab of its own.")
 
 
-def same(given: str, wanted: str) -> bool:
-    """Compare two texts in a time that does not tell how alike they are."""
-    return compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
+def same_secret(text: str, secret: str) -> bool:
+    """Compare two texts in a time that does not depend on how much of them is equal."""
+    return compare_digest(text.encode("utf-8", "replace"), secret.encode("utf-8", "replace"))
 
 
 def cookie_name(scope: Scope) -> str:
-    """Return the name of the token's cookie; servers on several ports of a machine share their cookies."""
+    """Return the name of the token's cookie, with the port, as servers on one machine share their cookies."""
     return f"phosphene-{(scope.get('server') or ('', 0))[1]}"
 
 
 def cookies(headers: Headers) -> dict[str, str]:
-    """Return the request's cookies; none where they cannot be read."""
+    """Return the request's cookies; none if they cannot be parsed."""
     try:
-        return {name: one.value for name, one in SimpleCookie(headers.get("cookie", "")).items()}
+        return {name: morsel.value for name, morsel in SimpleCookie(headers.get("cookie", "")).items()}
     except CookieError:
         return {}
 
 
-def cleaned(request: Request) -> Response:
-    """Send the browser to the same address without the token, so that it is neither bookmarked nor passed on.
+def redirect_without_token(request: Request) -> Response:
+    """Send the browser to the same address without the token, so that the token is neither bookmarked nor passed on.
 
-    Where another site linked here, a redirect would still count as its request and carry no cookie: a page that goes
-    on by itself does not.
+    If another site linked here, a redirect would still count as that site's request and carry no cookie; a page that
+    refreshes itself does not.
     """
     query = request.scope["query_string"].decode("latin-1")
-    rest = [one for one in parse_qsl(query, keep_blank_values=True) if one[0] != "token"]
+    rest = [pair for pair in parse_qsl(query, keep_blank_values=True) if pair[0] != "token"]
     path = quote(request.scope["path"].lstrip("/\\"), safe="/~")  # two slashes would begin the name of another host
     address = f"/{path}?{urlencode(rest)}" if rest else f"/{path}"
     if request.headers.get("sec-fetch-site", "none").lower() in ("none", "same-origin"):
@@ -200,51 +200,49 @@ def cleaned(request: Request) -> Response:
     return HTMLResponse(page, 200, {"Refresh": f"0; url={address}", "Cache-Control": "no-store"})
 
 
-def told(request: Request, refused: RequestRefused, more: str = "") -> Response:
-    """Return a refusal as a page, or where a script asked as JSON."""
+def refusal_response(request: Request, refusal: RequestRefused, more: str = "") -> Response:
+    """Return a refusal as a page, or as JSON if a script sent the request."""
     headers = {"Cache-Control": "no-store"}
     if wants_json(request):
-        return JSONResponse({"error": refused.sentence}, refused.status, headers)
-    page = PAGE.format(title="This cannot be shown", sentence=html.escape(refused.sentence), more=more)
-    return HTMLResponse(page, refused.status, headers)
+        return JSONResponse({"error": refusal.sentence}, refusal.status, headers)
+    page = PAGE.format(title="This cannot be shown", sentence=html.escape(refusal.sentence), more=more)
+    return HTMLResponse(page, refusal.status, headers)
 
 
 def wants_json(request: Request) -> bool:
-    """Return whether a script asked, not someone who reads pages."""
+    """Return whether a script sent the request, not somebody who reads pages."""
     return request.method not in READS or str(request.scope["path"]).endswith(".json")
 
 
-async def bounded_body(request: Request, most: int) -> bytes:
+async def bounded_body(request: Request, max_bytes: int) -> bytes:
     """Return the body of a request.
 
-    Args:
-        most: bytes that it may have.
-
     Raises:
-        HTTPException: 413 where it has more, as soon as that shows; 408 where it takes too long; 400 where there is
-            none, or it breaks off.
+        HTTPException: 413 as soon as it has more than `max_bytes`; 408 if it takes too long; 400 if it is empty or
+            breaks off.
     """
     try:
-        async with asyncio.timeout(SLOWEST):
-            return await gathered(request, most)
+        async with asyncio.timeout(BODY_SECONDS):
+            return await read_body(request, max_bytes)
     except TimeoutError as error:
         raise HTTPException(
-            408, f"What was sent took more than {SLOWEST:.0f} s to arrive; send less", {"Connection": "close"}
+            408, f"What was sent took more than {BODY_SECONDS:.0f} s to arrive; send less", {"Connection": "close"}
         ) from error
     except ClientDisconnect as error:
         raise HTTPException(400, "What was sent broke off; send it again") from error
 
 
-async def gathered(request: Request, most: int) -> bytes:
-    """Return the body of a request as long as it is not too large; see `bounded_body`."""
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the body of a request unless it is too large; see `bounded_body`."""
     length = request.headers.get("content-length", "0")
     content = bytearray()
-    large = HTTPException(413, f"What was sent is larger than {most / 1e6:,g} MB; send less", {"Connection": "close"})
-    if not length.isdecimal() or int(length) > most:
+    limit = f"{max_bytes / 1e6:,g} MB"
+    large = HTTPException(413, f"What was sent is larger than {limit}; send less", {"Connection": "close"})
+    if not length.isdecimal() or int(length) > max_bytes:
         raise large
     async for chunk in request.stream():
         content += chunk
-        if len(content) > most:
+        if len(content) > max_bytes:
             raise large
     if not content:
         raise HTTPException(400, "Nothing was sent; send a photo's bytes, or what the page asks for")

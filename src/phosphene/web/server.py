@@ -1,4 +1,4 @@
-"""The server: what the site has, over HTTP, and the routes of live use beside it."""
+"""Serve the site over HTTP, together with the live routes."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from phosphene.web.security import HEADERS, SecurityMiddleware, wants_json
 from phosphene.web.site import Content, Site
 from phosphene.web.templating import render_template
 
-THREADS = 8  # that read the store and make pages at the same time
-CONNECTIONS = 800  # at once, which leaves room below the 1,024 files that a process mostly may open
-IDLE = 60  # seconds that a connection is kept; where much is going on, a short time has run out unnoticed
-GRACE = 3  # seconds that answers under way get when the server ends
-PORTS = 65535
-LONGEST = 1000  # characters of a path that can be one of the site
-DEEPEST = 8  # folders of a path, for the links of a page that says there is none
-EFFORT = 4  # of gzip: within a twentieth of the size of the best, in a third of its time
-SMALL = 1000  # bytes, below which nothing is packed
-PACKED = ("text/", "application/json", "application/javascript", "image/svg")
+THREADS = 8  # that read the store and render pages at the same time
+MAX_CONNECTIONS = 800  # which stays below 1,024, the usual limit of open files of a process
+IDLE_SECONDS = 60  # that a connection is kept; on a busy server a shorter time runs out before a request is noticed
+GRACE_SECONDS = 3  # that running responses get when the server ends
+MAX_PORT = 65535
+MAX_PATH = 1000  # characters; the site has no longer path
+MAX_DEPTH = 8  # of folders, for the links of an error page
+GZIP_LEVEL = 4  # within a twentieth of the smallest size, in a third of its time
+MIN_GZIP = 1000  # bytes, below which nothing is compressed
+COMPRESSIBLE = ("text/", "application/json", "application/javascript", "image/svg")
 STATUS: tuple[tuple[type[PhospheneError], int], ...] = (
     (EntryNotFound, 404),
     (LayerNotFound, 404),
@@ -71,44 +71,44 @@ def application(
     """Return the application.
 
     Args:
-        live: the routes of live use; they come before the pages.
-        names, token: see `Guard`.
-        on_shutdown: has what the live routes have under way end, so that their answers do; it waits for nothing.
+        live: the live routes; they come before the pages.
+        names, token: see `SecurityMiddleware`.
+        on_shutdown: stops the work of the live routes, which ends their responses; it must not block.
     """
     threads = CapacityLimiter(THREADS)
 
     async def get(request: Request) -> Response:
-        return await to_thread.run_sync(answered, site, request, limiter=threads)
+        return await to_thread.run_sync(site_response, site, request, limiter=threads)
 
-    shown = Starlette(
+    app = Starlette(
         routes=[Route("/healthz", healthy), *live, Route("/{path:path}", get)],
         middleware=[Middleware(SecurityMiddleware, names=names, token=token)],
-        exception_handlers={PhospheneError: refused, HTTPException: failed, Exception: unforeseen},
+        exception_handlers={PhospheneError: phosphene_error, HTTPException: http_error, Exception: unexpected_error},
     )
-    shown.state.live, shown.state.close = site.live, on_shutdown
-    return shown
+    app.state.live, app.state.close = site.live, on_shutdown
+    return app
 
 
 async def healthy(request: Request) -> Response:
-    """Say that the server is there."""
+    """Answer that the server is running."""
     return JSONResponse({"status": "ok"}, headers={"Cache-Control": "no-store"})
 
 
-def answered(site: Site, request: Request) -> Response:
-    """Return what lies at a path, or where the browser has it already, that it is the same."""
+def site_response(site: Site, request: Request) -> Response:
+    """Return the content of a path, or 304 if the browser has it already."""
     path = site_path(request.scope["path"])
     try:
         content = site.get(path)
     except EntryNotFound:
         with suppress(EntryNotFound):
             site.get(f"{path}/")
-            return closed(request)
+            return folder_redirect(request)
         raise
-    # the tag is weak, as the same page may be sent packed and not
+    # the tag is weak, as the same page is sent with and without compression
     headers = {"ETag": f'W/"{content.tag or hashlib.sha256(content.body).hexdigest()}"', "Cache-Control": "no-cache"}
-    if content.media_type.startswith(PACKED):
+    if content.media_type.startswith(COMPRESSIBLE):
         headers["Vary"] = "Accept-Encoding"
-    if known(request, headers["ETag"]):
+    if is_cached(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     body = gzipped(request, content)
     if body is not content.body:
@@ -116,52 +116,52 @@ def answered(site: Site, request: Request) -> Response:
     return Response(body, 200, headers, content.media_type)
 
 
-def closed(request: Request) -> Response:
-    """Send the browser to a folder's address with the closing slash, without which its links would lead elsewhere."""
+def folder_redirect(request: Request) -> Response:
+    """Redirect to a folder's address with the closing slash, without which relative links would lead elsewhere."""
     last = request.scope["raw_path"].partition(b"?")[0].rpartition(b"/")[2].decode("latin-1")
     return Response(status_code=308, headers={"Location": f"./{last}/", "Cache-Control": "no-store"})
 
 
-def site_path(asked: str) -> str:
-    """Return the path of the site that the path of an address means.
+def site_path(url_path: str) -> str:
+    """Return the path in the site for the path of a URL.
 
     Raises:
-        EntryNotFound: there can be none such.
+        EntryNotFound: the site can have no such path.
     """
-    path = asked.removeprefix("/")
+    path = url_path.removeprefix("/")
     if path.endswith("/") or not path:
         path += "index.html"
     parts = path.split("/")
-    if len(path) > LONGEST or any(one in ("", ".", "..") or "\\" in one or not one.isprintable() for one in parts):
+    if len(path) > MAX_PATH or any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts):
         raise EntryNotFound("There is no page at this address; begin at the first page.")
     return path
 
 
-def known(request: Request, tag: str) -> bool:
-    """Return whether the browser has what a tag stands for."""
-    given = [one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(",")]
-    return tag.removeprefix("W/") in given or given == ["*"]
+def is_cached(request: Request, etag: str) -> bool:
+    """Return whether the browser has the content that an ETag stands for."""
+    tags = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    return etag.removeprefix("W/") in tags or tags == ["*"]
 
 
 def gzipped(request: Request, content: Content) -> bytes:
-    """Return the bytes to send: text smaller, where the browser can read that. Runs in a thread, as it takes a while.
+    """Return the bytes to send: text is compressed if the browser accepts that. Slow, so it runs in a thread.
 
-    Starlette's own middleware would do it for the routes of live use too, which send their events one by one.
+    Starlette's own middleware would compress in the event loop.
     """
     accepted = "gzip" in request.headers.get("accept-encoding", "")
-    if not accepted or len(content.body) < SMALL or not content.media_type.startswith(PACKED):
+    if not accepted or len(content.body) < MIN_GZIP or not content.media_type.startswith(COMPRESSIBLE):
         return content.body
-    return gzip.compress(content.body, EFFORT, mtime=0)
+    return gzip.compress(content.body, GZIP_LEVEL, mtime=0)
 
 
-def refused(request: Request, error: Exception) -> Response:
-    """Answer with the sentence of an error of ours."""
+def phosphene_error(request: Request, error: Exception) -> Response:
+    """Answer with the message of an error of this package."""
     status = next(number for kind, number in STATUS if isinstance(error, kind))
     return titled_error(request, status, str(error))
 
 
-def failed(request: Request, error: Exception) -> Response:
-    """Answer with the sentence of an error of HTTP's own."""
+def http_error(request: Request, error: Exception) -> Response:
+    """Answer with the message of an HTTP error."""
     assert isinstance(error, HTTPException)
     sentence = error.detail
     if error.status_code == 405:
@@ -169,10 +169,10 @@ def failed(request: Request, error: Exception) -> Response:
     return titled_error(request, error.status_code, sentence, dict(error.headers or {}))
 
 
-def unforeseen(request: Request, error: Exception) -> Response:
-    """Answer without a word of what failed; the server logs it. No middleware sees this, so that it brings the headers.
+def unexpected_error(request: Request, error: Exception) -> Response:
+    """Answer without details, which go to the log; sets the security headers, as no middleware sees this response.
 
-    The connection ends, as nobody knows what of the request has been read.
+    The connection is closed, because it is not known how much of the request has been read.
     """
     return titled_error(
         request, 500, "Something failed here; the server's log says what.", {**HEADERS, "Connection": "close"}
@@ -180,83 +180,83 @@ def unforeseen(request: Request, error: Exception) -> Response:
 
 
 def titled_error(request: Request, status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
-    """Return an error as a page, or where a script asked as JSON."""
-    shown = {"Cache-Control": "no-store", **(headers or {})}
+    """Return an error as a page, or as JSON if a script sent the request."""
+    headers = {"Cache-Control": "no-store", **(headers or {})}
     if wants_json(request):
-        return JSONResponse({"error": sentence}, status, shown)
+        return JSONResponse({"error": sentence}, status, headers)
     # the depth as the browser counts it: an encoded slash is none
-    depth = min(request.scope.get("raw_path", b"/").partition(b"?")[0].count(b"/") - 1, DEEPEST)
+    depth = min(request.scope.get("raw_path", b"/").partition(b"?")[0].count(b"/") - 1, MAX_DEPTH)
     here = "x/" * depth + "error.html"
     title = TITLES.get(status, "This cannot be shown")
     content = render_template("error.html", here, request.app.state.live, title=title, sentence=sentence)
-    return Response(content, status, shown, "text/html; charset=utf-8")
+    return Response(content, status, headers, "text/html; charset=utf-8")
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 has one chosen.
+    """Return a socket that listens; port 0 picks a free port.
 
     Raises:
-        InvalidRequest: the port is taken or none, or the host is no address of this machine.
+        InvalidRequest: the port is taken or out of range, or the host is no address of this machine.
     """
-    if not 0 <= port <= PORTS:
-        raise InvalidRequest(f"a port is a number from 0 to {PORTS}, not {port}; --port 0 has one chosen")
+    if not 0 <= port <= MAX_PORT:
+        raise InvalidRequest(f"a port is a number from 0 to {MAX_PORT}, not {port}; --port 0 picks a free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise InvalidRequest(f"there is no host {host!r}; give --host an address of this machine") from error
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(CONNECTIONS)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(MAX_CONNECTIONS)
     except OSError as error:
-        bound.close()
-        raise InvalidRequest(not_bound(host, port, error)) from error
-    return bound
+        listener.close()
+        raise InvalidRequest(bind_error(host, port, error)) from error
+    return listener
 
 
-def not_bound(host: str, port: int, error: OSError) -> str:
-    """Return why nothing can listen at an address, and what to do."""
+def bind_error(host: str, port: int, error: OSError) -> str:
+    """Return why no socket can listen at an address, and what to do."""
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} of {host} is taken; give another --port, or --port 0 to have one chosen"
+        return f"port {port} of {host} is taken; give another --port, or --port 0 to pick a free one"
     if error.errno == errno.EACCES:
-        return f"port {port} is not for every user; give a --port from 1024 on, or --port 0 to have one chosen"
+        return f"port {port} is not for every user; give a --port from 1024 on, or --port 0 to pick a free one"
     return f"nothing can listen at {host}: {error.strerror}; give --host an address of this machine"
 
 
 class Server(uvicorn.Server):
-    """A server that says when it is ready, and when it ends first has the work under way stop."""
+    """A server that reports when it is ready, and that stops running work before it shuts down."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None], close: Callable[[], None]) -> None:
         super().__init__(config)
         self.ready, self.close = ready, close
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so."""
+        """Start, and report it."""
         await super().startup(sockets=sockets)
         self.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop the work, which ends its streams of events, and then the server."""
+        """Stop the running work, which ends its event streams, and then the server."""
         self.close()
         await super().shutdown(sockets=sockets)
 
 
-def serve(shown: Starlette, at: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until the process is interrupted or told to end; unforeseen errors go to the log with their traceback.
+def serve(app: Starlette, listener: socket.socket, ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until the process is interrupted or terminated; unexpected errors are logged with their traceback.
 
     Args:
-        at: a socket that listens.
-        ready: called when the first request can come.
+        listener: a socket that listens.
+        ready: called when requests are accepted.
     """
     with without_reraised_signals():
-        Server(configured(shown), ready, shown.state.close).run([at])
+        Server(uvicorn_config(app), ready, app.state.close).run([listener])
 
 
-def configured(shown: Starlette) -> uvicorn.Config:
-    """Return how uvicorn is to serve: what it says goes to the log of Python, and that is errors alone."""
+def uvicorn_config(app: Starlette) -> uvicorn.Config:
+    """Return the configuration of uvicorn, which logs nothing but errors, through `logging`."""
     return uvicorn.Config(
-        shown,
+        app,
         loop="asyncio",
         http="h11",
         ws="none",
@@ -266,19 +266,19 @@ def configured(shown: Starlette) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=IDLE,
-        timeout_graceful_shutdown=GRACE,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
     )
 
 
 @contextmanager
 def without_reraised_signals() -> Iterator[None]:
-    """Let a signal end the server and no more: when it has ended, uvicorn raises the signal again."""
+    """Let a signal end the server only: uvicorn raises it again when the server has ended, and this ignores that."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     try:
         before: dict[int, Any] = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    except ValueError:  # not in the main thread, where no signal arrives
+    except ValueError:  # not in the main thread, so no signal arrives here
         yield
         return
     try:

@@ -1,4 +1,4 @@
-"""Commands as people type them: those that the page gives to copy."""
+"""The shell commands that the page offers for copying."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ LOADING = {"weights": "", "mean": ",", "std": ",", "input_size": "x", "channels_
 
 
 def filters_command(model: str, loading: Mapping[str, Any], layer: str, options: Mapping[str, Any]) -> str:
-    """Return the command that draws a filter; options that are None are left out.
+    """Return the command that renders a filter; options that are None are left out.
 
     Args:
         model: the network's reference.
         loading: its `Model.options`.
     """
-    chosen = [part for name, one in options.items() if one is not None for part in (f"--{name}", str(one))]
+    chosen = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["phosphene", "filters", model, layer, *loading_words(loading), *chosen])
 
 
 def serve_command(model: str, loading: Mapping[str, Any]) -> str:
-    """Return the command that starts a server with a network, the place left open."""
+    """Return the command that starts a server with a network; the user fills in PLACE."""
     return shlex.join(["phosphene", "serve", "PLACE", "--model", model, *loading_words(loading)])
 
 
 def loading_words(loading: Mapping[str, Any]) -> list[str]:
-    """Return how a network was loaded as the command line says it; `--trust` is left for people to decide.
+    """Return the command-line options that load a network the same way; `--trust` is left for people to decide.
 
     >>> loading_words({"mean": [0.5, 0.4, 0.3], "input_size": [96, 128]})
     ['--mean', '0.5,0.4,0.3', '--input-size', '96x128']
@@ -34,6 +34,7 @@ def loading_words(loading: Mapping[str, Any]) -> list[str]:
     words = []
     for name, joint in LOADING.items():
         if name in loading:
-            one = loading[name]
-            words += [f"--{name.replace('_', '-')}", joint.join(map(str, one)) if isinstance(one, list) else str(one)]
+            value = loading[name]
+            text = joint.join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     return words

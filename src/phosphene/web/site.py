@@ -1,4 +1,4 @@
-"""The site: what lies at which path. A server answers with it, an export writes it out."""
+"""The site: the content of each path. A server answers with it, an export writes it to files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from phosphene.web.cache import SizedCache
 from phosphene.web.store_reader import StoreReader
 from phosphene.web.templating import render_template
 from phosphene.web.urls import evidence_href, file_href, filter_href, layer_href, layer_path, layer_slug, network_href
-from phosphene.web.views.atlas import cards, layer_view, network_view
+from phosphene.web.views.atlas import atlas_cards, layer_view, network_view
 from phosphene.web.views.filter import filter_view, unrendered_view
 from phosphene.web.views.training import TrainingView
 
@@ -27,16 +27,16 @@ MEDIA_TYPES = {
     ".png": "image/png",
     ".webp": "image/webp",
 }
-PAGES = 16_000_000  # bytes of pages that are kept
-LIVE = "live.js"  # of use to a server alone
-NUMBER = "(0|[1-9][0-9]{0,8})"  # written in one way only
-VIEW, PICTURE, FILM = (
-    re.compile(one) for one in (rf"{NUMBER}\.html", rf"filter_{NUMBER}\.png", rf"film_{NUMBER}\.webp")
-)
+PAGE_BYTES = 16_000_000  # of cached pages
+LIVE = "live.js"  # used by a server only
+NUMBER = "(0|[1-9][0-9]{0,8})"  # each number has one spelling
+VIEW = re.compile(rf"{NUMBER}\.html")
+PICTURE = re.compile(rf"filter_{NUMBER}\.png")
+FILM = re.compile(rf"film_{NUMBER}\.webp")
 
 
 class Content(NamedTuple):
-    """What lies at a path.
+    """The content of a path.
 
     Attributes:
         tag: changes when the body does.
@@ -48,7 +48,7 @@ class Content(NamedTuple):
 
 
 class Site:
-    """All pages and files over some stores and training runs. Threads may share one.
+    """All pages and files for some stores and training runs. Threads may share one.
 
     Attributes:
         live: whether a server is behind it, for what plain files cannot do.
@@ -56,18 +56,19 @@ class Site:
     """
 
     def __init__(
-        self, gallery: StoreReader, runs: Sequence[TrainingView], live: bool = False, damaged: Sequence[str] = ()
+        self, reader: StoreReader, runs: Sequence[TrainingView], live: bool = False, damaged: Sequence[str] = ()
     ) -> None:
-        self.gallery, self.runs, self.live = gallery, {one.name: one for one in runs}, live
+        self.reader, self.runs, self.live = reader, {run.name: run for run in runs}, live
         self.damaged = tuple(damaged)
-        self.pages: SizedCache[Content] = SizedCache(PAGES)
-        self.static = {one.name: one for one in files("phosphene.web").joinpath("static").iterdir() if one.is_file()}
+        self.pages: SizedCache[Content] = SizedCache(PAGE_BYTES)
+        folder = files("phosphene.web").joinpath("static")
+        self.static = {file.name: file for file in folder.iterdir() if file.is_file()}
 
     def get(self, path: str) -> Content:
-        """Return what lies at a path, such as "atlas/1a2b3c4d5e6f/index.html"; a folder is its "index.html".
+        """Return the content of a path, such as "atlas/1a2b3c4d5e6f/index.html"; a folder stands for its "index.html".
 
         Raises:
-            EntryNotFound: nothing does. StoreRefused: it is damaged.
+            EntryNotFound: the site has no such path. StoreRefused: what it needs from a store is damaged.
         """
         here = f"{path}index.html" if path == "" or path.endswith("/") else path
         match here.split("/"):
@@ -75,108 +76,105 @@ class Site:
                 return self.index()
             case ["static", name] if name in self.static:
                 return content(self.static[name].read_bytes(), media_type(name))
-            case ["atlas", d, "index.html"]:
-                return self.view(here, "network.html", lambda: network_view(self.gallery, d), d)
-            case ["atlas", d, "photo.html"] if self.live:
-                return self.view(here, "photo.html", lambda: self.photo(d), d)
-            case ["atlas", d, slug, name]:
-                return self.of_layer(here, d, path_of(slug), name)
-            case ["evidence", begin, name] if name.endswith(".webp"):
-                return content(self.gallery.file_of_evidence(begin, name), media_type(name))
+            case ["atlas", atlas_id, "index.html"]:
+                return self.view(here, "network.html", lambda: network_view(self.reader, atlas_id), atlas_id)
+            case ["atlas", atlas_id, "photo.html"] if self.live:
+                return self.view(here, "photo.html", lambda: self.photo_view(atlas_id), atlas_id)
+            case ["atlas", atlas_id, slug, name]:
+                return self.layer_file(here, atlas_id, path_of(slug), name)
+            case ["evidence", digits, name] if name.endswith(".webp"):
+                return content(self.reader.evidence_file(digits, name), media_type(name))
             case ["runs", name, *rest] if name in self.runs:
-                return self.of_run(here, self.runs[name], "/".join(rest))
+                return self.run_file(here, self.runs[name], "/".join(rest))
         raise nothing(path)
 
     def paths(self) -> Iterator[str]:
-        """Yield the paths of all that plain files can show, the index last."""
+        """Yield the paths of everything that plain files can show, the index last."""
         yield from (f"static/{name}" for name in sorted(self.static) if self.live or name != LIVE)
-        shown: dict[str, None] = {}
-        for d in sorted(self.gallery.listed()):
-            yield from self.paths_of(d)
-            shown |= dict.fromkeys(self.paths_of_evidence(d))
-        yield from shown
+        evidence: dict[str, None] = {}
+        for atlas_id in sorted(self.reader.locations()):
+            yield from self.atlas_paths(atlas_id)
+            evidence |= dict.fromkeys(self.evidence_paths(atlas_id))
+        yield from evidence
         for name, run in self.runs.items():
-            yield from (f"runs/{name}/{one}" for one in (*run.files(), "index.html"))
+            yield from (f"runs/{name}/{file}" for file in (*run.files(), "index.html"))
         yield "index.html"
 
-    def paths_of(self, d: str) -> Iterator[str]:
+    def atlas_paths(self, atlas_id: str) -> Iterator[str]:
         """Yield the paths of an atlas."""
-        for row in self.gallery.atlas(d)["layers"]:
-            path, manifest = row["path"], self.gallery.layer(d, row["path"])
-            yield from (file_href(d, path, name) for name in sorted(manifest["files"]))
-            first = dict[str, int]()
-            for one in manifest["pictures"]:
-                first.setdefault(one["job"], one["channel"])
-                yield file_href(d, path, f"filter_{one['channel']}.png")
-                yield filter_href(d, path, one["channel"])
-            films = (n for n in first.values() if "film" in self.gallery.filter(d, path, n).job)
-            yield from (file_href(d, path, f"film_{n}.webp") for n in films)
-            yield layer_href(d, path)
-        yield network_href(d)
+        for row in self.reader.atlas(atlas_id)["layers"]:
+            path, manifest = row["path"], self.reader.layer(atlas_id, row["path"])
+            yield from (file_href(atlas_id, path, name) for name in sorted(manifest["files"]))
+            first_of_job = dict[str, int]()
+            for picture in manifest["pictures"]:
+                channel = picture["channel"]
+                first_of_job.setdefault(picture["job"], channel)
+                yield file_href(atlas_id, path, f"filter_{channel}.png")
+                yield filter_href(atlas_id, path, channel)
+            for channel in first_of_job.values():
+                if "film" in self.reader.filter(atlas_id, path, channel).job:
+                    yield file_href(atlas_id, path, f"film_{channel}.webp")
+            yield layer_href(atlas_id, path)
+        yield network_href(atlas_id)
 
-    def paths_of_evidence(self, d: str) -> Iterator[str]:
+    def evidence_paths(self, atlas_id: str) -> Iterator[str]:
         """Yield the paths of the photos that an atlas shows."""
-        found = self.gallery.evidence(d)
-        if found:
-            sheets = [
-                one for row in self.gallery.atlas(d)["layers"] for one in found.about["sheets"].get(row["path"], ())
-            ]
-            whole = found.about.get("thumbnails", {}).get("sheets", ())
-            yield from (evidence_href(found.digest, name) for name in (*sheets, *whole))
+        evidence = self.reader.evidence(atlas_id)
+        if evidence:
+            crops, rows = evidence.about["sheets"], self.reader.atlas(atlas_id)["layers"]
+            sheets = [sheet for row in rows for sheet in crops.get(row["path"], ())]
+            thumbnails = evidence.about.get("thumbnails", {}).get("sheets", ())
+            yield from (evidence_href(evidence.digest, name) for name in (*sheets, *thumbnails))
 
     def index(self) -> Content:
         """Return the page of all atlases and training runs."""
-        shown = {"atlases": cards(self.gallery), "runs": [one.card() for one in self.runs.values()]}
-        jobs = self.gallery.unfinished() if self.live else 0  # of what is being made plain files know nothing
-        damaged = [*self.damaged, *self.gallery.damaged()]
-        return content(
-            render_template("index.html", "index.html", self.live, unfinished=jobs, damaged=damaged, **shown), HTML
-        )
+        cards, runs = atlas_cards(self.reader), [run.card() for run in self.runs.values()]
+        jobs = self.reader.unfinished() if self.live else 0  # plain files do not follow an atlas in the making
+        damaged = [*self.damaged, *self.reader.damaged()]
+        context = {"atlases": cards, "runs": runs, "unfinished": jobs, "damaged": damaged}
+        return content(render_template("index.html", "index.html", self.live, **context), HTML)
 
-    def photo(self, d: str) -> dict[str, Any]:
-        """Return what `photo.html` shows."""
-        atlas = self.gallery.atlas(d)
-        return {"d": d, "atlas": atlas, "layers": atlas["layers"], "methods": [*CAMS, *INPUT_METHODS]}
+    def photo_view(self, atlas_id: str) -> dict[str, Any]:
+        """Return the context of `photo.html`."""
+        atlas = self.reader.atlas(atlas_id)
+        return {"atlas_id": atlas_id, "atlas": atlas, "layers": atlas["layers"], "methods": [*CAMS, *INPUT_METHODS]}
 
-    def of_layer(self, here: str, d: str, path: str, name: str) -> Content:
-        """Return what lies in the folder of a layer."""
+    def layer_file(self, here: str, atlas_id: str, path: str, name: str) -> Content:
+        """Return the content of a path in the folder of a layer."""
         if name == "index.html":
-            return self.view(here, "layer.html", lambda: layer_view(self.gallery, d, path), d, path)
-        if found := VIEW.fullmatch(name):
-            return self.of_filter(here, d, path, int(found[1]))
-        if found := PICTURE.fullmatch(name):
-            return content(self.gallery.file_of_job(d, path, int(found[1]), name), "image/png")
-        if found := FILM.fullmatch(name):
-            return content(self.gallery.file_of_job(d, path, int(found[1]), "film.webp"), "image/webp")
-        return content(self.gallery.file(d, path, name), media_type(name))
+            return self.view(here, "layer.html", lambda: layer_view(self.reader, atlas_id, path), atlas_id, path)
+        if match := VIEW.fullmatch(name):
+            return self.filter_page(here, atlas_id, path, int(match[1]))
+        if match := PICTURE.fullmatch(name):
+            return content(self.reader.job_file(atlas_id, path, int(match[1]), name), "image/png")
+        if match := FILM.fullmatch(name):
+            return content(self.reader.job_file(atlas_id, path, int(match[1]), "film.webp"), "image/webp")
+        return content(self.reader.file(atlas_id, path, name), media_type(name))
 
-    def of_filter(self, here: str, d: str, path: str, n: int) -> Content:
-        """Return the view of a filter: a server has one, too, of what was not drawn yet."""
-
-        def made() -> dict[str, Any]:
-            try:
-                return filter_view(self.gallery, d, path, n)
-            except EntryNotFound:
-                if not self.live:
-                    raise
-                return unrendered_view(self.gallery, d, path, n)
-
-        return content(render_template("filter.html", here, self.live, **made()), HTML)
+    def filter_page(self, here: str, atlas_id: str, path: str, channel: int) -> Content:
+        """Return the page of a filter; a server also has one for a filter that is not rendered yet."""
+        try:
+            context = filter_view(self.reader, atlas_id, path, channel)
+        except EntryNotFound:
+            if not self.live:
+                raise
+            context = unrendered_view(self.reader, atlas_id, path, channel)
+        return content(render_template("filter.html", here, self.live, **context), HTML)
 
     def view(self, here: str, template: str, context: Callable[[], dict[str, Any]], *about: str) -> Content:
-        """Return the page of an atlas or a layer, which is kept until its manifest changes."""
+        """Return the page of an atlas or a layer, which is cached until the manifest of `about` changes."""
 
         def read(_: object) -> tuple[Content, int]:
-            made = content(render_template(template, here, self.live, **context()), HTML)
-            return made, len(made.body)
+            page = content(render_template(template, here, self.live, **context()), HTML)
+            return page, len(page.body)
 
-        return self.pages.get((here, self.gallery.mark(*about)), read)
+        return self.pages.get((here, self.reader.etag(*about)), read)
 
-    def of_run(self, here: str, run: TrainingView, rest: str) -> Content:
-        """Return what lies in the folder of a training run."""
-        if rest == "index.html":
+    def run_file(self, here: str, run: TrainingView, name: str) -> Content:
+        """Return the content of a path in the folder of a training run."""
+        if name == "index.html":
             return content(render_template("run.html", here, self.live, **run.view()), HTML)
-        return content(*run.file(rest))
+        return content(*run.file(name))
 
 
 def content(body: bytes, kind: str) -> Content:
@@ -189,10 +187,10 @@ def media_type(name: str) -> str:
 
 
 def path_of(slug: str) -> str:
-    """Return the layer that a part of a path means.
+    """Return the layer that a part of a path stands for.
 
     Raises:
-        EntryNotFound: it is no layer's.
+        EntryNotFound: the part is not the slug of a layer.
     """
     path = layer_path(slug)
     if not slug or layer_slug(path) != slug:

@@ -1,5 +1,6 @@
-"""What the page reads of stores: their atlases, layers, filters and files. It is kept for a few seconds, so that a
-store that is being added to shows it.
+"""Read what the page needs from stores: atlases, layers, filters and files.
+
+What was read is cached for a few seconds only, so that the page follows a store that still grows.
 """
 
 from __future__ import annotations
@@ -18,32 +19,30 @@ from phosphene.evidence.collect import Evidence, load_evidence
 from phosphene.storage.store import MANIFEST, STORE, Store, entry_path, open_store
 from phosphene.training.history import History, is_history, open_history
 from phosphene.web.cache import SizedCache
-from phosphene.web.urls import DIGITS, layer_path, layer_slug
+from phosphene.web.urls import DIGITS
 
-__all__ = ["AtlasFacts", "Filter", "StoreReader", "layer_path", "layer_slug", "stores_and_records_at"]
+SECONDS = 3.0  # for which listings and manifests are cached
+MANIFEST_BYTES, EVIDENCE_ENTRIES, JOB_DIGESTS = 24_000_000, 2, 200_000  # that are cached
 
-SECONDS = 3.0  # that something is kept
-MANIFESTS = 24_000_000  # bytes of manifests, as they lie in the store
-EVIDENCE = 2  # whose statistics are kept
-JOBS = 200_000  # whose digests are kept
+Locations = dict[str, tuple[Store, str]]  # the store and the digest of each atlas, by its id
 
 
 class Manifest(NamedTuple):
-    """What a manifest says, and the SHA-256 of its bytes."""
+    """The contents of a manifest, and the SHA-256 of its bytes."""
 
     facts: Mapping[str, Any]
-    mark: str
+    etag: str
 
 
 class AtlasFacts(NamedTuple):
-    """An atlas: the first digits of its digest, which are its address, and its manifest."""
+    """An atlas: its id, which is the first digits of its digest, and its manifest."""
 
-    d: str
+    atlas_id: str
     manifest: Mapping[str, Any]
 
 
 class Filter(NamedTuple):
-    """A filter that has a picture: its verdict, its line in the layer's manifest, and the manifest of its job."""
+    """A filter that has a picture: its verdict, its row of the layer's manifest, and the manifest of its job."""
 
     verdict: Verdict
     picture: Mapping[str, Any]
@@ -51,7 +50,7 @@ class Filter(NamedTuple):
 
 
 class StoresAndRecords(NamedTuple):
-    """What there is at a place to be shown, and a sentence on each store or record that cannot be read."""
+    """The stores and training records at a place, and a sentence on each that cannot be read."""
 
     stores: list[Store]
     histories: list[History]
@@ -59,225 +58,230 @@ class StoresAndRecords(NamedTuple):
 
 
 class StoreReader:
-    """The atlases of some stores. Threads may share one.
+    """Reads the atlases of some stores. Threads may share one.
 
     Attributes:
-        stores: in the order in which they are looked through.
+        stores: in order of precedence.
     """
 
     def __init__(self, stores: Sequence[Store], seconds: float = SECONDS) -> None:
         self.stores = tuple(stores)
-        self.places: SizedCache[dict[str, tuple[Store, str]]] = SizedCache(1, seconds)
-        self.manifests: SizedCache[Manifest] = SizedCache(MANIFESTS, seconds)
-        self.known: SizedCache[Evidence] = SizedCache(EVIDENCE)
-        self.worked: SizedCache[int] = SizedCache(1, seconds)
-        self.jobs: SizedCache[frozenset[str]] = SizedCache(JOBS)
+        self.location_cache: SizedCache[Locations] = SizedCache(1, seconds)
+        self.manifest_cache: SizedCache[Manifest] = SizedCache(MANIFEST_BYTES, seconds)
+        self.evidence_cache: SizedCache[Evidence] = SizedCache(EVIDENCE_ENTRIES)
+        self.unfinished_cache: SizedCache[int] = SizedCache(1, seconds)
+        self.job_cache: SizedCache[frozenset[str]] = SizedCache(JOB_DIGESTS)
 
     def atlases(self) -> list[AtlasFacts]:
         """Return all atlases that can be read, by the names of their networks; see `damaged`."""
-        return sorted(self.sound()[0], key=lambda one: (one.manifest["model"], one.d))
+        return sorted(self.readable()[0], key=lambda atlas: (atlas.manifest["model"], atlas.atlas_id))
 
     def damaged(self) -> list[str]:
-        """Return what is wrong with the atlases that cannot be read, a sentence each."""
-        return self.sound()[1]
+        """Return a sentence on each atlas that cannot be read."""
+        return self.readable()[1]
 
-    def sound(self) -> tuple[list[AtlasFacts], list[str]]:
-        """Return the atlases that can be read, and what is wrong with the others."""
-        found, wrong = [], []
-        for d in sorted(self.listed()):
+    def readable(self) -> tuple[list[AtlasFacts], list[str]]:
+        """Return the atlases that can be read, and a sentence on each that cannot."""
+        atlases, errors = [], []
+        for atlas_id in sorted(self.locations()):
             try:
-                found.append(AtlasFacts(d, self.atlas(d)))
+                atlases.append(AtlasFacts(atlas_id, self.atlas(atlas_id)))
             except (EntryNotFound, StoreRefused) as error:
-                wrong.append(str(error))
-        return found, wrong
+                errors.append(str(error))
+        return atlases, errors
 
-    def atlas(self, d: str) -> Mapping[str, Any]:
+    def atlas(self, atlas_id: str) -> Mapping[str, Any]:
         """Return the manifest of an atlas.
 
         Raises:
-            EntryNotFound: there is none of these digits. StoreRefused: it is damaged.
+            EntryNotFound: no atlas has this id. StoreRefused: the manifest is damaged.
         """
-        return self.manifest(*self.found(d)).facts
+        return self.manifest(*self.locate(atlas_id)).facts
 
-    def store_of(self, d: str) -> Store:
+    def store_of(self, atlas_id: str) -> Store:
         """Return the store that holds an atlas."""
-        return self.found(d)[0]
+        return self.locate(atlas_id)[0]
 
-    def row(self, d: str, path: str) -> Mapping[str, Any]:
-        """Return what the manifest of an atlas says of a layer.
+    def row(self, atlas_id: str, path: str) -> Mapping[str, Any]:
+        """Return the row of a layer in the manifest of an atlas.
 
         Raises:
             EntryNotFound: the atlas has no such layer.
         """
-        rows: dict[str, Mapping[str, Any]] = {one["path"]: one for one in self.atlas(d)["layers"]}
+        rows: dict[str, Mapping[str, Any]] = {row["path"]: row for row in self.atlas(atlas_id)["layers"]}
         if path not in rows:
             raise EntryNotFound(f"this atlas has no layer {path!r}; the nearest are: {nearest(path, rows)}")
         return rows[path]
 
-    def channels(self, d: str, path: str) -> int | None:
-        """Return how many filters a layer has, None where no atlas of the same weights has the layer."""
-        fingerprint = self.atlas(d)["fingerprint"]
-        others = [one.manifest for one in self.atlases() if one.manifest["fingerprint"] == fingerprint]
-        rows = (row for manifest in (self.atlas(d), *others) for row in manifest["layers"])
+    def channels(self, atlas_id: str, path: str) -> int | None:
+        """Return how many filters a layer has, None if no atlas of the same weights has the layer."""
+        fingerprint = self.atlas(atlas_id)["fingerprint"]
+        same = [atlas.manifest for atlas in self.atlases() if atlas.manifest["fingerprint"] == fingerprint]
+        rows = (row for manifest in (self.atlas(atlas_id), *same) for row in manifest["layers"])
         return next((int(row["channels"]) for row in rows if row["path"] == path), None)
 
-    def layer(self, d: str, path: str) -> Mapping[str, Any]:
+    def layer(self, atlas_id: str, path: str) -> Mapping[str, Any]:
         """Return the manifest of a layer."""
-        return self.manifest(self.store_of(d), "layers", self.row(d, path)["digest"]).facts
+        return self.manifest(self.store_of(atlas_id), "layers", self.row(atlas_id, path)["digest"]).facts
 
-    def verdicts(self, d: str, path: str) -> list[Verdict]:
-        """Return the verdicts on a layer's pictures, in the order of its sheets; empty ones where it was not judged."""
-        return verdicts_of(self.layer(d, path))
+    def verdicts(self, atlas_id: str, path: str) -> list[Verdict]:
+        """Return the verdicts on a layer's pictures, in the order of its sheets; empty ones if it was not judged."""
+        return verdicts_of(self.layer(atlas_id, path))
 
-    def filter(self, d: str, path: str, n: int) -> Filter:
+    def filter(self, atlas_id: str, path: str, channel: int) -> Filter:
         """Return a filter that has a picture.
 
         Raises:
             EntryNotFound: the atlas has no such layer, or no picture of this filter.
         """
-        found = self.layer(d, path)
-        for index, picture in enumerate(found["pictures"]):
-            if picture["channel"] == n:
-                only = {**found, "pictures": [picture], "verdicts": found["verdicts"][index : index + 1]}
-                job = self.manifest(self.store_of(d), "jobs", picture["job"]).facts
+        layer = self.layer(atlas_id, path)
+        pictures = layer["pictures"]
+        for index, picture in enumerate(pictures):
+            if picture["channel"] == channel:
+                only = {**layer, "pictures": [picture], "verdicts": layer["verdicts"][index : index + 1]}
+                job = self.manifest(self.store_of(atlas_id), "jobs", picture["job"]).facts
                 return Filter(verdicts_of(only)[0], picture, job)
-        raise EntryNotFound(f"this atlas has no picture of filter {n} of {path}; it has {len(found['pictures']):,}")
+        raise EntryNotFound(f"this atlas has no picture of filter {channel} of {path}; it has {len(pictures):,}")
 
-    def evidence(self, d: str) -> Evidence | None:
-        """Return what photos do to the network of an atlas, without the crops; None where none were shown."""
-        digest, store = self.atlas(d)["evidence"], self.store_of(d)
-        return digest and self.known.get((store, digest), lambda _: (load_evidence(store, digest, sheets=False), 1))
+    def evidence(self, atlas_id: str) -> Evidence | None:
+        """Return the photo statistics of an atlas, without the crops; None if it was made without photos."""
+        digest, store = self.atlas(atlas_id)["evidence"], self.store_of(atlas_id)
+        key, read = (store, digest), lambda _: (load_evidence(store, digest, sheets=False), 1)
+        return self.evidence_cache.get(key, read) if digest else None
 
-    def photos(self, d: str) -> int | None:
-        """Return how many photos were shown to the network of an atlas; None where none were."""
-        digest = self.atlas(d)["evidence"]
-        return int(self.manifest(self.store_of(d), "evidence", digest).facts["seen"]) if digest else None
+    def photos(self, atlas_id: str) -> int | None:
+        """Return how many photos the network of an atlas was shown; None if it was made without photos."""
+        digest = self.atlas(atlas_id)["evidence"]
+        return int(self.manifest(self.store_of(atlas_id), "evidence", digest).facts["seen"]) if digest else None
 
     def unfinished(self) -> int:
-        """Return how many jobs are done that belong to no atlas yet.
+        """Return how many finished jobs belong to no atlas yet.
 
-        Of a store behind a URL that is told only while it has no atlas: the rest would be a request for each layer.
+        A store behind a URL is counted only while it has no atlas: after that it would take a request per layer.
         """
 
         def count(_: object) -> tuple[int, int]:
             total = 0
-            for store in filter(self.is_told, self.stores):
-                with suppress(EntryNotFound, StoreRefused):  # of a damaged store that cannot be told
-                    total += len(store.done("jobs") - self.named(store))
+            for store in filter(self.is_countable, self.stores):
+                with suppress(EntryNotFound, StoreRefused):  # a damaged store cannot be counted
+                    total += len(store.done("jobs") - self.atlas_jobs(store))
             return total, 1
 
-        return self.worked.get("", count)
+        return self.unfinished_cache.get("", count)
 
-    def is_told(self, store: Store) -> bool:
-        """Return whether it is soon known which jobs of a store belong to no atlas."""
-        return "://" not in store.url or not any(store is one for one, _ in self.listed().values())
+    def is_countable(self, store: Store) -> bool:
+        """Return whether it takes few requests to tell which jobs of a store belong to no atlas."""
+        return "://" not in store.url or not any(store is holder for holder, _ in self.locations().values())
 
-    def named(self, store: Store) -> set[str]:
+    def atlas_jobs(self, store: Store) -> set[str]:
         """Return the digests of the jobs that the atlases of a store are made of."""
 
         def read(digest: str, _: object) -> tuple[frozenset[str], int]:
             jobs = frozenset(self.manifest(store, "layers", digest).facts["jobs"])
             return jobs, len(jobs)
 
-        atlases = (self.atlas(d) for d, (holder, _) in self.listed().items() if holder is store)
-        layers = {row["digest"] for one in atlases for row in one["layers"]}
-        return {job for one in layers for job in self.jobs.get((store, one), partial(read, one))}
+        atlases = (self.atlas(atlas_id) for atlas_id, (holder, _) in self.locations().items() if holder is store)
+        layers = {row["digest"] for atlas in atlases for row in atlas["layers"]}
+        return {job for layer in layers for job in self.job_cache.get((store, layer), partial(read, layer))}
 
-    def file(self, d: str, path: str, name: str) -> bytes:
+    def file(self, atlas_id: str, path: str, name: str) -> bytes:
         """Return a file of a layer's entry, such as "sheet.webp".
 
         Raises:
-            EntryNotFound: there is none of that name. StoreRefused: it is damaged, or gone.
+            EntryNotFound: the entry has no file of that name. StoreRefused: the file is damaged or missing.
         """
-        return self.file_of(self.store_of(d), "layers", self.row(d, path)["digest"], name)
+        return self.entry_file(self.store_of(atlas_id), "layers", self.row(atlas_id, path)["digest"], name)
 
-    def file_of_job(self, d: str, path: str, n: int, name: str) -> bytes:
-        """Return a file of the job that drew a filter, such as "filter_7.png"."""
-        return self.file_of(self.store_of(d), "jobs", self.filter(d, path, n).picture["job"], name)
+    def job_file(self, atlas_id: str, path: str, channel: int, name: str) -> bytes:
+        """Return a file of the job that rendered a filter, such as "filter_7.png"."""
+        job = self.filter(atlas_id, path, channel).picture["job"]
+        return self.entry_file(self.store_of(atlas_id), "jobs", job, name)
 
-    def file_of_evidence(self, begin: str, name: str) -> bytes:
+    def evidence_file(self, digits: str, name: str) -> bytes:
         """Return a file of evidence, such as "crops_0_0.webp", by the first digits of its digest."""
-        for one in self.atlases():
-            if (one.manifest["evidence"] or "")[:DIGITS] == begin:
-                return self.file_of(self.store_of(one.d), "evidence", one.manifest["evidence"], name)
-        raise EntryNotFound(f"no atlas here rests on evidence {begin!r}; begin at index.html")
+        for atlas_id, manifest in self.atlases():
+            if (manifest["evidence"] or "")[:DIGITS] == digits:
+                return self.entry_file(self.store_of(atlas_id), "evidence", manifest["evidence"], name)
+        raise EntryNotFound(f"no atlas here rests on evidence {digits!r}; begin at index.html")
 
-    def file_of(self, store: Store, kind: str, digest: str, name: str) -> bytes:
+    def entry_file(self, store: Store, kind: str, digest: str, name: str) -> bytes:
         """Return a file of an entry."""
         return store.get(kind, digest, name, self.manifest(store, kind, digest).facts)
 
-    def mark(self, d: str, path: str | None = None) -> tuple[str, ...]:
-        """Return what changes when the manifest of an atlas does, or that of one of its layers."""
-        entries = [self.found(d)]
+    def etag(self, atlas_id: str, path: str | None = None) -> tuple[str, ...]:
+        """Return a value that changes with the manifest of an atlas or, if a layer is given, with that layer's."""
+        entries = [self.locate(atlas_id)]
         if path is not None:
-            entries.append((self.store_of(d), "layers", self.row(d, path)["digest"]))
-        return tuple(self.manifest(*one).mark for one in entries)
+            entries.append((self.store_of(atlas_id), "layers", self.row(atlas_id, path)["digest"]))
+        return tuple(self.manifest(*entry).etag for entry in entries)
 
-    def listed(self) -> dict[str, tuple[Store, str]]:
-        """Return where each atlas lies, by its address."""
+    def locations(self) -> Locations:
+        """Return the store and the digest of each atlas, by its id."""
 
-        def look(_: object) -> tuple[dict[str, tuple[Store, str]], int]:
-            return {one[:DIGITS]: (store, one) for store in reversed(self.stores) for one in store.done("atlases")}, 1
+        def read(_: object) -> tuple[Locations, int]:
+            stores = reversed(self.stores)  # of two atlases with one id, the first store's stays
+            return {digest[:DIGITS]: (store, digest) for store in stores for digest in store.done("atlases")}, 1
 
-        return self.places.get("", look)
+        return self.location_cache.get("", read)
 
-    def found(self, d: str) -> tuple[Store, str, str]:
-        """Return where an atlas lies: store, kind and digest."""
-        known = self.listed()
-        if d not in known:
-            raise EntryNotFound(f"there is no atlas {d!r} here; there are: {', '.join(sorted(known)) or 'none'}")
-        store, digest = known[d]
+    def locate(self, atlas_id: str) -> tuple[Store, str, str]:
+        """Return the store, kind and digest of an atlas."""
+        locations = self.locations()
+        if atlas_id not in locations:
+            ids = ", ".join(sorted(locations)) or "none"
+            raise EntryNotFound(f"there is no atlas {atlas_id!r} here; there are: {ids}")
+        store, digest = locations[atlas_id]
         return store, "atlases", digest
 
     def manifest(self, store: Store, kind: str, digest: str) -> Manifest:
-        """Return a manifest; one whose bytes are as before is not parsed again."""
+        """Return a manifest; if its bytes have not changed, it is not parsed again."""
 
         def read(before: Manifest | None) -> tuple[Manifest, int]:
             name = f"{entry_path(kind, digest)}/{MANIFEST}"
             content = store.read(name)
-            mark = hashlib.sha256(content).hexdigest()
-            same = before and before.mark == mark
-            return before if before and same else Manifest(store.whole(name, content), mark), len(content)
+            etag = hashlib.sha256(content).hexdigest()
+            same = before and before.etag == etag
+            return before if before and same else Manifest(store.whole(name, content), etag), len(content)
 
-        return self.manifests.get((store, kind, digest), read)
+        return self.manifest_cache.get((store, kind, digest), read)
 
 
 def stores_and_records_at(place: str | Path) -> StoresAndRecords:
-    """Return the stores and the records of trainings at a place: it is one, or a folder with some one level down.
+    """Return the stores and training records at a place: the place itself, or the folders directly inside it.
 
     Raises:
-        InvalidRequest: it is neither.
-        StoreRefused, WeightsRefused: nothing there can be read; of several what can is returned.
+        InvalidRequest: the place is neither a store nor a record, and has none inside.
+        StoreRefused, WeightsRefused: nothing at the place can be read; if only some can, these are returned.
     """
     folder = Path(place)
     if "://" in str(place):
         return StoresAndRecords([open_store(place)], [], [])
     try:
-        inner = sorted(one for one in folder.iterdir() if one.is_dir())
+        inner = sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError as error:
         raise InvalidRequest(
             f"{place} cannot be read: {error.strerror}; give a store, or a training's folder"
         ) from error
-    found, refused = StoresAndRecords([], [], []), list[PhospheneError]()
-    for one in [folder] if is_shown(folder) else inner:
+    result, errors = StoresAndRecords([], [], []), list[PhospheneError]()
+    for path in [folder] if is_store_or_record(folder) else inner:
         try:
-            if (one / STORE).exists():
-                found.stores.append(open_store(one))
-            if is_history(one):
-                found.histories.append(open_history(one))
+            if (path / STORE).exists():
+                result.stores.append(open_store(path))
+            if is_history(path):
+                result.histories.append(open_history(path))
         except PhospheneError as error:
-            refused.append(error)
-            found.damaged.append(str(error))
-    if found.stores or found.histories:
-        return found
-    if refused:
-        raise refused[0]
+            errors.append(error)
+            result.damaged.append(str(error))
+    if result.stores or result.histories:
+        return result
+    if errors:
+        raise errors[0]
     raise InvalidRequest(
         f"{place} holds no store and no record of a training, nor does a folder in it; give the one that "
         "`phosphene atlas` or a Recorder wrote to"
     )
 
 
-def is_shown(folder: Path) -> bool:
+def is_store_or_record(folder: Path) -> bool:
     """Return whether a folder is itself a store or the record of a training."""
     return (folder / STORE).exists() or is_history(folder)

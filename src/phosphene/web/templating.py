@@ -1,4 +1,4 @@
-"""Pages from templates. A page links to others by relative paths, so that it works from a server and from a file."""
+"""Render templates. Pages link to each other by relative paths, so that they work from a server and from a file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def render_template(template: str, here: str, live: bool, **context: Any) -> byt
     Args:
         template: its name, such as `layer.html`. It may call `to(path)`, which returns the link to a path of the site.
         here: the path of the page in the site, such as `atlas/1a2b/index.html`.
-        live: whether a server is behind it, for what plain files cannot do.
-        context: what the template shows; text in it is escaped.
+        live: whether a server is behind the page, for what plain files cannot do.
+        context: the variables of the template; text is escaped.
     """
-    known = {"here": here, "live": live, "to": cache(partial(link, here=here)), "version": __version__}
-    return environment().get_template(template).render(known | context).encode()
+    shared = {"here": here, "live": live, "to": cache(partial(link, here=here)), "version": __version__}
+    return environment().get_template(template).render(shared | context).encode()
 
 
 @cache
 def environment() -> Environment:
-    """Return where templates come from; what a template does not get is an error."""
+    """Return the environment of the templates, in which an undefined variable is an error."""
     return Environment(
         loader=PackageLoader("phosphene.web"),
         autoescape=True,
@@ -38,11 +38,11 @@ def environment() -> Environment:
 
 
 def link(path: str, here: str) -> str:
-    """Return the relative link from one path of the site to another; what follows a ? or # is kept.
+    """Return the relative link from `here` to another path of the site, with its query and fragment.
 
     >>> link("atlas/1a/conv~2F1/7.html#photos", "atlas/1a/index.html")
     'conv~2F1/7.html#photos'
     """
-    cut = min((path.index(sign) for sign in "?#" if sign in path), default=len(path))
-    relative = posixpath.relpath(f"/{path[:cut]}", f"/{posixpath.dirname(here)}")  # from /, whatever folder we are in
-    return quote(relative, safe="/~") + path[cut:]
+    end = min((path.index(sign) for sign in "?#" if sign in path), default=len(path))
+    relative = posixpath.relpath(f"/{path[:end]}", f"/{posixpath.dirname(here)}")  # absolute: needs no cwd
+    return quote(relative, safe="/~") + path[end:]

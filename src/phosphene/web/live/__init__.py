@@ -1,1 +1,1 @@
-"""What the page computes while one looks: photos and renders."""
+"""What the page computes while a visitor waits: explanations of photos, and renders."""

@@ -1,4 +1,4 @@
-"""What a visitor's photo comes to: its classes, a heat map on it, activations, and the filters that it excites most."""
+"""What the page tells of a visitor's photo: classes, a heat map, activations, and the filters that it excites most."""
 
 from __future__ import annotations
 
@@ -22,26 +22,30 @@ from phosphene.inspection.explain import explain
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 from phosphene.web.live.render_request import data_uri
-from phosphene.web.store_reader import StoreReader, layer_slug
+from phosphene.web.store_reader import StoreReader
+from phosphene.web.urls import layer_slug
 
-BYTES, PIXELS, LONGER = 20_000_000, 40_000_000, 1024  # of an upload, unpacked, and of the longer side that is kept
-OF_LAYER, OF_ALL = 8, 24  # filters that are shown
-QUALITY, MOST = 80, 700_000  # of what is sent, in bytes: a third is added as it becomes text
+MAX_UPLOAD, MAX_PIXELS, MAX_SIDE = 20_000_000, 40_000_000, 1024  # bytes, decoded pixels, and the longer side kept
+FILTERS_PER_LAYER, FILTERS_IN_ALL = 8, 24  # that are listed
+QUALITY, MAX_BYTES = 80, 700_000  # of a picture that is sent; base64 adds a third
 
 
-def photo_of(content: bytes, model: Model) -> Tensor:
-    """Return an upload as a photo (1, c, h, w) for a network, at most `LONGER` px long.
+def read_photo(content: bytes, model: Model) -> Tensor:
+    """Return an upload as a photo (1, c, h, w) for a network, at most `MAX_SIDE` px long.
 
     Raises:
-        PhotoRefused: it is none, or too large.
+        PhotoRefused: the upload is no photo, or too large.
     """
-    return decode(content, model.channels_in, PIXELS, LONGER)
+    return decode(content, model.channels_in, MAX_PIXELS, MAX_SIDE)
 
 
-def maps_of(model: Model) -> list[dict[str, Any]]:
-    """Return the layers that have a map of more than one position, in JSON terms."""
-    shown = [one for one in model.layers() if one.channels and one.size and max(one.size) > 1]
-    return [{"path": one.path, "kind": one.kind, "channels": one.channels, "size": one.size} for one in shown]
+def layer_choices(model: Model) -> dict[str, Any]:
+    """Return the layers with a map of more than one position, the paths of the others, and the classes, for JSON."""
+    layers = model.layers()
+    maps = [layer for layer in layers if layer.channels and layer.size and max(layer.size) > 1]
+    rows = [{name: getattr(layer, name) for name in ("path", "kind", "channels", "size")} for layer in maps]
+    flat = {layer.path for layer in layers} - {layer.path for layer in maps}
+    return {"layers": rows, "flat": sorted(flat), "classes": list(model.labels)}
 
 
 def classifies(model: Model) -> bool:
@@ -53,10 +57,10 @@ def classifies(model: Model) -> bool:
         return False
 
 
-def explained(model: Model, photo: Tensor, method: str, layer: str | None, target: str | None) -> dict[str, Any]:
-    """Return classes and heat map of a photo, in JSON terms; see `explain` for what is asked for.
+def explanation(model: Model, photo: Tensor, method: str, layer: str | None, target: str | None) -> dict[str, Any]:
+    """Return the classes and the heat map of a photo, in JSON terms; the arguments are those of `explain`.
 
-    A network that is no classifier has no classes, and no heat map: the picture is then the photo itself.
+    A network that is no classifier has no classes and no heat map: the picture is then the photo itself.
     """
     try:
         heat = explain(model, photo, target, layer=None if method in INPUT_METHODS else layer, method=method)
@@ -64,9 +68,9 @@ def explained(model: Model, photo: Tensor, method: str, layer: str | None, targe
         if classifies(model):
             raise
         note = f"{model.name} names no classes, so there is no heat map; its filters and activations are below."
-        return {"classes": [], "note": note, "picture": webp_uri(grid.picture(photo[0]))}
+        return {"classes": [], "note": note, "picture": data_uri("image/webp", webp_bytes(grid.picture(photo[0])))}
     return {
-        "classes": [asdict(one) for one in heat.top],
+        "classes": [asdict(score) for score in heat.top],
         "target": asdict(heat.target),
         "method": heat.method,
         "layer": heat.layer,
@@ -75,112 +79,109 @@ def explained(model: Model, photo: Tensor, method: str, layer: str | None, targe
         "note": heat.sentence() if heat.silent else "",
         "caution": heat.caution,
         "caption": heat.caption(),
-        "picture": webp_uri(heat.overlay(photo, legend=False)),
+        "picture": data_uri("image/webp", webp_bytes(heat.overlay(photo, legend=False))),
     }
 
 
 def activation_sheet(model: Model, photo: Tensor, layer: str) -> bytes:
-    """Return all channels of a layer on one sheet, as WebP bytes; of a layer with many the first page."""
+    """Return all channels of a layer on a sheet, as WebP bytes; if there are many, only the first page."""
     return webp_bytes(activations(model, photo, [layer]).grid(model.find(layer).path))
 
 
 def webp_bytes(picture: display.Picture) -> bytes:
-    """Return a picture as WebP bytes, shrunk until there are few enough."""
+    """Return a picture as WebP, shrunk until it has at most `MAX_BYTES`."""
     content = encode.webp(picture, QUALITY)
-    while len(content) > MOST:
+    while len(content) > MAX_BYTES:
         picture = picture.resize((picture.width * 3 // 4, picture.height * 3 // 4))
         content = encode.webp(picture, QUALITY)
     return content
 
 
-def webp_uri(picture: display.Picture) -> str:
-    """Return a picture as an address that a page may show."""
-    return data_uri("image/webp", webp_bytes(picture))
-
-
-def top_filters(model: Model, photo: Tensor, gallery: StoreReader, d: str) -> dict[str, Any]:
+def top_filters(model: Model, photo: Tensor, reader: StoreReader, atlas_id: str) -> dict[str, Any]:
     """Return which filters of an atlas a photo excites most, of each layer and of all, in JSON terms.
 
     With photos in the store, by the excitation ratio: 1 is the strongest of those photos, 0 their mean. Else 1 is the
-    filter's own picture, and 0 a grey one. The network sees the photo at the size that it saw those at. Dead filters
-    are left out, and those that it does not excite unless it excites none.
+    filter's own picture, and 0 a grey one. The network sees the photo at the size of those. Dead filters are left out,
+    and so are filters that the photo does not excite, unless it excites none.
     """
-    evidence = gallery.evidence(d)
-    paths = [one["path"] for one in gallery.atlas(d)["layers"] if evidence is None or one["path"] in evidence]
+    evidence, rows = reader.evidence(atlas_id), reader.atlas(atlas_id)["layers"]
+    paths = [row["path"] for row in rows if evidence is None or row["path"] in evidence]
     if not paths:
         raise EntryNotFound("this atlas has no filters yet")
-    size, fit = size_and_fit(model, gallery, d, paths[0], evidence)
+    size, fit = size_and_fit(model, reader, atlas_id, paths[0], evidence)
     layers = [model.find(path) for path in paths]
     means = channel_means(model, layers, fit(photo, size)[0])
-    grey = means if evidence else channel_means(model, layers, model.grey(size))
-    found = []
-    for path, mean, none in zip(paths, means, grey, strict=True):
-        verdicts = gallery.verdicts(d, path)
-        ratios = by_photos(mean, evidence, path) if evidence else by_pictures(mean, none, verdicts)
-        found.append({"path": path, "filters": strongest(path, ratios, verdicts)})
-    every = excited_ones(sorted((one for of in found for one in of["filters"]), key=lambda one: -one["excitation"]))
+    grey_means = means if evidence else channel_means(model, layers, model.grey(size))
+    tops = []
+    for path, mean, grey in zip(paths, means, grey_means, strict=True):
+        verdicts = reader.verdicts(atlas_id, path)
+        ratios = ratio_to_photos(mean, evidence, path) if evidence else ratio_to_pictures(mean, grey, verdicts)
+        tops.append({"path": path, "filters": top_of_layer(path, ratios, verdicts)})
+    filters = sorted((row for top in tops for row in top["filters"]), key=lambda row: -row["excitation"])
     photos = evidence.about["seen"] if evidence else None
-    return {"size": list(size), "photos": photos, "layers": found, "strongest": every[:OF_ALL]}
+    strongest = excited_filters(filters)[:FILTERS_IN_ALL]
+    return {"size": list(size), "photos": photos, "layers": tops, "strongest": strongest}
 
 
 def size_and_fit(
-    model: Model, gallery: StoreReader, d: str, path: str, evidence: Evidence | None
+    model: Model, reader: StoreReader, atlas_id: str, path: str, evidence: Evidence | None
 ) -> tuple[tuple[int, int], Fit]:
-    """Return the size (h, w) at which photos, or else pictures, were seen, and how a photo is brought to it."""
+    """Return the size (h, w) at which the network saw photos, or else pictures, and how a photo is brought to it."""
     if evidence:
         spec = evidence.about["spec"]
         return (spec["size"][0], spec["size"][1]), Fit(*spec["fit"])
-    first = gallery.layer(d, path)["pictures"][0]["channel"]
-    height, width = gallery.filter(d, path, first).job["size"]
-    own, scale = model.fit, min(height, width) / min(model.input_size)
-    return (height, width), own if own.resize is None else replace(own, resize=round(own.resize * scale))
+    first = reader.layer(atlas_id, path)["pictures"][0]["channel"]
+    height, width = reader.filter(atlas_id, path, first).job["size"]
+    fit, scale = model.fit, min(height, width) / min(model.input_size)
+    return (height, width), fit if fit.resize is None else replace(fit, resize=round(fit.resize * scale))
 
 
 def channel_means(model: Model, layers: Sequence[Layer], image: Tensor) -> list[Tensor]:
     """Return the mean over its map of every channel of each layer, (c,) float64, from one forward pass."""
-    found: dict[int, Tensor] = {}
+    means: dict[int, Tensor] = {}
 
-    def see(number: int, act: Tensor) -> None:
-        sums = torch.promote_types(act.dtype, torch.float32)
-        found[number] = act.mean((-2, -1), dtype=sums)[0].double().cpu()
+    def reduce(index: int, act: Tensor) -> None:
+        dtype = torch.promote_types(act.dtype, torch.float32)
+        means[index] = act.mean((-2, -1), dtype=dtype)[0].double().cpu()
 
-    with photo_runs(model, layers) as visit, model.taking((image.shape[-2], image.shape[-1])):
-        visit(image.to(model.like), see)
-    return [found[number] for number in range(len(layers))]
+    with photo_runs(model, layers) as run, model.taking((image.shape[-2], image.shape[-1])):
+        run(image.to(model.like), reduce)
+    return [means[index] for index in range(len(layers))]
 
 
-def by_photos(means: Tensor, evidence: Evidence, path: str) -> Tensor:
-    """Return (c,) how far above the photos' mean, where the strongest photo is 1; NaN where all are alike."""
+def ratio_to_photos(means: Tensor, evidence: Evidence, path: str) -> Tensor:
+    """Return (c,) how far above the photos' mean, where the strongest photo is 1; NaN if all photos are alike."""
     return (means - evidence[path].mean) / span(evidence[path])
 
 
-def by_pictures(means: Tensor, grey: Tensor, verdicts: Sequence[Verdict]) -> Tensor:
-    """Return (c,) how far above what grey gives, where the filter's own picture is 1; NaN where it has none above."""
+def ratio_to_pictures(means: Tensor, grey: Tensor, verdicts: Sequence[Verdict]) -> Tensor:
+    """Return (c,) how far above the grey image, where the filter's own picture is 1; NaN if that is not above it."""
     scores = torch.full_like(means, torch.nan)
-    for one in verdicts:
-        scores[one.channel] = one.score
+    for verdict in verdicts:
+        scores[verdict.channel] = verdict.score
     gain = scores - grey
     return (means - grey) / torch.where(same(scores, grey) | (gain < 0), torch.nan, gain)
 
 
-def strongest(path: str, ratios: Tensor, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+def top_of_layer(path: str, ratios: Tensor, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """Return the filters of a layer that are excited most, strongest first, in JSON terms."""
-    slug, numbers = layer_slug(path), ratios.tolist()
-    alive = [one for one in verdicts if one.verdict != DEAD and math.isfinite(numbers[one.channel])]
-    shown = [
+    slug, excitations = layer_slug(path), ratios.tolist()
+    alive = [verdict for verdict in verdicts if verdict.verdict != DEAD and math.isfinite(excitations[verdict.channel])]
+    top = sorted(alive, key=lambda verdict: (-excitations[verdict.channel], verdict.channel))[:FILTERS_PER_LAYER]
+    rows = [
         {
             "layer": path,
-            "channel": one.channel,
-            "excitation": float(f"{numbers[one.channel]:.4g}"),
-            "verdict": one.verdict,
-            "page": f"{slug}/{one.channel}.html",
-            "picture": f"{slug}/filter_{one.channel}.png",
+            "channel": verdict.channel,
+            "excitation": float(f"{excitations[verdict.channel]:.4g}"),
+            "verdict": verdict.verdict,
+            "page": f"{slug}/{verdict.channel}.html",
+            "picture": f"{slug}/filter_{verdict.channel}.png",
         }
-        for one in sorted(alive, key=lambda one: (-numbers[one.channel], one.channel))[:OF_LAYER]
+        for verdict in top
     ]
-    return excited_ones(shown)
+    return excited_filters(rows)
 
 
-def excited_ones(filters: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return those of some filters that are excited at all, or, where none is, all of them."""
-    return [one for one in filters if one["excitation"] > 0] or filters
+def excited_filters(filters: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the filters with an excitation above 0, or all of them if there is none."""
+    return [row for row in filters if row["excitation"] > 0] or filters

@@ -1,7 +1,7 @@
-"""The studio: the networks that a server uses, and the line of those who wait for a picture to be rendered.
+"""The queue of renders, and the two threads in which a server uses networks.
 
-Two threads work here, one that renders and one that looks at photos, each with networks of its own, for hooks of two
-threads on one module would meet. Everything else happens in the thread of the event loop.
+One thread renders and one looks at photos, each with networks of its own: hooks that two threads set on one module
+would interfere. Everything else happens in the thread of the event loop.
 """
 
 from __future__ import annotations
@@ -20,203 +20,202 @@ from phosphene.errors import ChannelNotFound, PhospheneError
 from phosphene.network.model import Model
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.render import is_film_frame
-from phosphene.web.live.model_pool import Identity, ModelThread, opened, refusal, second
-from phosphene.web.live.render_request import RenderRequest, channels_of, frame_event, render_response
+from phosphene.web.live.model_pool import Identity, ModelThread, independent_copy, open_model, refusal
+from phosphene.web.live.render_request import RenderRequest, channel_count, frame_event, render_response
 from phosphene.web.store_reader import StoreReader
 
-WAITING = 20  # renders that wait for the one under way
-SEATS, VISITORS = 4, 40  # photos that are in memory at once, and those who wait with theirs
-OFTEN, LEAST = 8, 12  # frames a second at most, but so many a render at least
-UNREAD = 8  # frames that a slow visitor may be behind
-FAILED = "something failed here; the server's log says what"
+MAX_WAITING = 20  # renders that wait for the running one
+PHOTO_SLOTS, MAX_VISITORS = 4, 40  # photos in memory at once, and visitors with a photo, those who wait included
+MAX_FRAME_RATE, MIN_FRAMES = 8, 12  # frames a second at most, but at least so many a render
+MAX_UNREAD = 8  # frames by which a slow visitor may lag behind
 
 log = logging.getLogger(__name__)
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class QueueFull(Exception):
-    """Too many wait already."""
+    """Too many visitors are waiting."""
 
 
 class ViewerGone(Exception):
-    """Ends a render that nobody looks at any more."""
+    """Ends a render that nobody watches any more."""
 
 
 class Event(NamedTuple):
-    """What is told of a render: `waiting`, `frame`, and last `done` or `failed`; facts in JSON terms."""
+    """An event of a render: `waiting`, `frame`, and last `done` or `failed`; facts in JSON terms."""
 
     name: str
     facts: dict[str, Any]
 
 
 class RenderTask:
-    """A render that somebody waits for, or looks on at.
+    """A render that a visitor waits for or watches.
 
     Attributes:
-        events: what is to be told; the last is `done` or `failed`.
-        gone: set when nobody looks any more.
-        begun: whether its turn has come.
+        events: to be sent to the visitor; the last is `done` or `failed`.
+        gone: set when nobody watches any more.
+        started: whether it was handed to the thread for renders.
     """
 
-    def __init__(self, atlas: Mapping[str, Any], wish: RenderRequest) -> None:
-        self.atlas, self.wish = atlas, wish
+    def __init__(self, atlas: Mapping[str, Any], request: RenderRequest) -> None:
+        self.atlas, self.request = atlas, request
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.gone = threading.Event()
-        self.begun = False
-        self.place: int | None = None
-        self.shown = -math.inf
+        self.started = False
+        self.position: int | None = None
+        self.last_frame = -math.inf  # when it was sent
 
-    def tell(self, name: str, **facts: Any) -> None:
-        """Tell something, from whatever thread."""
+    def send(self, name: str, **facts: Any) -> None:
+        """Send an event, from any thread."""
         try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, Event(name, facts))
         except RuntimeError:  # the server has ended
             self.gone.set()
 
-    def stand(self, place: int) -> None:
-        """Tell the place in the line, if it is another than before; 0 is the render under way."""
-        if place != self.place:
-            self.place = place
-            self.tell("waiting", place=place)
+    def set_position(self, position: int) -> None:
+        """Send the position in the queue if it has changed; 0 is the running render."""
+        if position != self.position:
+            self.position = position
+            self.send("waiting", place=position)
 
     def watch(self, frame: Frame, display: str) -> None:
-        """Show a frame where one is due.
+        """Send a frame if one is due.
 
         Raises:
-            Left: nobody looks any more.
+            ViewerGone: nobody watches any more.
         """
         if self.gone.is_set():
             raise ViewerGone
         now = monotonic()
-        early = now - self.shown < 1 / OFTEN or self.events.qsize() > UNREAD
-        if early and not is_film_frame(frame, LEAST):
+        early = now - self.last_frame < 1 / MAX_FRAME_RATE or self.events.qsize() > MAX_UNREAD
+        if early and not is_film_frame(frame, MIN_FRAMES):
             return
-        self.shown = now
-        self.tell("frame", **frame_event(frame, display))
+        self.last_frame = now
+        self.send("frame", **frame_event(frame, display))
 
 
 class RenderQueue:
-    """The networks of a gallery's atlases, each loaded at first use, and the line of renders, one at a time.
+    """The networks of a reader's atlases, and the renders that visitors have requested, one at a time.
 
     Args:
-        device: where networks compute that are loaded here.
-        model: a network that was loaded already, for the atlases that were made with it.
+        device: for networks that are loaded here.
+        model: a network that is loaded already, for the atlases that were made with it.
     """
 
-    def __init__(self, gallery: StoreReader, device: str = "cpu", model: Model | None = None) -> None:
-        self.gallery = gallery
-        self.given = Identity.of(model) if model else None
-        other = second(model) if model else None
-        self.photos = ModelThread("photos", partial(opened, device=device, given=model))
-        apart = model is None or other is not None
-        self.renders = ModelThread("renders", partial(opened, device=device, given=other)) if apart else self.photos
-        self.line: list[RenderTask] = []
-        self.seats, self.visitors = asyncio.Semaphore(SEATS), 0
+    def __init__(self, reader: StoreReader, device: str = "cpu", model: Model | None = None) -> None:
+        self.reader = reader
+        self.server_model = Identity.of(model) if model else None
+        duplicate = independent_copy(model) if model else None
+        self.photos = ModelThread("photos", partial(open_model, device=device, server_model=model))
+        self.renders = self.photos  # a network that cannot be copied is used by one thread only
+        if model is None or duplicate is not None:
+            self.renders = ModelThread("renders", partial(open_model, device=device, server_model=duplicate))
+        self.tasks: list[RenderTask] = []
+        self.photo_slots, self.visitors = asyncio.Semaphore(PHOTO_SLOTS), 0
 
-    async def atlas(self, d: str) -> Mapping[str, Any]:
-        """Return the manifest of an atlas, read off the event loop.
+    async def atlas(self, atlas_id: str) -> Mapping[str, Any]:
+        """Return the manifest of an atlas, read outside the event loop.
 
         Raises:
             EntryNotFound, StoreRefused.
         """
-        return await asyncio.to_thread(self.gallery.atlas, d)
+        return await asyncio.to_thread(self.reader.atlas, atlas_id)
 
     def refusal(self, atlas: Mapping[str, Any]) -> str | None:
-        """Return why nothing can be looked at or rendered with an atlas' network, None as far as is known."""
-        return refusal(atlas, self.given)
+        """Return why the network of an atlas cannot be used here, None if no reason is known yet."""
+        return refusal(atlas, self.server_model)
 
-    async def look(self, d: str, work: Callable[[Model], Made]) -> Made:
-        """Return what `work` makes of an atlas' network, in the thread for photos."""
-        atlas = await self.atlas(d)
+    async def call(self, atlas_id: str, work: Callable[[Model], Result]) -> Result:
+        """Return what `work` returns for the network of an atlas, in the thread for photos."""
+        atlas = await self.atlas(atlas_id)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.photos.thread, lambda: work(self.photos.network(atlas)))
+        return await loop.run_in_executor(self.photos.thread, lambda: work(self.photos.model(atlas)))
 
     @asynccontextmanager
-    async def seat(self) -> AsyncIterator[None]:
-        """Wait for a place among those who show a photo.
+    async def photo_slot(self) -> AsyncIterator[None]:
+        """Wait until another photo may be in memory.
 
         Raises:
-            Full: too many wait.
+            QueueFull: too many visitors wait.
         """
-        if self.visitors >= VISITORS:
-            raise QueueFull(f"{VISITORS} people show a photo just now; try again in a moment")
+        if self.visitors >= MAX_VISITORS:
+            raise QueueFull(f"{MAX_VISITORS} people show a photo just now; try again in a moment")
         self.visitors += 1
         try:
-            async with self.seats:
+            async with self.photo_slots:
                 yield
         finally:
             self.visitors -= 1
 
-    async def begin(self, d: str, wish: RenderRequest) -> RenderTask:
+    async def submit(self, atlas_id: str, request: RenderRequest) -> RenderTask:
         """Return a render, which waits for its turn.
 
         Raises:
-            Full: too many wait.
-            EntryNotFound, LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, InvalidRequest: there is no
-                such thing to render. ModelRefused and the like: nor the network that would tell.
+            QueueFull: too many renders wait.
+            EntryNotFound, LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, InvalidRequest: what is
+                requested does not exist, or is too much. ModelRefused and the like: the network cannot be opened.
         """
-        atlas = await self.atlas(d)
-        wish.settings(atlas)
-        await self.check(d, atlas, wish)
-        if len(self.line) > WAITING:
-            raise QueueFull(f"{WAITING} renders wait already; try again when some of them are done")
-        one = RenderTask(atlas, wish)
-        self.line.append(one)
-        self.move_up()
-        return one
+        atlas = await self.atlas(atlas_id)
+        request.settings(atlas)
+        await self.check(atlas_id, atlas, request)
+        if len(self.tasks) > MAX_WAITING:
+            raise QueueFull(f"{MAX_WAITING} renders wait already; try again when some of them are done")
+        task = RenderTask(atlas, request)
+        self.tasks.append(task)
+        self.start_next()
+        return task
 
-    async def check(self, d: str, atlas: Mapping[str, Any], wish: RenderRequest) -> None:
-        """Refuse a filter that the network has not; it is loaded only for a layer that the atlas has not."""
-        known: dict[str, int] = {one["path"]: one["channels"] for one in atlas["layers"]}
-        if wish.layer not in known:
-            known[wish.layer] = await self.look(d, lambda model: channels_of(model, wish.layer))
-        count = known[wish.layer]
-        if wish.channel >= count:
-            raise ChannelNotFound(f"there is no channel {wish.channel}: {wish.layer} has 0 to {count - 1}")
+    async def check(self, atlas_id: str, atlas: Mapping[str, Any], request: RenderRequest) -> None:
+        """Refuse a filter that the network does not have; loads it only for a layer that is not in the atlas."""
+        counts: dict[str, int] = {row["path"]: row["channels"] for row in atlas["layers"]}
+        count = counts.get(request.layer)
+        if count is None:
+            count = await self.call(atlas_id, lambda model: channel_count(model, request.layer))
+        if request.channel >= count:
+            raise ChannelNotFound(f"there is no channel {request.channel}: {request.layer} has 0 to {count - 1}")
 
-    def leave(self, one: RenderTask) -> None:
-        """Have nobody look at a render any more: it leaves the line, or ends within a step."""
-        one.gone.set()
-        if one in self.line and not one.begun:
-            self.line.remove(one)
-            self.move_up()
+    def cancel(self, task: RenderTask) -> None:
+        """Stop a render that nobody watches any more: it leaves the queue, or ends within a step."""
+        task.gone.set()
+        if not task.started:
+            self.remove(task)
 
-    def move_up(self) -> None:
-        """Tell everybody the place in the line, and let the first begin."""
-        for place, one in enumerate(self.line):
-            one.stand(place)
-        if self.line and not self.line[0].begun:
-            first = self.line[0]
-            first.begun = True
-            first.loop.run_in_executor(self.renders.thread, self.draw, first).add_done_callback(
-                lambda _: self.finished(first)
-            )
+    def start_next(self) -> None:
+        """Send everybody the position in the queue, and start the first render."""
+        for position, task in enumerate(self.tasks):
+            task.set_position(position)
+        if self.tasks and not self.tasks[0].started:
+            first = self.tasks[0]
+            first.started = True
+            future = first.loop.run_in_executor(self.renders.thread, self.render, first)
+            future.add_done_callback(lambda _: self.remove(first))
 
-    def finished(self, one: RenderTask) -> None:
-        """Take a render that has ended out of the line."""
-        if one in self.line:
-            self.line.remove(one)
-            self.move_up()
+    def remove(self, task: RenderTask) -> None:
+        """Take a render that has ended or was cancelled out of the queue."""
+        if task in self.tasks:
+            self.tasks.remove(task)
+            self.start_next()
 
-    def draw(self, one: RenderTask) -> None:
-        """Render, and tell how it went; in the thread for renders."""
+    def render(self, task: RenderTask) -> None:
+        """Render, and send the outcome; in the thread for renders."""
         try:
-            if not one.gone.is_set():
-                one.tell("done", **render_response(self.renders.network(one.atlas), one.atlas, one.wish, one.watch))
+            if not task.gone.is_set():
+                model = self.renders.model(task.atlas)
+                task.send("done", **render_response(model, task.atlas, task.request, task.watch))
         except ViewerGone:
             pass
         except PhospheneError as error:
-            one.tell("failed", error=str(error))
+            task.send("failed", error=str(error))
         except Exception:
             log.exception("a render failed")
-            one.tell("failed", error=FAILED)
+            task.send("failed", error="something failed here; the server's log says what")
 
     def close(self) -> None:
-        """End what is under way, and begin nothing any more."""
-        line, self.line = self.line, []
-        for one in line:
-            one.gone.set()
-            one.tell("failed", error="the server has been stopped")
-        for bench in {self.photos, self.renders}:
-            bench.close()
+        """End the running render, and start no more."""
+        tasks, self.tasks = self.tasks, []
+        for task in tasks:
+            task.gone.set()
+            task.send("failed", error="the server has been stopped")
+        for model_thread in {self.photos, self.renders}:
+            model_thread.close()

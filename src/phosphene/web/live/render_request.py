@@ -1,4 +1,4 @@
-"""What a visitor wishes to have rendered, and what there is to show of it, as it forms and when it is finished."""
+"""A visitor's request for a render, and what is sent back: frames while it forms, and the finished picture."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from phosphene.rendering.objectives import channel
 from phosphene.rendering.recipes import RECIPES, Recipe, find_recipe
 from phosphene.rendering.render import render
 from phosphene.web.shell_commands import filters_command
-from phosphene.web.views.filter import goes_by_name
+from phosphene.web.views.filter import is_named_recipe
 
 SIDES, STEPS, SEEDS = (16, 512), (1, 2048), (0, 2**31 - 1)
-WORK = 512**3  # pixels times steps of a render
-SHOWN, QUALITY = 256, 80  # pixels of a frame's longer side
+MAX_WORK = 512**3  # pixels times steps of a render
+FRAME_SIDE, QUALITY = 256, 80  # longer side of a frame in px, and its WebP quality
 
 
 @dataclass(frozen=True)
 class RenderRequest:
-    """A filter that is to be rendered; what is None is as in the atlas."""
+    """A filter to render; a setting that is None is taken from the atlas."""
 
     layer: str
     channel: int
@@ -40,58 +40,58 @@ class RenderRequest:
     seed: int | None = None
 
     @classmethod
-    def of(cls, given: Any) -> RenderRequest:
-        """Return the wish that JSON holds.
+    def from_json(cls, data: Any) -> RenderRequest:
+        """Return the request in a JSON value.
 
         Raises:
-            InvalidRequest: it holds none, or one that is too much.
+            InvalidRequest: the value is no request, or a setting is out of range.
         """
-        if not isinstance(given, dict) or not {"layer", "channel"} <= given.keys() <= set(cls.__dataclass_fields__):
-            raise InvalidRequest(
-                "a render is asked for with layer and channel, and where wished recipe, size, steps and seed"
-            )
-        if not isinstance(given["layer"], str) or not isinstance(given.get("recipe") or "", str):
+        if not isinstance(data, dict) or not {"layer", "channel"} <= data.keys() <= set(cls.__dataclass_fields__):
+            raise InvalidRequest("a render request needs layer and channel, and may have recipe, size, steps and seed")
+        if not isinstance(data["layer"], str) or not isinstance(data.get("recipe") or "", str):
             raise InvalidRequest("the layer and the recipe of a render are names")
         limits = {"channel": (0, 10**6), "size": SIDES, "steps": STEPS, "seed": SEEDS}
-        for name, (least, most) in limits.items():
-            number = given.get(name, least)
-            if number is None and name != "channel":
+        for name, (lowest, highest) in limits.items():
+            value = data.get(name, lowest)
+            if value is None and name != "channel":
                 continue
-            whole_number(number, name, least, most)
-        return cls(**given)
+            whole_number(value, name, lowest, highest)
+        return cls(**data)
 
     def settings(self, atlas: Mapping[str, Any]) -> tuple[Recipe, int | None]:
-        """Return the recipe, with steps and seed, and the size, None for the recipe's or what the network takes.
+        """Return the recipe, with steps and seed, and the size, None for the recipe's or the network's input size.
 
         Raises:
             RecipeNotFound: there is no such recipe.
-            InvalidRequest: it is so much work that others would wait too long.
+            InvalidRequest: it is so much work that other visitors would wait too long.
         """
-        recipe = recipe_of(atlas)
-        own = self.recipe in (None, recipe.name)
-        chosen = (recipe if own else find_recipe(str(self.recipe))).at(steps=self.steps, seed=self.seed)
-        size = self.size or (atlas["size"] if own else None)
-        if sum(side**2 for side in chosen.at(size).sizes) * chosen.steps > WORK:
+        default = atlas_recipe(atlas)
+        is_default = self.recipe in (None, default.name)
+        recipe = (default if is_default else find_recipe(str(self.recipe))).at(steps=self.steps, seed=self.seed)
+        size = self.size or (atlas["size"] if is_default else None)
+        if sum(side**2 for side in recipe.at(size).sizes) * recipe.steps > MAX_WORK:
             raise InvalidRequest("that is more work than a server does while others wait; take fewer steps or pixels")
-        return chosen, size
+        return recipe, size
 
 
-def recipe_of(atlas: Mapping[str, Any]) -> Recipe:
+def atlas_recipe(atlas: Mapping[str, Any]) -> Recipe:
     """Return the recipe of an atlas."""
-    return Recipe.from_json(json.dumps({name: one for name, one in atlas["recipe"].items() if name != "digest"}))
+    return Recipe.from_json(json.dumps({name: value for name, value in atlas["recipe"].items() if name != "digest"}))
 
 
-def recipes_for(atlas: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipes to choose from and what is set unless one says otherwise, in JSON terms."""
-    own = recipe_of(atlas)
-    every = {**RECIPES, own.name: own}
-    shown = {name: {"size": one.size, "steps": one.steps, "seed": one.seed} for name, one in every.items()}
+def recipe_choices(atlas: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipes to choose from, with their settings and the limits of these, in JSON terms."""
+    default = atlas_recipe(atlas)
+    recipes = {**RECIPES, default.name: default}
+    settings = {
+        name: {"size": recipe.size, "steps": recipe.steps, "seed": recipe.seed} for name, recipe in recipes.items()
+    }
     if atlas["size"]:
-        shown[own.name]["size"] = atlas["size"]
-    return {"own": own.name, "recipes": shown, "sides": SIDES, "steps": STEPS, "seeds": SEEDS}
+        settings[default.name]["size"] = atlas["size"]
+    return {"own": default.name, "recipes": settings, "sides": SIDES, "steps": STEPS, "seeds": SEEDS}
 
 
-def channels_of(model: Model, path: str) -> int:
+def channel_count(model: Model, path: str) -> int:
     """Return how many filters a layer has.
 
     Raises:
@@ -104,44 +104,45 @@ def channels_of(model: Model, path: str) -> int:
 
 
 def render_response(
-    model: Model, atlas: Mapping[str, Any], wish: RenderRequest, watch: Callable[[Frame, str], None]
+    model: Model, atlas: Mapping[str, Any], request: RenderRequest, watch: Callable[[Frame, str], None]
 ) -> dict[str, Any]:
-    """Render what is wished for, and return what there is to tell of it; `watch` gets each frame and how to show it."""
-    recipe, size = wish.settings(atlas)
-    objective = channel(wish.layer, [wish.channel])
-    rendered = render(model, objective, recipe, size=size, batch=1, watch=lambda one: watch(one, recipe.display))
+    """Render what is requested and return the facts of `done`; `watch` gets each frame and its display rule."""
+    recipe, size = request.settings(atlas)
+    objective = channel(request.layer, [request.channel])
+    rendered = render(model, objective, recipe, size=size, batch=1, watch=lambda frame: watch(frame, recipe.display))
     return {
-        "score": finite(float(rendered.scores[0])),
-        "start_score": finite(float(rendered.start_scores[0])),
+        "score": finite_or_none(float(rendered.scores[0])),
+        "start_score": finite_or_none(float(rendered.start_scores[0])),
         "dead": bool(rendered.dead[0]),
         "image": data_uri("image/png", encode.png(rendered.pictures[0], rendered.metadata(0))),
-        "command": command(model, wish, recipe, size, rendered.spec["precision"]),
+        "command": command(model, request, recipe, size, rendered.spec["precision"]),
     }
 
 
 def frame_event(frame: Frame, display_rule: str) -> dict[str, Any]:
-    """Return what there is to tell of a frame; its picture is small, by a display rule."""
-    shown = grid.picture(display.to_bytes(display.DISPLAYS[display_rule](frame.image[:1]))[0])
-    shown.thumbnail((SHOWN, SHOWN), Image.Resampling.BICUBIC)
-    image = data_uri("image/webp", encode.webp(shown.convert("RGB"), QUALITY, effort=0))
-    return {"step": frame.step, "steps": frame.steps, "score": finite(float(frame.scores[0])), "image": image}
+    """Return the facts of a frame, with a small picture of its first image."""
+    picture = grid.picture(display.to_bytes(display.DISPLAYS[display_rule](frame.image[:1]))[0])
+    picture.thumbnail((FRAME_SIDE, FRAME_SIDE), Image.Resampling.BICUBIC)
+    image = data_uri("image/webp", encode.webp(picture.convert("RGB"), QUALITY, effort=0))
+    score = finite_or_none(float(frame.scores[0]))
+    return {"step": frame.step, "steps": frame.steps, "score": score, "image": image}
 
 
-def command(model: Model, wish: RenderRequest, recipe: Recipe, size: int | None, precision: str) -> str:
-    """Return the command that makes a picture again, empty where its recipe goes by no name."""
-    if not goes_by_name(recipe.name, recipe.steps, recipe.seed, recipe.digest):
+def command(model: Model, request: RenderRequest, recipe: Recipe, size: int | None, precision: str) -> str:
+    """Return the command that renders a picture again, empty if its recipe has no name there."""
+    if not is_named_recipe(recipe.name, recipe.steps, recipe.seed, recipe.digest):
         return ""
-    options = {"channels": wish.channel, "recipe": recipe.name, "size": size, "steps": recipe.steps}
+    options = {"channels": request.channel, "recipe": recipe.name, "size": size, "steps": recipe.steps}
     options |= {"seed": recipe.seed, "precision": precision}
-    options |= {"out": f"{file_prefix([wish.layer])}_filter_{wish.channel}.png"}
-    return filters_command(model.name, model.options, wish.layer, options)
+    options |= {"out": f"{file_prefix([request.layer])}_filter_{request.channel}.png"}
+    return filters_command(model.name, model.options, request.layer, options)
 
 
 def data_uri(media_type: str, content: bytes) -> str:
-    """Return bytes as an address that a page may show."""
+    """Return bytes as a data: URI."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def finite(number: float) -> float | None:
+def finite_or_none(number: float) -> float | None:
     """Return a number as JSON can hold it, None for NaN and infinity."""
     return number if math.isfinite(number) else None

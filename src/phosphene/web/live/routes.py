@@ -1,6 +1,6 @@
-"""The routes of live use: a visitor's photo, and a filter that is rendered while one looks on.
+"""The live routes: a visitor's photo, and a filter that is rendered while the visitor watches.
 
-The server keeps nothing of what is sent: a page sends its photo again for whatever it wants to see of it.
+The server stores nothing that is sent: a page sends its photo again for every question about it.
 """
 
 from __future__ import annotations
@@ -22,105 +22,97 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest
 from phosphene.network.model import Model
-from phosphene.web.live.photo import BYTES, activation_sheet, explained, maps_of, photo_of, top_filters
+from phosphene.web.live.photo import MAX_UPLOAD, activation_sheet, explanation, layer_choices, read_photo, top_filters
 from phosphene.web.live.render_queue import QueueFull, RenderQueue, RenderTask
-from phosphene.web.live.render_request import RenderRequest, recipes_for
+from phosphene.web.live.render_request import RenderRequest, recipe_choices
 from phosphene.web.security import bounded_body
 
-HEARTBEAT = 3.0  # seconds; the longest that a visitor who has gone unseen keeps a place in the line
-WISH = 10_000  # bytes of what a render is asked for with
-GONE = 499  # the status of an answer that nobody waits for; it is not sent
-FRESH = {"Cache-Control": "no-store"}
-STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # with no-store, Chromium reports it as broken off
+HEARTBEAT = 3.0  # seconds; the longest that a visitor who has left unnoticed keeps a place in the queue
+REQUEST_BYTES = 10_000  # of a render request
+CLIENT_GONE = 499  # the status of a response that is not sent because nobody waits for it
+NO_STORE = {"Cache-Control": "no-store"}
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no-store: Chromium reports broken streams
 
 
-def live_routes(studio: RenderQueue) -> list[Route]:
-    """Return the routes of live use."""
-    posts = {"photo": photo, "excited": excites, "activations": activates, "render": renders}
+def live_routes(queue: RenderQueue) -> list[Route]:
+    """Return the live routes."""
+    posts = {"photo": photo, "excited": excited, "activations": activations, "render": render}
     gets = {"layers.json": layers, "recipes.json": recipes}
-    return [
-        Route("/example.jpg", example),
-        *(Route(f"/atlas/{{d}}/{name}", partial(one, studio), methods=["POST"]) for name, one in posts.items()),
-        *(Route(f"/atlas/{{d}}/{name}", partial(one, studio)) for name, one in gets.items()),
-    ]
+    routes = [Route("/example.jpg", example)]
+    for method, handlers in (("POST", posts), ("GET", gets)):
+        for name, handler in handlers.items():
+            routes.append(Route(f"/atlas/{{atlas_id}}/{name}", partial(handler, queue), methods=[method]))
+    return routes
 
 
 async def example(request: Request) -> Response:
-    """Answer with the photo that ships."""
+    """Answer with the photo that is part of the package."""
     content = files("phosphene").joinpath("data/chelsea.jpg").read_bytes()
     return Response(content, media_type="image/jpeg", headers={"Cache-Control": "no-cache"})
 
 
-async def layers(studio: RenderQueue, request: Request) -> Response:
+async def layers(queue: RenderQueue, request: Request) -> Response:
     """Answer with all layers that have maps, and the names of the classes; loads the network."""
-    d = request.path_params["d"]
-    return await answered(studio, d, listed)
+    return await run_on_model(queue, request.path_params["atlas_id"], layer_choices)
 
 
-def listed(model: Model) -> dict[str, Any]:
-    """Return what there is to choose from in a network, in JSON terms."""
-    maps = maps_of(model)
-    flat = {one.path for one in model.layers()} - {one["path"] for one in maps}
-    return {"layers": maps, "flat": sorted(flat), "classes": list(model.labels)}
+async def recipes(queue: RenderQueue, request: Request) -> Response:
+    """Answer with the recipes to choose from, and why nothing can be rendered, if so; loads no network."""
+    atlas = await queue.atlas(request.path_params["atlas_id"])
+    facts = {"model": atlas["model"], "refused": queue.refusal(atlas)}
+    return JSONResponse({**recipe_choices(atlas), **facts}, headers=NO_STORE)
 
 
-async def recipes(studio: RenderQueue, request: Request) -> Response:
-    """Answer with the recipes to render by, and why there is nothing to render, if so; loads no network."""
-    atlas = await studio.atlas(request.path_params["d"])
-    facts = {"model": atlas["model"], "refused": studio.refusal(atlas)}
-    return JSONResponse({**recipes_for(atlas), **facts}, headers=FRESH)
+async def photo(queue: RenderQueue, request: Request) -> Response:
+    """Answer with the classes of the photo in the body, and a heat map on it."""
+    query = query_values(request, "method", "layer", "target")
+    method, layer, target = query["method"] or "gradcam", query["layer"], query["target"]
+    return await run_on_photo(queue, request, lambda model, photo: explanation(model, photo, method, layer, target))
 
 
-async def photo(studio: RenderQueue, request: Request) -> Response:
-    """Answer with the classes of the photo that is sent, and a heat map on it."""
-    asked = asked_for(request, "method", "layer", "target")
-    method, layer, target = asked["method"] or "gradcam", asked["layer"], asked["target"]
-    return await shown(studio, request, lambda model, one: explained(model, one, method, layer, target))
+async def excited(queue: RenderQueue, request: Request) -> Response:
+    """Answer with the filters of the atlas that the photo in the body excites most."""
+    query_values(request)
+    atlas_id = request.path_params["atlas_id"]
+    return await run_on_photo(queue, request, lambda model, photo: top_filters(model, photo, queue.reader, atlas_id))
 
 
-async def excites(studio: RenderQueue, request: Request) -> Response:
-    """Answer with the filters of the atlas that the photo excites most."""
-    asked_for(request)
-    d = request.path_params["d"]
-    return await shown(studio, request, lambda model, one: top_filters(model, one, studio.gallery, d))
-
-
-async def activates(studio: RenderQueue, request: Request) -> Response:
-    """Answer with what a layer makes of the photo, as a picture."""
-    layer = asked_for(request, "layer")["layer"]
+async def activations(queue: RenderQueue, request: Request) -> Response:
+    """Answer with a picture of the activations of a layer for the photo in the body."""
+    layer = query_values(request, "layer")["layer"]
     if layer is None:
         raise InvalidRequest("the activations of a photo are those of a layer; give layer=")
-    return await shown(studio, request, lambda model, one: activation_sheet(model, one, layer))
+    return await run_on_photo(queue, request, lambda model, photo: activation_sheet(model, photo, layer))
 
 
-async def renders(studio: RenderQueue, request: Request) -> Response:
-    """Answer with the events of a render, for as long as somebody looks."""
-    content = await bounded_body(request, WISH)
+async def render(queue: RenderQueue, request: Request) -> Response:
+    """Answer with the events of a render, for as long as the visitor watches."""
+    content = await bounded_body(request, REQUEST_BYTES)
     try:
-        wish = RenderRequest.of(json.loads(content))
+        render_request = RenderRequest.from_json(json.loads(content))
     except (ValueError, RecursionError) as error:
         if isinstance(error, InvalidRequest):
             raise
-        raise InvalidRequest("a render is asked for in JSON, and this is none") from error
-    with free():
-        return EventStream(studio, await studio.begin(request.path_params["d"], wish))
+        raise InvalidRequest("a render request is JSON, and this is not") from error
+    with refusing_when_full():
+        return EventStream(queue, await queue.submit(request.path_params["atlas_id"], render_request))
 
 
-def asked_for(request: Request, *names: str) -> dict[str, str | None]:
-    """Return the parameters of an address, None for those that are empty or not there.
+def query_values(request: Request, *names: str) -> dict[str, str | None]:
+    """Return the values of the query, None for those that are empty or missing.
 
     Raises:
-        InvalidRequest: there are others.
+        InvalidRequest: the query has other names.
     """
-    others = set(request.query_params) - set(names)
-    if others:
-        raise InvalidRequest(f"there is no {min(others)[:40]!r} to set here; there is {', '.join(names) or 'nothing'}")
+    unknown = set(request.query_params) - set(names)
+    if unknown:
+        raise InvalidRequest(f"there is no {min(unknown)[:40]!r} to set here; there is {', '.join(names) or 'nothing'}")
     return {name: request.query_params.get(name) or None for name in names}
 
 
 @contextmanager
-def free() -> Iterator[None]:
-    """Say of what is full that it is.
+def refusing_when_full() -> Iterator[None]:
+    """Answer that the queue is full, if it is.
 
     Raises:
         HTTPException: 429.
@@ -131,59 +123,59 @@ def free() -> Iterator[None]:
         raise HTTPException(429, str(error), {"Retry-After": "2"}) from error
 
 
-async def answered(studio: RenderQueue, d: str, work: Callable[[Model], Any]) -> Response:
-    """Answer with what `work` makes of a network: bytes are WebP, all else is JSON."""
-    found = await studio.look(d, work)
-    if isinstance(found, bytes):
-        return Response(found, media_type="image/webp", headers=FRESH)
-    return JSONResponse(found, headers=FRESH)
+async def run_on_model(queue: RenderQueue, atlas_id: str, work: Callable[[Model], Any]) -> Response:
+    """Answer with what `work` returns for a network: bytes are WebP, all else is JSON."""
+    result = await queue.call(atlas_id, work)
+    if isinstance(result, bytes):
+        return Response(result, media_type="image/webp", headers=NO_STORE)
+    return JSONResponse(result, headers=NO_STORE)
 
 
-async def shown(studio: RenderQueue, request: Request, work: Callable[[Model, Tensor], Any]) -> Response:
-    """Answer with what `work` makes of the photo that is sent."""
-    d = request.path_params["d"]
-    await studio.atlas(d)  # before the photo is taken in
-    with free():
-        async with studio.seat():
-            held = [await bounded_body(request, BYTES)]
-            answering = answered(studio, d, lambda model: work(model, photo_of(held.pop(), model)))
+async def run_on_photo(queue: RenderQueue, request: Request, work: Callable[[Model, Tensor], Any]) -> Response:
+    """Answer with what `work` returns for a network and the photo in the body."""
+    atlas_id = request.path_params["atlas_id"]
+    await queue.atlas(atlas_id)  # before the body is read
+    with refusing_when_full():
+        async with queue.photo_slot():
+            bodies = [await bounded_body(request, MAX_UPLOAD)]
+            answer = run_on_model(queue, atlas_id, lambda model: work(model, read_photo(bodies.pop(), model)))
             try:
-                return await unless_gone(request, answering)
+                return await unless_disconnected(request, answer)
             finally:
-                held.clear()  # the thread's queue keeps what was called off until its turn
+                bodies.clear()  # the thread's queue holds cancelled work until its turn
 
 
-async def unless_gone(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
-    """Answer unless whoever asked goes away: what waits for its turn then is never begun."""
-    answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(request.receive())  # all else has come
+async def unless_disconnected(request: Request, response: Coroutine[Any, Any, Response]) -> Response:
+    """Return the response unless the client disconnects: work that waits for its turn is then never begun."""
+    answer, gone = asyncio.ensure_future(response), asyncio.ensure_future(request.receive())  # the body has been read
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else Response(status_code=GONE)
+        return answer.result() if answer.done() else Response(status_code=CLIENT_GONE)
     finally:
         answer.cancel()
         gone.cancel()
 
 
 class EventStream(StreamingResponse):
-    """The events of a render as they come; whoever goes away leaves the line, or ends the render."""
+    """The events of a render as they come; if the client disconnects, the render is cancelled."""
 
-    def __init__(self, studio: RenderQueue, rendering: RenderTask) -> None:
-        super().__init__(spelled(rendering), headers=STREAMED, media_type="text/event-stream")
-        self.studio, self.rendering = studio, rendering
+    def __init__(self, queue: RenderQueue, task: RenderTask) -> None:
+        super().__init__(encoded_events(task), headers=STREAM_HEADERS, media_type="text/event-stream")
+        self.queue, self.task = queue, task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.studio.leave(self.rendering)
+            self.queue.cancel(self.task)
 
 
-async def spelled(rendering: RenderTask) -> AsyncIterator[bytes]:
-    """Yield the events of a render as a server sends them, and a comment where nothing happens for a while."""
+async def encoded_events(task: RenderTask) -> AsyncIterator[bytes]:
+    """Yield the events of a render as server-sent events, and a comment if nothing happens for a while."""
     last = False
     while not last:
         try:
-            name, facts = await asyncio.wait_for(rendering.events.get(), HEARTBEAT)
+            name, facts = await asyncio.wait_for(task.events.get(), HEARTBEAT)
         except TimeoutError:
             yield b": nothing new\n\n"
             continue

@@ -1,1 +1,1 @@
-"""What each page shows, as plain values for its template."""
+"""The contexts of the templates, as plain values."""

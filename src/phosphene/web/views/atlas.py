@@ -1,4 +1,4 @@
-"""What the views of atlases show, as plain values that templates lay out; `portrait` is of one filter."""
+"""The contexts of the index, network and layer templates: plain values; `views.filter` has those of one filter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from phosphene.errors import PhospheneError
 from phosphene.web.store_reader import AtlasFacts, StoreReader
 from phosphene.web.urls import SpriteTile, file_href, filter_href, layer_href, network_href, tile_of
 
-FACES = 10  # pictures on an atlas' card
+CARD_PICTURES = 10
 LABELS = {"retrieval": "rank among pictures", "own": "rank among filters"}
 
 
 class VerdictShare(NamedTuple):
-    """How many filters of a whole have one verdict: `left` and `share` place it on a bar of 100."""
+    """How many filters have one verdict; `left` and `share` are its offset and width on a bar of 100."""
 
     verdict: str
     sign: str
@@ -29,221 +29,219 @@ class VerdictShare(NamedTuple):
 
 
 class Thumbnail(NamedTuple):
-    """A filter's picture that leads to its view."""
+    """A filter's picture that links to its page."""
 
     path: str
-    n: int
+    channel: int
     href: str
     tile: SpriteTile
 
 
 class AtlasCard(NamedTuple):
-    """What the index shows of an atlas."""
+    """An atlas on the index page."""
 
     href: str
     model: str
-    told: str
-    parts: Sequence[VerdictShare]
-    faces: Sequence[Thumbnail]
+    summary: str
+    shares: Sequence[VerdictShare]
+    thumbnails: Sequence[Thumbnail]
 
 
 class LayerRow(NamedTuple):
-    """What the network view shows of a layer; `filters` of its filters have pictures, which is `told` if not all."""
+    """A layer on the network page; `filters` of its filters have pictures, which `drawn` says if not all have."""
 
     path: str
     href: str
     facts: Mapping[str, str]
     filters: int
-    told: str
-    parts: Sequence[VerdictShare]
-    faces: Sequence[Thumbnail]
+    drawn: str
+    shares: Sequence[VerdictShare]
+    thumbnails: Sequence[Thumbnail]
 
 
 class FilterCell(NamedTuple):
-    """What the layer view shows of a filter; `said` is all of it in words."""
+    """A filter on the layer page; `label` describes it in words."""
 
-    n: int
+    channel: int
     verdict: str
     sign: str
-    said: str
+    label: str
     tile: SpriteTile
     excitation: float | None
     stability: float | None
     score: float | None
 
 
-def parts_of(counts: Mapping[str, int]) -> list[VerdictShare]:
-    """Return how many filters have which verdict, in the order in which they stand on a bar."""
-    total, left, parts = sum(counts.get(name, 0) for name in ORDER), 0.0, []
-    for name in ORDER:
-        count = counts.get(name, 0)
+def verdict_shares(counts: Mapping[str, int]) -> list[VerdictShare]:
+    """Return how many filters have which verdict, in the order of the bar."""
+    total, left, shares = sum(counts.get(verdict, 0) for verdict in ORDER), 0.0, []
+    for verdict in ORDER:
+        count = counts.get(verdict, 0)
         width = 100 * count / (total or 1)
-        parts.append(VerdictShare(name, SIGNS[name], count, share(count, total), left, width))
+        shares.append(VerdictShare(verdict, SIGNS[verdict], count, share(count, total), left, width))
         left += width
-    return parts
+    return shares
 
 
-def faces_of(d: str, row: Mapping[str, Any]) -> list[Thumbnail]:
-    """Return a layer's strip of pictures; a store of before has none."""
+def layer_thumbnails(atlas_id: str, row: Mapping[str, Any]) -> list[Thumbnail]:
+    """Return a layer's strip of pictures; stores written by earlier versions have none."""
     strip, path = row.get("strip"), row["path"]
     if not strip:
         return []
-    channels, file = strip["channels"], file_href(d, path, strip["file"])
+    channels, file = strip["channels"], file_href(atlas_id, path, strip["file"])
+    tiles = (tile_of(file, strip["tile"], strip["columns"], len(channels), index) for index in range(len(channels)))
     return [
-        Thumbnail(
-            path, n, filter_href(d, path, n), tile_of(file, strip["tile"], strip["columns"], len(channels), index)
-        )
-        for index, n in enumerate(channels)
+        Thumbnail(path, channel, filter_href(atlas_id, path, channel), tile)
+        for channel, tile in zip(channels, tiles, strict=True)
     ]
 
 
-def cards(gallery: StoreReader) -> list[AtlasCard]:
-    """Return what the index shows of all atlases; two that are told alike are told with their addresses."""
-    atlases = gallery.atlases()
-    made = [card(one, photos_of(gallery, one)) for one in atlases]
-    alike = Counter((one.model, one.told) for one in made)
+def atlas_cards(reader: StoreReader) -> list[AtlasCard]:
+    """Return the cards of all atlases; where two would read alike, both give the atlas' id."""
+    atlases = reader.atlases()
+    cards = [atlas_card(atlas, photos_phrase(reader, atlas.atlas_id)) for atlas in atlases]
+    counts = Counter((card.model, card.summary) for card in cards)
     return [
-        one if alike[one.model, one.told] == 1 else one._replace(told=f"{one.told}, {atlas.d}")
-        for one, atlas in zip(made, atlases, strict=True)
+        card if counts[card.model, card.summary] == 1 else card._replace(summary=f"{card.summary}, {atlas.atlas_id}")
+        for card, atlas in zip(cards, atlases, strict=True)
     ]
 
 
-def photos_of(gallery: StoreReader, atlas: AtlasFacts) -> str:
-    """Return with how many photos an atlas was made; the index stands though what tells that is damaged."""
-    try:
-        photos = gallery.photos(atlas.d)
-    except PhospheneError:
-        return "with photos"
-    return "without photos" if photos is None else counted(photos, "photo")
+def photos_phrase(reader: StoreReader, atlas_id: str) -> str:
+    """Return with how many photos an atlas was made; damaged evidence does not keep the index from being shown."""
+    count, _ = photo_count(reader, atlas_id)
+    return {"unknown": "with photos", "none": "without photos", "1": "1 photo"}.get(count, f"{count} photos")
 
 
-def seen_photos(gallery: StoreReader, d: str) -> tuple[str, str]:
-    """Return how many photos an atlas' network was shown, and what is wrong with what tells that, if anything is."""
+def photo_count(reader: StoreReader, atlas_id: str) -> tuple[str, str]:
+    """Return how many photos the network of an atlas was shown, and a sentence on damaged evidence or nothing."""
     try:
-        photos = gallery.photos(d)
+        photos = reader.photos(atlas_id)
     except PhospheneError as error:
-        return "unknown", lost_photos(error)
+        return "unknown", evidence_error_sentence(error)
     return "none" if photos is None else f"{photos:,}", ""
 
 
-def lost_photos(error: PhospheneError) -> str:
-    """Return what is wrong with what photos do to a network, as a sentence."""
+def evidence_error_sentence(error: PhospheneError) -> str:
+    """Return the sentence on evidence that cannot be read."""
     return f"What photos do to this network cannot be shown: {error}."
 
 
-def counted(many: int, name: str) -> str:
-    """Return how many there are of something, in words."""
-    return f"{many:,} {name}" if many == 1 else f"{many:,} {name}s"
+def quantity(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 layer" or "1,080 filters"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def card(atlas: AtlasFacts, photos: str) -> AtlasCard:
-    """Return what the index shows of an atlas: pictures from all its layers, evenly spread."""
+def atlas_card(atlas: AtlasFacts, photos: str) -> AtlasCard:
+    """Return the card of an atlas: thumbnails from all its layers, evenly spread."""
     manifest = atlas.manifest
-    faces = [face for row in manifest["layers"] for face in faces_of(atlas.d, row)]
-    chosen = sorted({round(index * (len(faces) - 1) / (FACES - 1)) for index in range(FACES)}) if faces else []
-    filters, recipe = sum(map(drawn, manifest["layers"])), manifest["recipe"]
-    told = f"{counted(len(manifest['layers']), 'layer')}, {counted(filters, 'filter')}"
+    thumbnails = [thumbnail for row in manifest["layers"] for thumbnail in layer_thumbnails(atlas.atlas_id, row)]
+    last = len(thumbnails) - 1
+    chosen = sorted({round(index * last / (CARD_PICTURES - 1)) for index in range(CARD_PICTURES)})
+    filters, recipe = sum(map(judged_filters, manifest["layers"])), manifest["recipe"]
+    contents = f"{quantity(len(manifest['layers']), 'layer')}, {quantity(filters, 'filter')}"
     return AtlasCard(
-        network_href(atlas.d),
+        network_href(atlas.atlas_id),
         manifest["model"],
-        f"{told}, {recipe['name']}, {manifest['size'] or recipe['sizes'][-1]} px, {photos}",
-        parts_of(manifest["verdicts"]),
-        [faces[index] for index in chosen],
+        f"{contents}, {recipe['name']}, {manifest['size'] or recipe['sizes'][-1]} px, {photos}",
+        verdict_shares(manifest["verdicts"]),
+        [thumbnails[index] for index in chosen] if thumbnails else [],
     )
 
 
-def drawn(row: Mapping[str, Any]) -> int:
+def judged_filters(row: Mapping[str, Any]) -> int:
     """Return how many filters of a layer have verdicts."""
     return sum(row["verdicts"].values())
 
 
-def told_drawn(some: int, channels: int) -> str:
-    """Return how many filters of all have pictures, nothing where all have; of what is not judged that is not known."""
-    return f"{some:,} of {channels:,} filters drawn" if 0 < some < channels else ""
+def drawn_sentence(drawn: int, channels: int) -> str:
+    """Return how many filters have pictures; nothing if all have, or if it is not known because none was judged."""
+    return f"{drawn:,} of {channels:,} filters drawn" if 0 < drawn < channels else ""
 
 
-def rows(d: str, manifest: Mapping[str, Any]) -> list[LayerRow]:
-    """Return what the network view shows of the layers, in the order of the forward pass."""
+def layer_rows(atlas_id: str, manifest: Mapping[str, Any]) -> list[LayerRow]:
+    """Return the layers of an atlas, in the order of the forward pass."""
     return [
         LayerRow(
             row["path"],
-            layer_href(d, row["path"]),
+            layer_href(atlas_id, row["path"]),
             facts_of_layer(row),
-            drawn(row),
-            told_drawn(drawn(row), row["channels"]),
-            parts_of(row["verdicts"]),
-            faces_of(d, row),
+            judged_filters(row),
+            drawn_sentence(judged_filters(row), row["channels"]),
+            verdict_shares(row["verdicts"]),
+            layer_thumbnails(atlas_id, row),
         )
         for row in manifest["layers"]
     ]
 
 
-def network_view(gallery: StoreReader, d: str) -> dict[str, Any]:
-    """Return what `network.html` shows."""
-    manifest, lines = gallery.atlas(d), rows(d, gallery.atlas(d))
-    photos, lost = seen_photos(gallery, d)
-    limits = gallery.layer(d, lines[0].path)["thresholds"] if lines else {}
+def network_view(reader: StoreReader, atlas_id: str) -> dict[str, Any]:
+    """Return the context of `network.html`."""
+    manifest, rows = reader.atlas(atlas_id), layer_rows(atlas_id, reader.atlas(atlas_id))
+    filters = sum(row.filters for row in rows)
+    photos, damage = photo_count(reader, atlas_id)
+    limits = reader.layer(atlas_id, rows[0].path)["thresholds"] if rows else {}
     return {
-        "d": d,
+        "atlas_id": atlas_id,
         "title": manifest["model"],
-        "facts": facts_of(manifest, sum(one.filters for one in lines), photos),
-        "notes": [*notes_of(manifest), *([lost] if lost else [])],
-        "parts": parts_of(manifest["verdicts"]),
-        "drawn": told_drawn(sum(one.filters for one in lines), sum(one["channels"] for one in manifest["layers"])),
-        "meanings": labelled(limits) if limits else {},
-        "rows": lines,
+        "facts": facts_of(manifest, filters, photos),
+        "notes": [*notes_of(manifest), *([damage] if damage else [])],
+        "shares": verdict_shares(manifest["verdicts"]),
+        "drawn": drawn_sentence(filters, sum(row["channels"] for row in manifest["layers"])),
+        "meanings": figure_meanings(limits) if limits else {},
+        "rows": rows,
     }
 
 
-def layer_view(gallery: StoreReader, d: str, path: str) -> dict[str, Any]:
-    """Return what `layer.html` shows."""
-    manifest = gallery.layer(d, path)
+def layer_view(reader: StoreReader, atlas_id: str, path: str) -> dict[str, Any]:
+    """Return the context of `layer.html`."""
+    manifest = reader.layer(atlas_id, path)
     verdicts = verdicts_of(manifest)
-    before, after = neighbours([row["path"] for row in gallery.atlas(d)["layers"]], path)
+    before, after = neighbours([row["path"] for row in reader.atlas(atlas_id)["layers"]], path)
     return {
-        "d": d,
-        "title": gallery.atlas(d)["model"],
+        "atlas_id": atlas_id,
+        "title": reader.atlas(atlas_id)["model"],
         "path": path,
         "facts": facts_of_layer(manifest["layer"]),
         "note": note_on(manifest),
-        "parts": parts_of(Counter(one.verdict for one in verdicts)),
-        "drawn": told_drawn(len(manifest["pictures"]), manifest["layer"]["channels"]),
-        "meanings": labelled(manifest["thresholds"]),
-        "cells": [cell(*pair) for pair in zip(verdicts, tiles_of(d, manifest), strict=True)],
+        "shares": verdict_shares(Counter(verdict.verdict for verdict in verdicts)),
+        "drawn": drawn_sentence(len(manifest["pictures"]), manifest["layer"]["channels"]),
+        "meanings": figure_meanings(manifest["thresholds"]),
+        "cells": [filter_cell(*pair) for pair in zip(verdicts, sheet_tiles(atlas_id, manifest), strict=True)],
         "judged": bool(manifest["verdicts"]),
-        "excitation": any(one.excitation is not None for one in verdicts),
-        "before": before and (before, layer_href(d, before)),
-        "after": after and (after, layer_href(d, after)),
+        "excitation": any(verdict.excitation is not None for verdict in verdicts),
+        "before": before and (before, layer_href(atlas_id, before)),
+        "after": after and (after, layer_href(atlas_id, after)),
     }
 
 
-def labelled(limits: Mapping[str, float]) -> dict[str, str]:
-    """Return how each figure is to be read, by the name that people read; tables have short ones."""
+def figure_meanings(limits: Mapping[str, float]) -> dict[str, str]:
+    """Return how to read each figure, by its label on the page; tables have shorter names."""
     return {
         LABELS.get(name, name): f"{text} (In tables: {name}.)" if name in LABELS else text
         for name, text in explained(limits).items()
     }
 
 
-def neighbours(many: Sequence[Any], one: Any) -> tuple[Any, Any]:
-    """Return what stands before and after one of many, None where nothing does."""
-    at = many.index(one)
-    return many[at - 1] if at else None, many[at + 1] if at + 1 < len(many) else None
+def neighbours(values: Sequence[Any], value: Any) -> tuple[Any, Any]:
+    """Return the values before and after one of `values`, None at either end."""
+    index = values.index(value)
+    return values[index - 1] if index else None, values[index + 1] if index + 1 < len(values) else None
 
 
-def tiles_of(d: str, manifest: Mapping[str, Any]) -> Iterator[SpriteTile]:
+def sheet_tiles(atlas_id: str, manifest: Mapping[str, Any]) -> Iterator[SpriteTile]:
     """Yield the tiles of a layer's pictures, in their order."""
     for sheet in manifest["sheets"]:
-        file = file_href(d, manifest["layer"]["path"], sheet["file"])
+        file = file_href(atlas_id, manifest["layer"]["path"], sheet["file"])
         for index in range(len(sheet["channels"])):
             yield tile_of(file, sheet["tile"], sheet["columns"], len(sheet["channels"]), index)
 
 
-def cell(one: Verdict, tile: SpriteTile) -> FilterCell:
-    """Return what the layer view shows of a filter."""
-    said = f"filter {one.channel}, {one.verdict or 'not judged'}"
-    if one.excitation is not None:
-        said += f", excitation {one.excitation:.1f}"
-    return FilterCell(
-        one.channel, one.verdict, SIGNS.get(one.verdict, ""), said, tile, one.excitation, one.stability, one.score
-    )
+def filter_cell(verdict: Verdict, tile: SpriteTile) -> FilterCell:
+    """Return the cell of a filter on the layer page."""
+    name, channel = verdict.verdict, verdict.channel
+    label = f"filter {channel}, {name or 'not judged'}"
+    if verdict.excitation is not None:
+        label += f", excitation {verdict.excitation:.1f}"
+    figures = verdict.excitation, verdict.stability, verdict.score
+    return FilterCell(channel, name, SIGNS.get(name, ""), label, tile, *figures)

@@ -1,4 +1,4 @@
-"""What the view of one filter shows: how its picture came about, what it is worth, and how to make it again."""
+"""The context of the filter template: how the picture came about, its verdict, and how to make it again."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from phosphene.network.capture import TensorAddress
 from phosphene.network.layers import Layer, ReceptiveField
 from phosphene.rendering.recipes import find_recipe
 from phosphene.web.shell_commands import filters_command
-from phosphene.web.store_reader import Filter, StoreReader
-from phosphene.web.urls import SpriteTile, evidence_href, file_href, filter_href, layer_href, tile_of
-from phosphene.web.views.atlas import LABELS, labelled, lost_photos, neighbours, told_drawn
+from phosphene.web.store_reader import StoreReader
+from phosphene.web.urls import SpriteTile, evidence_href, file_href, filter_href, layer_href, row_of_tiles, tile_of
+from phosphene.web.views.atlas import LABELS, drawn_sentence, evidence_error_sentence, figure_meanings, neighbours
 
 REFERENCES = ("builtin/", "torchvision/", "timm/", "keras/")
 SAVED = (".keras", ".h5", ".hdf5")
 
 
 class Figure(NamedTuple):
-    """A figure of a verdict, and how it is to be read."""
+    """A figure of a verdict, and how to read it."""
 
     name: str
     value: str
     meaning: str
 
 
-class Moment(NamedTuple):
+class FilmFrame(NamedTuple):
     """The picture after so many steps."""
 
     step: int
     tile: SpriteTile
 
 
-class Kernel(NamedTuple):
-    """The kernel of a filter for an input channel, None for colours."""
+class KernelTile(NamedTuple):
+    """The kernel for an input channel; `channel` is None if the tile shows all of them as colours."""
 
     channel: int | None
     tile: SpriteTile
 
 
 class Box(NamedTuple):
-    """A part of a tile, in its pixels."""
+    """A part of a tile, in pixels of the image file."""
 
     x: float
     y: float
@@ -56,230 +56,215 @@ class Box(NamedTuple):
 
 
 class TopPhoto(NamedTuple):
-    """A strong photo: the part that excites the filter, and where in the photo that is; `whole` where it is kept."""
+    """A photo that excites the filter most: the crop around the peak, the whole photo if it is kept, the crop in it."""
 
     name: str
     peak: str
     crop: SpriteTile
-    whole: SpriteTile | None
+    thumbnail: SpriteTile | None
     box: Box | None
 
 
-def filter_view(gallery: StoreReader, d: str, path: str, n: int) -> dict[str, Any]:
-    """Return what `filter.html` shows of a filter that has a picture.
+def filter_view(reader: StoreReader, atlas_id: str, path: str, channel: int) -> dict[str, Any]:
+    """Return the context of `filter.html` for a filter that has a picture.
 
     Raises:
         EntryNotFound: it has none.
     """
-    atlas, layer, found = gallery.atlas(d), gallery.layer(d, path), gallery.filter(d, path, n)
-    before, after = neighbours([one["channel"] for one in layer["pictures"]], n)
+    atlas, layer = reader.atlas(atlas_id), reader.layer(atlas_id, path)
+    verdict, _, job = reader.filter(atlas_id, path, channel)
+    before, after = neighbours([picture["channel"] for picture in layer["pictures"]], channel)
     evidence, notes = None, [f"Not judged: {layer['remark']}."] if layer["remark"] else []
     try:
-        evidence = gallery.evidence(d)
+        evidence = reader.evidence(atlas_id)
     except PhospheneError as error:
-        notes.append(lost_photos(error))
+        notes.append(evidence_error_sentence(error))
+    photos = evidence if evidence and path in evidence else None
     return {
-        **unrendered_view(gallery, d, path, n),
-        "made": True,
+        **unrendered_view(reader, atlas_id, path, channel),
+        "rendered": True,
         "facts": facts_of_layer(layer["layer"]),
         "notes": notes,
-        "picture": file_href(d, path, f"filter_{n}.png"),
-        "size": found.job["size"],
-        "verdict": found.verdict,
-        "sign": SIGNS.get(found.verdict.verdict, ""),
-        "figures": figures(found.verdict, layer["thresholds"]),
+        "picture": file_href(atlas_id, path, f"filter_{channel}.png"),
+        "size": job["size"],
+        "verdict": verdict,
+        "sign": SIGNS.get(verdict.verdict, ""),
+        "figures": verdict_figures(verdict, layer["thresholds"]),
         "meaning_of_dead": explained(layer["thresholds"])["dead"],
-        "film": film(d, path, n, found.job),
-        "kernels": kernels(d, layer, n),
-        "drawn": told_drawn(len(layer["pictures"]), layer["layer"]["channels"]),
-        "seen": seen(evidence, layer["layer"], found.job["size"]) if evidence and path in evidence else "",
-        "photos": strongest(evidence, layer["layer"], n) if evidence and path in evidence else [],
-        "settings": settings(atlas, found),
-        "command": command(atlas, path, n, found),
+        "film": film_frames(atlas_id, path, channel, job),
+        "kernels": kernel_tiles(atlas_id, layer, channel),
+        "drawn": drawn_sentence(len(layer["pictures"]), layer["layer"]["channels"]),
+        "photo_size": photo_size_sentence(photos, layer["layer"], job["size"]) if photos else "",
+        "photos": top_photos(photos, layer["layer"], channel) if photos else [],
+        "settings": settings(atlas, job),
+        "command": command(atlas, path, channel, job),
         "loading_known": "options" in atlas,
-        "before": before is not None and (before, filter_href(d, path, before)),
-        "after": after is not None and (after, filter_href(d, path, after)),
+        "before": before is not None and (before, filter_href(atlas_id, path, before)),
+        "after": after is not None and (after, filter_href(atlas_id, path, after)),
     }
 
 
-def unrendered_view(gallery: StoreReader, d: str, path: str, n: int) -> dict[str, Any]:
-    """Return what `filter.html` shows of a filter that has no picture yet, which a server can draw.
+def unrendered_view(reader: StoreReader, atlas_id: str, path: str, channel: int) -> dict[str, Any]:
+    """Return the context of `filter.html` for a filter that has no picture yet, which a server can render.
 
     Raises:
-        EntryNotFound: the layer has no such filter. Of a layer that the atlas has not, that is not known.
+        EntryNotFound: the layer has no such filter. For a layer that is in no atlas, this is not known.
     """
-    atlas = gallery.atlas(d)
-    known, channels = any(row["path"] == path for row in atlas["layers"]), gallery.channels(d, path)
-    if channels is not None and n >= channels:
-        raise EntryNotFound(f"there is no filter {n} in {path}: it has 0 to {channels - 1}")
+    atlas = reader.atlas(atlas_id)
+    in_atlas, channels = any(row["path"] == path for row in atlas["layers"]), reader.channels(atlas_id, path)
+    if channels is not None and channel >= channels:
+        raise EntryNotFound(f"there is no filter {channel} in {path}: it has 0 to {channels - 1}")
+    before, after = channel - 1, channel + 1
     return {
-        "d": d,
+        "atlas_id": atlas_id,
         "title": atlas["model"],
         "path": path,
-        "channel": n,
-        "layer": layer_href(d, path) if known else None,
+        "channel": channel,
+        "layer": layer_href(atlas_id, path) if in_atlas else None,
         "recipe": atlas["recipe"],
-        "made": False,
-        "before": n > 0 and (n - 1, filter_href(d, path, n - 1)),
-        "after": (channels is None or n + 1 < channels) and (n + 1, filter_href(d, path, n + 1)),
+        "rendered": False,
+        "before": channel > 0 and (before, filter_href(atlas_id, path, before)),
+        "after": (channels is None or after < channels) and (after, filter_href(atlas_id, path, after)),
     }
 
 
-def figures(one: Verdict, limits: Mapping[str, float]) -> list[Figure]:
-    """Return the figures of a verdict that there are."""
-    meanings = {"score": "What the filter answers to the picture, as a mean over its map.", **labelled(limits)}
-    known = [(LABELS.get(name, name), getattr(one, name)) for name in ("score", *FIGURES)]
-    return [Figure(name, shown(value), meanings[name]) for name, value in known if value is not None]
+def verdict_figures(verdict: Verdict, limits: Mapping[str, float]) -> list[Figure]:
+    """Return the figures that a verdict has."""
+    meanings = {"score": "What the filter answers to the picture, as a mean over its map.", **figure_meanings(limits)}
+    values = [(LABELS.get(name, name), getattr(verdict, name)) for name in ("score", *FIGURES)]
+    return [Figure(name, shown(value), meanings[name]) for name, value in values if value is not None]
 
 
-def film(d: str, path: str, n: int, job: Mapping[str, Any]) -> list[Moment]:
-    """Return how a filter's picture came about; a store of before does not tell."""
-    about = job.get("film")
-    if not about:
+def film_frames(atlas_id: str, path: str, channel: int, job: Mapping[str, Any]) -> list[FilmFrame]:
+    """Return how a filter's picture came about; stores written by earlier versions have no film."""
+    film = job.get("film")
+    if not film:
         return []
-    channels = [one["channel"] for one in job["pictures"]]
-    file = file_href(d, path, f"film_{channels[0]}.webp")
-    many, first = about["columns"] * len(channels), about["columns"] * channels.index(n)
-    return [
-        Moment(step, tile_of(file, about["tile"], about["columns"], many, first + index))
-        for index, step in enumerate(about["steps"])
-    ]
+    channels = [picture["channel"] for picture in job["pictures"]]
+    file = file_href(atlas_id, path, f"film_{channels[0]}.webp")
+    tiles = row_of_tiles(file, film["tile"], film["columns"], len(channels), channels.index(channel))
+    return [FilmFrame(step, tile) for step, tile in zip(film["steps"], tiles, strict=False)]
 
 
-def kernels(d: str, layer: Mapping[str, Any], n: int) -> dict[str, Any] | None:
-    """Return a filter's kernels: `tiles`, the largest weight as `scale`, and `of` how many there are."""
-    about = layer.get("kernels")
-    if not about:
+def kernel_tiles(atlas_id: str, layer: Mapping[str, Any], channel: int) -> dict[str, Any] | None:
+    """Return a filter's kernels: `tiles`, the largest weight as `scale`, and the number of kernels as `total`."""
+    kernels = layer.get("kernels")
+    if not kernels:
         return None
-    row = [one["channel"] for one in layer["pictures"]].index(n)
-    file, columns = file_href(d, layer["layer"]["path"], about["file"]), about["columns"]
-    many, first = columns * len(layer["pictures"]), columns * row
-    colours = about["colours"] == "rgb"
-    inputs = [None] if colours else about["inputs"][row]
-    tiles = [
-        Kernel(channel, tile_of(file, about["tile"], columns, many, first + index))
-        for index, channel in enumerate(inputs)
-    ]
-    return {"tiles": tiles, "scale": shown(about["scale"][row]), "of": about["of"], "colours": colours}
+    channels, colours = [picture["channel"] for picture in layer["pictures"]], kernels["colours"] == "rgb"
+    row = channels.index(channel)
+    sources = [None] if colours else kernels["inputs"][row]
+    file = file_href(atlas_id, layer["layer"]["path"], kernels["file"])
+    tiles = row_of_tiles(file, kernels["tile"], kernels["columns"], len(channels), row)
+    kernel_tiles = [KernelTile(source, tile) for source, tile in zip(sources, tiles, strict=False)]
+    return {"tiles": kernel_tiles, "scale": shown(kernels["scale"][row]), "total": kernels["of"], "colours": colours}
 
 
-def strongest(evidence: Evidence, facts: Mapping[str, Any], n: int) -> list[TopPhoto]:
-    """Return the strongest photos of a filter, the strongest first."""
-    about, layer, found = evidence.about, layer_of(facts), evidence[facts["path"]]
-    page, row = divmod(n, about["rows"])
-    top = found.photos.shape[1]
-    many = top * min(about["rows"], len(found.photos) - page * about["rows"])
-    crop = evidence_href(evidence.digest, about["sheets"][layer.path][page])
-    strong = []
-    for rank, photo in enumerate(found.photos[n].tolist()):
+def top_photos(evidence: Evidence, facts: Mapping[str, Any], channel: int) -> list[TopPhoto]:
+    """Return the photos that excite a filter most, the strongest first."""
+    about, layer, statistics = evidence.about, layer_from_facts(facts), evidence[facts["path"]]
+    page, row = divmod(channel, about["rows"])
+    rows = min(about["rows"], len(statistics.photos) - page * about["rows"])
+    file = evidence_href(evidence.digest, about["sheets"][layer.path][page])
+    crops = row_of_tiles(file, (about["tile"], about["tile"]), statistics.photos.shape[1], rows, row)
+    photos = []
+    for rank, (photo, crop) in enumerate(zip(statistics.photos[channel].tolist(), crops, strict=True)):
         if photo == NONE:
             break
-        whole = thumbnail(evidence, photo)
-        down, right = found.positions[n, rank].tolist()
-        strong.append(
-            TopPhoto(
-                about["names"][str(photo)],
-                shown(float(found.peaks[n, rank])),
-                tile_of(crop, (about["tile"], about["tile"]), top, many, row * top + rank),
-                whole,
-                whole and box_of(layer, (down, right), about["spec"]["size"], whole),
-            )
-        )
-    return strong
+        name, peak = about["names"][str(photo)], shown(float(statistics.peaks[channel, rank]))
+        position, thumbnail = statistics.positions[channel, rank].tolist(), photo_thumbnail(evidence, photo)
+        box = thumbnail and field_box(layer, position, about["spec"]["size"], thumbnail)
+        photos.append(TopPhoto(name, peak, crop, thumbnail, box))
+    return photos
 
 
-def seen(evidence: Evidence, facts: Mapping[str, Any], size: Sequence[int]) -> str:
+def photo_size_sentence(evidence: Evidence, facts: Mapping[str, Any], size: Sequence[int]) -> str:
     """Return at which size the network saw the photos, and what the frames in them are, as a sentence.
 
     Args:
         size: of the filter's picture, height and width.
     """
-    shown_at, field = evidence.about["spec"]["size"], layer_of(facts).receptive_field
-    same = ", the size of the picture" if list(shown_at) == list(size) else ""
-    said = f"The network saw these photos at {sides(shown_at)} px{same}"
+    photo_size, field = evidence.about["spec"]["size"], layer_from_facts(facts).receptive_field
+    same = ", the size of the picture" if list(photo_size) == list(size) else ""
+    sentence = f"The network saw these photos at {sides(photo_size)} px{same}"
     if not evidence.about.get("thumbnails"):
-        return f"{said}."
-    if field and all(part < whole for part, whole in zip(field.size, shown_at, strict=True)):
-        return f"{said}; the frame is the {sides(field.size)} px that the filter sees there."
-    return f"{said}; the frame is what of that the filter sees."
+        return f"{sentence}."
+    if field and all(part < whole for part, whole in zip(field.size, photo_size, strict=True)):
+        return f"{sentence}; the frame is the {sides(field.size)} px that the filter sees there."
+    return f"{sentence}; the frame is what of that the filter sees."
 
 
-def thumbnail(evidence: Evidence, photo: int) -> SpriteTile | None:
-    """Return a photo whole; None where it is not kept, as evidence of before keeps none."""
-    about = evidence.about.get("thumbnails")
-    if not about or photo not in about["photos"]:
+def photo_thumbnail(evidence: Evidence, photo: int) -> SpriteTile | None:
+    """Return a whole photo, None if the store does not keep it; earlier versions kept none."""
+    sheets = evidence.about.get("thumbnails")
+    if not sheets or photo not in sheets["photos"]:
         return None
-    each = about["columns"] * about["rows"]
-    page, index = divmod(about["photos"].index(photo), each)
-    return tile_of(evidence_href(evidence.digest, about["sheets"][page]), about["tile"], about["columns"], each, index)
+    count = sheets["columns"] * sheets["rows"]
+    page, index = divmod(sheets["photos"].index(photo), count)
+    file = evidence_href(evidence.digest, sheets["sheets"][page])
+    return tile_of(file, sheets["tile"], sheets["columns"], count, index)
 
 
-def box_of(layer: Layer, place: tuple[int, int], size: Sequence[int], tile: SpriteTile) -> Box:
-    """Return where in a photo's tile a place of a layer's map looks; what lies outside the photo is left away."""
-    part = window(layer, place, (size[0], size[1]))
+def field_box(layer: Layer, position: Sequence[int], size: Sequence[int], tile: SpriteTile) -> Box:
+    """Return the receptive field of a position (row, column) of a layer's map, within the photo and in its tile."""
+    field = window(layer, (position[0], position[1]), (size[0], size[1]))
     down, right = tile.height / size[0], tile.width / size[1]
-    top, left = max(0, part.top), max(0, part.left)
-    bottom, end = min(size[0], part.top + part.height), min(size[1], part.left + part.width)
+    top, left = max(0, field.top), max(0, field.left)
+    bottom, end = min(size[0], field.top + field.height), min(size[1], field.left + field.width)
     return Box(tile.x + left * right, tile.y + top * down, max(0, end - left) * right, max(0, bottom - top) * down)
 
 
-def layer_of(facts: Mapping[str, Any]) -> Layer:
-    """Return a layer of which a store tells."""
-    field = facts["receptive_field"]
-    known = ReceptiveField(**{name: tuple(pair) for name, pair in field.items()}) if field else None
+def layer_from_facts(facts: Mapping[str, Any]) -> Layer:
+    """Return a layer from its row in a store."""
+    pairs = facts["receptive_field"]
+    field = ReceptiveField(**{name: tuple(pair) for name, pair in pairs.items()}) if pairs else None
     size = tuple(facts["size"])
-    return Layer(**{**facts, "place": TensorAddress(facts["path"]), "receptive_field": known, "size": size})
+    return Layer(**{**facts, "place": TensorAddress(facts["path"]), "receptive_field": field, "size": size})
 
 
-def settings(atlas: Mapping[str, Any], found: Filter) -> dict[str, str]:
-    """Return a filter's recipe, for people to read."""
-    recipe, job = found.job["recipe"], found.job
-    told = {
+def settings(atlas: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings of the job that rendered a filter, in words."""
+    recipe, others = job["recipe"], len(job["pictures"]) - 1
+    texts = {
         "recipe": f"{recipe['name']} ({recipe['source']})",
         "size": " → ".join(map(str, (*recipe["sizes"][:-1], sides(job["size"])))) + " px",
         "steps": f"{recipe['steps']} at each size" if len(recipe["sizes"]) > 1 else str(recipe["steps"]),
         "seed": str(recipe["seed"]),
         "precision": job["precision"],
-        "parameterization": part(recipe["parameterization"]),
-        "step rule": part(recipe["step_rule"]),
-        "transforms": "; ".join(map(part, recipe["transforms"])) or "none",
+        "parameterization": choice_text(recipe["parameterization"]),
+        "step rule": choice_text(recipe["step_rule"]),
+        "transforms": "; ".join(map(choice_text, recipe["transforms"])) or "none",
         "display": recipe["display"],
         "blur": f"{recipe['blur']} px" if recipe["blur"] else "",
         "weight decay": f"{recipe['weight_decay']:g}" if recipe["weight_decay"] else "",
         "cooldown": f"over the last {recipe['cooldown']:.0%} of the steps" if recipe["cooldown"] else "",
-        "drawn with": f"{len(job['pictures']) - 1} others at once" if len(job["pictures"]) > 1 else "no others",
+        "drawn with": f"{others} others at once" if others > 0 else "no others",
         "network": f"{job['model']}, weights {job['fingerprint']}",
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(atlas["versions"].items())),
     }
-    return {name: text for name, text in told.items() if text}
+    return {name: text for name, text in texts.items() if text}
 
 
-def part(named: Sequence[Any]) -> str:
-    """Return a part of a recipe, such as "fourier (cutoff 0.6, decay 1.3)"."""
-    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in named[1])
-    return f"{named[0]} ({options})" if options else str(named[0])
+def choice_text(choice: Sequence[Any]) -> str:
+    """Return a choice of a recipe with its options, such as "fourier (cutoff 0.6, decay 1.3)"."""
+    options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in choice[1])
+    return f"{choice[0]} ({options})" if options else str(choice[0])
 
 
-def command(atlas: Mapping[str, Any], path: str, n: int, found: Filter) -> str | None:
-    """Return the command that draws a filter again; None where its network or recipe goes by no name."""
-    recipe, model = found.job["recipe"], atlas["model"]
+def command(atlas: Mapping[str, Any], path: str, channel: int, job: Mapping[str, Any]) -> str | None:
+    """Return the command that renders a filter again; None if its network or recipe has no name there."""
+    recipe, model = job["recipe"], atlas["model"]
     if not (model.startswith(REFERENCES) or model.lower().endswith(SAVED) or ":" in model):
         return None
-    if not goes_by_name(recipe["name"], recipe["steps"], atlas["recipe"]["seed"], atlas["recipe"]["digest"]):
+    if not is_named_recipe(recipe["name"], recipe["steps"], atlas["recipe"]["seed"], atlas["recipe"]["digest"]):
         return None
-    options = {
-        "channels": n,
-        "recipe": recipe["name"],
-        "size": atlas["size"],
-        "steps": recipe["steps"],
-        "seed": recipe["seed"],
-        "precision": found.job["precision"],
-    }
+    options = {"channels": channel, "recipe": recipe["name"], "size": atlas["size"], "steps": recipe["steps"]}
+    options |= {"seed": recipe["seed"], "precision": job["precision"]}
     return filters_command(model, atlas.get("options", {}), path, options)
 
 
-def goes_by_name(name: str, steps: int, seed: int, digest: str) -> bool:
-    """Return whether a recipe is the one of its name, but for steps and seed."""
+def is_named_recipe(name: str, steps: int, seed: int, digest: str) -> bool:
+    """Return whether a recipe is the registered one of its name, apart from steps and seed."""
     try:
         return find_recipe(name).at(steps=steps, seed=seed).digest == digest
     except PhospheneError:
