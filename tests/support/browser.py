@@ -33,7 +33,7 @@ from phosphene.storage.atomic import write_file
 from phosphene.web.export import export
 from phosphene.web.live.render_queue import RenderQueue
 from phosphene.web.live.routes import live_routes
-from phosphene.web.server import Server, application, uvicorn_config, listening
+from phosphene.web.server import Server, application, listening, uvicorn_config
 from phosphene.web.site import Site
 from phosphene.web.store_reader import StoreReader, stores_and_records_at
 from tiny_atlas import Here

@@ -1,11 +1,10 @@
-"""The server: what it answers to which address, how it ends, and the commands `serve` and `export`."""
+"""The server: what it answers to which address, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
 import hashlib
-import json
 import logging
 import signal
 import socket
@@ -13,10 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import closing
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +23,6 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-import phosphene.web
-from cli_runner import Run, command_line
-from phosphene.cli import web
 from phosphene.errors import (
     ChannelNotFound,
     EntryNotFound,
@@ -40,15 +35,15 @@ from phosphene.errors import (
     PhotoRefused,
     StoreRefused,
 )
-from phosphene.storage.store import open_store
-from phosphene.training.history import History
 from phosphene.web import server
 from phosphene.web.security import HEADERS, bounded_body
 from phosphene.web.server import application, listening, site_path
 from phosphene.web.site import Content
 
 HERE = "http://127.0.0.1:8000"
+
 PAGE = "text/html; charset=utf-8"
+
 LONG = b"<!DOCTYPE html><p>" + b"filter " * 500
 
 
@@ -392,34 +387,39 @@ async def events(request):
         yield b"data: stopped\\n\\n"
     return StreamingResponse(told(), media_type="text/event-stream")
 
-at = listening("127.0.0.1", 0)
-shown = application(Site(), [Route("/events", events, methods=["POST"])], on_shutdown=stopped.set)
-serve(shown, at, lambda: print(at.getsockname()[1], flush=True))
-print("ended", flush=True)
+for _ in range({times}):
+    stopped.clear()
+    at = listening("127.0.0.1", 0)
+    app = application(Site(), [Route("/events", events, methods=["POST"])], on_shutdown=stopped.set)
+    serve(app, at, lambda: print(at.getsockname()[1], flush=True))
+    print("ended", flush=True)
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "orderly"),
-    [(signal.SIGINT, True), (signal.SIGTERM, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)],
+    ("numbers", "orderly"),
+    [((signal.SIGINT, signal.SIGTERM), True), pytest.param((signal.SIGTERM,), False, marks=pytest.mark.slow)],
 )
-def test_a_signal_ends_it_within_seconds_also_while_events_are_sent(number: signal.Signals, orderly: bool) -> None:
-    code = SERVED.replace("{orderly}", str(orderly))
+def test_a_signal_ends_it_within_seconds_also_while_events_are_sent(
+    numbers: tuple[signal.Signals, ...], orderly: bool
+) -> None:
+    code = SERVED.replace("{orderly}", str(orderly)).replace("{times}", str(len(numbers)))
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as on:
-        assert on.stdout is not None
-        asked = HTTPConnection("127.0.0.1", int(on.stdout.readline()), timeout=20)
-        asked.request("POST", "/events")
-        answer = asked.getresponse()
-        assert answer.read1().startswith(b"data: 1\n\n")
-        on.send_signal(number)
-        if orderly:
-            assert answer.read().endswith(b"data: stopped\n\n")
-        rest, errors = on.communicate(timeout=20)
-        asked.close()
-    assert on.returncode == 0
-    assert rest == "ended\n"
+    ) as process:
+        assert process.stdout is not None
+        for number in numbers:
+            connection = HTTPConnection("127.0.0.1", int(process.stdout.readline()), timeout=20)
+            connection.request("POST", "/events")
+            answer = connection.getresponse()
+            assert answer.read1().startswith(b"data: 1\n\n")
+            process.send_signal(number)
+            if orderly:
+                assert answer.read().endswith(b"data: stopped\n\n")
+            assert process.stdout.readline() == "ended\n"
+            connection.close()
+        rest, errors = process.communicate(timeout=20)
+    assert (process.returncode, rest) == (0, "")
     assert ("Traceback" in errors) is not orderly  # what does not end by itself is cancelled
 
 
@@ -445,175 +445,3 @@ def test_a_port_that_is_taken_is_said_in_a_sentence() -> None:
 def test_where_nothing_can_listen_is_said_in_a_sentence(host: str, port: int, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         listening(host, port)
-
-
-# the commands
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Return a function that runs the command line in a folder that holds an empty store."""
-    open_store(tmp_path / "store", create=True)
-    return command_line(monkeypatch, capsys, tmp_path, "")
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[TestClient]:
-    """Have `serve` hand its application over instead of running it."""
-    found: list[TestClient] = []
-
-    def serve(shown: Any, at: socket.socket, ready: Callable[[], None]) -> None:
-        found.append(TestClient(shown, f"http://127.0.0.1:{at.getsockname()[1]}"))
-        ready()
-
-    monkeypatch.setattr(server, "serve", serve)
-    return found
-
-
-def test_serve_says_where_the_page_is(run: Run, served: list[TestClient]) -> None:
-    ran = run("serve", "store", "--port", 0)
-    assert ran.code == 0
-    assert ran.out.startswith("http://127.0.0.1:")
-    assert ran.out.endswith("/\n")
-    assert ran.err == ""
-    assert served[0].get("/healthz").json() == {"status": "ok"}
-    assert served[0].get("/").status_code == 200
-    assert served[0].get("/", headers={"Host": "evil.example"}).status_code == 421
-
-
-def test_serve_warns_where_others_can_see_the_page(run: Run, served: list[TestClient]) -> None:
-    ran = run("serve", "store", "--port", 0, "--host", "0.0.0.0", "--quiet")
-    assert ran.code == 0
-    assert ran.out.startswith("http://127.0.0.1:")
-    assert "anyone on the network can see the store and use this machine; --token TEXT lets only those in" in ran.err
-    assert served[0].get("/healthz", headers={"Host": "192.168.0.7"}).status_code == 200
-    assert served[0].get("/healthz", headers={"Host": socket.gethostname()}).status_code == 200
-    assert served[0].get("/healthz", headers={"Host": "evil.example"}).status_code == 421
-
-
-def test_serve_with_a_token_shows_nothing_without(run: Run, served: list[TestClient]) -> None:
-    ran = run("serve", "store", "--port", 0, "--token", "a b&c")
-    assert ran.out.endswith("/?token=a%20b%26c\n")
-    assert served[0].get("/index.html").status_code == 403
-    assert served[0].get(ran.out.strip()).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("serve", "nowhere"), "nowhere cannot be read: No such file or directory"),
-        (("serve", "empty"), "empty holds no store and no record of a training"),
-        (("serve", "store", "--port", "70000"), "a port is a number from 0 to 65535, not 70000"),
-        (("serve", "store", "--port", "web"), "Invalid value for '--port'"),
-        (("serve", "store", "--port", "0", "--token", " "), "the token is empty"),
-        (("serve", "store", "--port", "0", "--device", "cuda:99"), "the device 'cuda:99' cannot be used"),
-        (("serve", "store", "--port", "0", "--labels", "x"), "--labels is for the network that --model names"),
-        (("serve", "store", "--port", "0", "--input-size", "9"), "--input-size is for the network that --model names"),
-        (("serve", "store", "--port", "0", "--model", "no/such"), "no/such"),
-        (("serve", "store", "--host", "192.0.2.1"), "nothing can listen at 192.0.2.1"),
-        (("serve", "damaged"), "store.json is damaged"),
-        (("serve", "newer"), "has format 99"),
-        (("export", "nowhere", "--out", "site"), "nowhere cannot be read: No such file or directory"),
-        (("export", "empty", "--out", "site"), "empty holds no store and no record of a training"),
-        (("export", "store", "--out", "file.txt"), "file.txt is a file, so no folder can be made there"),
-        (("export", "store", "--out", "file.txt/site"), "site cannot be written"),
-        (("export", "store", "--out", "full"), "full"),
-        (("export", "store"), "--out"),
-    ],
-)
-def test_what_is_wrong_is_said_in_a_sentence(run: Run, arguments: tuple[str, ...], message: str) -> None:
-    for name, content in (("empty", None), ("damaged", "{"), ("newer", json.dumps({"format": 99}))):
-        Path(name).mkdir()
-        if content:
-            Path(name, "store.json").write_text(content)
-    Path("file.txt").write_text("mine")
-    Path("full").mkdir()
-    Path("full/mine.txt").write_text("mine")
-    ran = run(*arguments)
-    assert ran.code == 2
-    assert message in ran.err
-    assert ran.err.count("\n") == 1
-    assert ran.out == ""
-    assert not Path("site").exists()
-    assert [one.name for one in Path("full").iterdir()] == ["mine.txt"]
-
-
-def test_serve_refuses_a_port_that_is_taken(run: Run) -> None:
-    with closing(listening("127.0.0.1", 0)) as at:
-        ran = run("serve", "store", "--port", at.getsockname()[1])
-    assert (ran.code, ran.out) == (2, "")
-    assert "is taken; give another --port, or --port 0 to pick a free one" in ran.err
-
-
-@pytest.mark.parametrize(("command", "missing"), [("serve", "uvicorn"), ("serve", "starlette"), ("export", "jinja2")])
-def test_without_the_extra_its_install_line_is_said(
-    run: Run, monkeypatch: pytest.MonkeyPatch, command: str, missing: str
-) -> None:
-    for name in [one for one in sys.modules if one.startswith(("phosphene.web.", missing))]:
-        monkeypatch.delitem(sys.modules, name)
-        if name.count(".") == 2 and name.startswith("phosphene.web."):
-            monkeypatch.delattr(phosphene.web, name.removeprefix("phosphene.web."))
-    monkeypatch.setitem(sys.modules, missing, None)
-    ran = run(command, "store", *(["--port", 0] if command == "serve" else ["--out", "site"]))
-    assert (ran.code, ran.out) == (2, "")
-    assert ran.err == (
-        f"phosphene: the page needs {missing}, which is not installed; install it with: pip install 'phosphene[web]'\n"
-    )
-
-
-def test_help_loads_nothing_of_the_page() -> None:
-    code = (
-        "import sys, phosphene.cli; sys.argv = ['phosphene', '--help']\n"
-        "try: phosphene.cli.main()\n"
-        "except SystemExit: print([one for one in ('starlette', 'uvicorn', 'jinja2', 'anyio') if one in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "[]"
-    assert "serve" in out
-    assert "export" in out
-
-
-def test_export_writes_the_first_page_and_says_where(run: Run) -> None:
-    ran = run("export", "store", "--out", "site")
-    assert (ran.code, ran.out) == (0, "site/index.html\n")
-    assert Path("site/index.html").read_text().startswith("<!DOCTYPE html>")
-    again = run("export", "store", "--out", "other", "--json", "--quiet")
-    found = json.loads(again.out)
-    assert found["files"] == ["other/index.html"]
-    written = {one.name for one in Path("other").rglob("*") if one.is_file()} - {"made-by-phosphene.txt"}
-    assert found["written"] == len(written)
-
-
-def test_trainings_in_folders_of_one_name_have_addresses_of_their_own(tmp_path: Path) -> None:
-    histories = [History(tmp_path / one, {"model": "net"}) for one in ("a/run 1", "b/run 1", "c/run 1", "other")]
-    assert [one.name for one in web.trainings(histories)] == ["run~201", "run~201~2", "run~201~3", "other"]
-
-
-@pytest.mark.parametrize(
-    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1")]
-)
-def test_the_address_that_is_printed_opens_the_page(host: str, shown: str) -> None:
-    with closing(listening(host, 0)) as at:
-        assert web.address_of(host, at, None) == f"http://{shown}:{at.getsockname()[1]}/"
-        assert web.is_loopback(at) is (host != "0.0.0.0")
-
-
-@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
-@pytest.mark.parametrize("host", ["::1", "::"])
-def test_an_address_of_ipv6_is_printed_in_brackets(host: str) -> None:
-    with closing(listening(host, 0)) as at:
-        assert web.address_of(host, at, "x") == f"http://[::1]:{at.getsockname()[1]}/?token=x"
-
-
-def test_serve_as_a_process_ends_with_0(tmp_path: Path) -> None:
-    open_store(tmp_path / "store", create=True)
-    command = [sys.executable, "-m", "phosphene", "serve", str(tmp_path / "store"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as on:
-        assert on.stdout is not None
-        port = int(on.stdout.readline().strip().strip("/").rpartition(":")[2])
-        assert raw(port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").endswith(
-            b'{"status":"ok"}'
-        )
-        on.send_signal(signal.SIGINT)
-        rest, errors = on.communicate(timeout=30)
-    assert (on.returncode, rest, errors) == (0, "", "")

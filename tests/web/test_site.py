@@ -316,17 +316,6 @@ def test_odd_paths_are_refused_in_a_sentence(site: Site, path: str) -> None:
         site.get(path)
 
 
-def test_links_are_relative_wherever_the_process_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    assert link("index.html", "index.html") == "index.html"
-    assert link("static/page.css", "atlas/1/a~2Fb/7.html") == "../../../static/page.css"
-    assert link("atlas/1/a~2Fb/8.html?x=1#y", "atlas/1/a~2Fb/7.html") == "8.html?x=1#y"
-    assert link("runs/a b/index.html", "index.html") == "runs/a%20b/index.html"
-
-
 def test_what_could_not_be_read_at_all_is_told_on_the_first_page(site: Site) -> None:
     text = Site(site.reader, [], damaged=["my/run is <damaged>"]).get("index.html").body.decode()
     assert '<p class="note">Not shown: my/run is &lt;damaged&gt;.</p>' in text

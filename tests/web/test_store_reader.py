@@ -14,7 +14,6 @@ from page_store import FIRST, SECOND, filled
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused, WeightsRefused
 from phosphene.storage.store import Store, open_store
 from phosphene.web.store_reader import StoreReader, stores_and_records_at
-from phosphene.web.urls import layer_path, layer_slug
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +143,6 @@ def test_the_first_of_two_stores_with_one_atlas_shows_it(store: Store, copy: Pat
     reader = StoreReader([store, open_store(copy)])
     assert len(reader.atlases()) == 1
     assert reader.store_of(atlas_of(reader)) == store
-
-
-@pytest.mark.parametrize("path", ["base/conv1", ".0", "a~b", "ü/日本", "<script>", "..", "a b.c-d_e", "%2F", ""])
-def test_slugs_can_be_read_again(path: str) -> None:
-    slug = layer_slug(path)
-    assert layer_path(slug) == path
-    assert not slug.startswith(".")
-    assert not set(slug) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-~")
 
 
 def test_a_place_is_a_store_a_training_or_a_folder_of_them(store: Store, tmp_path: Path) -> None:

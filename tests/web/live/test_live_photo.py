@@ -272,7 +272,7 @@ def test_an_upload_is_held_to_its_limits() -> None:
 
 def test_the_trained_network_knows_the_cat() -> None:
     model = load("builtin/efficientnet-lite0")
-    content = (Path(__file__).parents[2] / "src/phosphene/data/chelsea.jpg").read_bytes()
+    content = (Path(__file__).parents[3] / "src/phosphene/data/chelsea.jpg").read_bytes()
     found = explanation(model, read_photo(content, model), "gradcam", None, None)
     assert [one["name"] for one in found["classes"][:3]] == ["tiger cat", "Egyptian cat", "tabby"]
     assert found["classes"][0]["probability"] == pytest.approx(0.386, abs=0.01)

@@ -1,70 +1,24 @@
-"""Training runs on the page: numbers are the record's, pictures those of a film, and all of it has an address."""
+"""The view of a training run: its numbers are the record's, and each of its files has a path."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from torch import Tensor
 
-from fake_training_record import gradient, record_of
+from fake_training_record import record_of
+from page_store import random_tensor, training
 from phosphene.errors import EntryNotFound, WeightsRefused
-from phosphene.images.encode import decode_image, same_size
-from phosphene.training.film_strip import LayerStrip, film
-from phosphene.training.film_strip import layer_strip as course_of
+from phosphene.training.film_strip import LayerStrip
 from phosphene.training.gradient_norms import verdicts
-from phosphene.training.history import History
 from phosphene.web.templating import render_template
-from phosphene.web.urls import layer_path, layer_slug
+from phosphene.web.urls import layer_slug
+from phosphene.web.views import training as training_view
 from phosphene.web.views.training import CHART, TrainingView, belongs, chart, gradient_cells
 
-LAYERS = ("conv1", "deep/conv2")
-LOSSES = (2.0, 1.0, 0.5)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def three_epochs(folder: Path, norms: Sequence[float] = (0.5, 0.25, 0.125)) -> History:
-    """Return a record of two layers, gradients of two weights, and two rendered filters of the first layer."""
-    kernels = {path: [random(4, 2, 3, 3, seed=epoch) * (epoch + 1) for epoch in range(3)] for path in LAYERS}
-    shapes = {"conv1.weight": (4, 2, 3, 3), "scores.weight": (3, 4)}
-    return record_of(
-        folder,
-        kernels,
-        metrics=[{"loss": loss} for loss in LOSSES],
-        gradients=[{"conv1.weight": gradient(norm), "scores.weight": gradient(2.0)} for norm in norms],
-        shapes=shapes,
-        weight_norm=4.0,
-        pictures=("conv1", [random(2, 3, 12, 12, seed=epoch).clamp(0, 1) for epoch in range(3)]),
-    )
-
-
-@pytest.fixture
-def training(tmp_path: Path) -> TrainingView:
-    return TrainingView(three_epochs(tmp_path / "run"), "a~20b")
-
-
-def pixels(content: bytes) -> np.ndarray[Any, Any]:
-    return np.asarray(decode_image(content).convert("RGB"))
-
-
-def test_slugs_can_be_read_again() -> None:
-    for path in ("conv1", "base/conv1", ".body", "a b", "~2F", "größe", "100%", "a.b-c_d", "..", "x?y#z"):
-        assert layer_path(layer_slug(path)) == path
-        assert all(one.isascii() and (one.isalnum() or one in "._-~") for one in layer_slug(path))
-        assert not layer_slug(path).startswith(".")
-    assert layer_slug("größe/1") == "gr~C3~B6~C3~9Fe~2F1"
+__all__ = ["training"]
 
 
 def test_the_view_holds_the_record_s_numbers(training: TrainingView) -> None:
@@ -101,39 +55,6 @@ def test_a_weight_belongs_to_the_layer_it_is_of() -> None:
     assert belongs("base/conv1/kernel", "base/conv1")
     assert not belongs("conv10.weight", "conv1")
     assert not belongs("block.conv1.weight", "block")
-
-
-def test_kernels_are_the_frames_of_a_film(training: TrainingView) -> None:
-    frames = list(same_size(film(training.history, "deep/conv2")))
-    for epoch, frame in enumerate(frames):
-        content, kind = training.file(f"deep~2Fconv2/kernels_{epoch}.png")
-        assert kind == "image/png"
-        below = np.asarray(frame)[-100:]  # below the caption, where the sheet is
-        assert (pixels(content)[-100:, : below.shape[1]] == below).all()
-
-
-def test_rendered_filters_and_kernels_of_one_layer_are_apart(training: TrainingView) -> None:
-    course = course_of(training.history, "conv1")
-    assert course.look.noun == "filters"
-    kernels, rendered = (training.file(f"conv1/{noun}_1.png")[0] for noun in ("kernels", "filters"))
-    assert pixels(kernels).shape != pixels(rendered).shape
-    with Image.open(io.BytesIO(training.file("conv1/strip.png")[0])) as image:
-        assert (np.asarray(image) == np.asarray(course.strip())).all()
-    sides = next(size for size in course.look.sizes() if max(size) <= 64)
-    stored = training.history.filters(2)["filter_3"].resize(sides[::-1], Image.Resampling.NEAREST)
-    assert (pixels(training.file("card.png")[0])[: sides[0], : sides[1]] == np.asarray(stored)).all()
-
-
-def test_the_table_of_gradients(training: TrainingView) -> None:
-    content, kind = training.file("gradients.csv")
-    rows = list(csv.reader(io.StringIO(content.decode())))
-    assert kind.startswith("text/csv")
-    assert rows[0] == ["epoch", "weight", "norm", "mean_abs", "weight_norm", "nonfinite"]
-    assert rows[1:3] == [
-        ["0", "conv1.weight", "0.5", "0.5", "4.0", "0"],
-        ["0", "scores.weight", "2.0", "0.5", "4.0", "0"],
-    ]
-    assert len(rows) == 7
 
 
 def test_every_file_is_there_and_nothing_else(training: TrainingView) -> None:
@@ -182,17 +103,16 @@ def test_the_card(training: TrainingView) -> None:
     }
 
 
-def test_a_long_run_is_shown_in_part_and_says_so(tmp_path: Path) -> None:
-    weights = random(1, 1, 2, 2)
-    history = record_of(
-        tmp_path / "run", {"conv": [weights] * 130}, metrics=[{"loss": 1 / (one + 1)} for one in range(130)]
-    )
-    training = TrainingView(history, "long")
+def test_a_long_run_is_shown_in_part_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert training_view.MAX_EPOCHS == 100
+    monkeypatch.setattr(training_view, "MAX_EPOCHS", 10)
+    kernels, metrics = [random_tensor(1, 1, 2, 2)] * 14, [{"loss": 1 / (epoch + 1)} for epoch in range(14)]
+    training = TrainingView(record_of(tmp_path / "run", {"conv": kernels}, metrics=metrics), "long")
     view = training.view()
-    assert len(view["epochs"]) == 100
-    assert view["epochs"] == [round(index * 129 / 99) for index in range(100)]
-    assert dict(view["facts"])["epochs"] == "130 from 0 to 129; 100 are shown, evenly spread"
-    assert len(list(training.files())) == 1 + 100 + 1
+    assert len(view["epochs"]) == 10
+    assert view["epochs"] == [round(index * 13 / 9) for index in range(10)]
+    assert dict(view["facts"])["epochs"] == "14 from 0 to 13; 10 are shown, evenly spread"
+    assert len(list(training.files())) == 1 + 10 + 1
     assert not view["has_gradients"]
     assert view["verdicts"] == []
 
@@ -219,7 +139,7 @@ def test_a_damaged_epoch_is_left_out_and_named(training: TrainingView) -> None:
 
 def test_the_page_escapes_names_and_links_relatively(tmp_path: Path) -> None:
     name = '<b>"x"</b>'
-    history = record_of(tmp_path / "run", {name: [random(2, 2, 3, 3)]}, metrics=[{"<i>": 1.0}])
+    history = record_of(tmp_path / "run", {name: [random_tensor(2, 2, 3, 3)]}, metrics=[{"<i>": 1.0}])
     training = TrainingView(history, "odd")
     text = render_template("run.html", "runs/odd/index.html", live=False, **training.view()).decode()
     assert "<b>" not in text.replace('<b class="which">', "").replace('<b data-metric="0">', "")
@@ -227,6 +147,6 @@ def test_the_page_escapes_names_and_links_relatively(tmp_path: Path) -> None:
     assert "style=" not in text
     assert "onclick" not in text
     assert 'src="../../static/run.js" defer' in text
-    slug = layer_slug(name).replace("~", "~")
+    slug = layer_slug(name)
     assert f'src="{slug}/kernels_0.png"' in text
     assert isinstance(training.pictures.strip(name), LayerStrip)

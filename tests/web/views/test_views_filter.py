@@ -1,11 +1,9 @@
-"""What the views show: the tiles lie where the pictures are, the figures are the store's, a filter can be remade."""
+"""The filter view: its pictures, photos and kernels are the store's, and its command renders the filter again."""
 
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,16 @@ import pytest
 from PIL import Image
 
 from cli_runner import command_line
-from page_store import FIRST, SECOND, filled
+from page_store import FIRST, SECOND, OlderReader, atlas_id, cut, filter_picture, nearest_index, reader
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound
-from phosphene.images.encode import decode_image
 from phosphene.inspection.kernels import BLUE, ORANGE, kernels
 from phosphene.network.layers import Layer
 from phosphene.rendering.recipes import find_recipe
 from phosphene.storage.store import open_store
-from phosphene.web.cache import SizedCache
-from phosphene.web.store_reader import Filter, StoreReader
-from phosphene.web.urls import SpriteTile, tile_of
-from phosphene.web.views.atlas import (
-    atlas_card,
-    atlas_cards,
-    drawn_sentence,
-    figure_meanings,
-    layer_view,
-    neighbours,
-    network_view,
-    verdict_shares,
-)
+from phosphene.web.store_reader import StoreReader
+from phosphene.web.urls import SpriteTile
+from phosphene.web.views.atlas import figure_meanings
 from phosphene.web.views.filter import (
     command,
     field_box,
@@ -44,7 +31,9 @@ from phosphene.web.views.filter import (
     unrendered_view,
     verdict_figures,
 )
-from tiny_atlas import NETS, tiny_atlas, tiny_model
+from tiny_atlas import NETS, tiny_model
+
+__all__ = ["atlas_id", "cut", "reader"]
 
 FACTS: dict[str, Any] = {
     "path": "conv",
@@ -58,134 +47,14 @@ FACTS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
-    return StoreReader([filled(tmp_path_factory.mktemp("views"))])
-
-
-@pytest.fixture(scope="module")
-def atlas_id(reader: StoreReader) -> str:
-    return reader.atlases()[0].atlas_id
-
-
-@pytest.fixture(scope="module")
-def cut(reader: StoreReader, atlas_id: str) -> Callable[[SpriteTile], np.ndarray]:
-    """Return what gives the pixels of a tile, out of the file that it names."""
-    read = SizedCache[Image.Image](1000)
-
-    def content(path: str) -> bytes:
-        match path.split("/"):
-            case ["atlas", _, slug, name]:
-                layer = slug.replace("~2E", ".")
-                return (
-                    reader.job_file(atlas_id, layer, int(name[5:-5]), "film.webp")
-                    if name.startswith("film_")
-                    else reader.file(atlas_id, layer, name)
-                )
-            case [_, digest, name]:
-                return reader.evidence_file(digest, name)
-        raise AssertionError(path)
-
-    def pixels(tile: SpriteTile) -> np.ndarray:
-        image = read.get(tile.file, lambda _: (decode_image(content(tile.file)).convert("RGB"), 1))
-        assert image.size == tile.whole
-        return np.asarray(image.crop((tile.x, tile.y, tile.x + tile.width, tile.y + tile.height)), dtype=float)
-
-    return pixels
-
-
-def picture(reader: StoreReader, atlas_id: str, path: str, n: int) -> np.ndarray:
-    return np.asarray(decode_image(reader.job_file(atlas_id, path, n, f"filter_{n}.png")).convert("RGB"), dtype=float)
-
-
-def nearest_of(image: np.ndarray, many: list[np.ndarray]) -> int:
-    return int(np.argmin([np.abs(image - one).mean() for one in many]))
-
-
-def test_a_tile_is_counted_row_by_row() -> None:
-    assert tile_of("f", (10, 6), 4, 11, 6) == SpriteTile("f", 20, 6, 10, 6, (40, 18))
-
-
-def test_parts_stand_side_by_side_on_a_bar_of_100() -> None:
-    vivid, unstable, weak, dead = verdict_shares({"vivid": 3, "dead": 1})
-    assert (vivid.filters, vivid.left, vivid.share, vivid.percent) == (3, 0, 75, "75 %")
-    assert (unstable.filters, weak.filters) == (0, 0)
-    assert (dead.filters, dead.left, dead.share, dead.sign) == (1, 75, 25, "✕")
-    assert [one.share for one in verdict_shares({})] == [0, 0, 0, 0]
-
-
-def test_each_cell_of_a_layer_shows_its_own_filter(
-    reader: StoreReader, atlas_id: str, cut: Callable[[SpriteTile], np.ndarray]
-) -> None:
-    for path, count in ((FIRST, 6), (SECOND, 8)):
-        cells = layer_view(reader, atlas_id, path)["cells"]
-        pictures = [picture(reader, atlas_id, path, n) for n in range(count)]
-        assert [one.channel for one in cells] == list(range(count))
-        assert [nearest_of(cut(one.tile), pictures) for one in cells] == list(range(count))
-
-
-def test_a_cell_has_the_figures_of_its_verdict(reader: StoreReader, atlas_id: str) -> None:
-    for one, verdict in zip(
-        layer_view(reader, atlas_id, SECOND)["cells"], reader.verdicts(atlas_id, SECOND), strict=True
-    ):
-        assert (one.excitation, one.stability, one.score) == (verdict.excitation, verdict.stability, verdict.score)
-        assert one.label == f"filter {verdict.channel}, {verdict.verdict}, excitation {verdict.excitation:.1f}"
-
-
-def test_strips_show_their_filters(reader: StoreReader, atlas_id: str, cut: Callable[[SpriteTile], np.ndarray]) -> None:
-    for row in network_view(reader, atlas_id)["rows"]:
-        pictures = [picture(reader, atlas_id, row.path, n) for n in range(6 if row.path == FIRST else 8)]
-        assert row.thumbnails
-        for face in row.thumbnails:
-            assert nearest_of(cut(face.tile), pictures) == face.channel
-            assert face.href.endswith(f"/{face.channel}.html")
-    faces = atlas_card(reader.atlases()[0], "").thumbnails
-    assert [one.path for one in faces] == sorted(one.path for one in faces)
-    assert {one.path for one in faces} == {FIRST, SECOND}
-
-
-def test_the_network_view_tells_what_the_atlas_is(reader: StoreReader, atlas_id: str) -> None:
-    view = network_view(reader, atlas_id)
-    assert view["facts"]["filters"] == "14, of 2 layers"
-    assert view["facts"]["photos"] == "4"
-    assert [(one.path, one.filters, one.facts["sees"]) for one in view["rows"]] == [
-        (FIRST, 6, "3×3 px"),
-        (SECOND, 8, "5×5 px"),
-    ]
-    assert sum(one.filters for one in view["shares"]) == 14
-    assert [one.summary for one in atlas_cards(reader)] == ["2 layers, 14 filters, fourier, 16 px, 4 photos"]
-    assert view["drawn"] == ""
-
-
-def test_atlases_of_one_network_are_told_apart(reader: StoreReader, atlas_id: str, tmp_path: Path) -> None:
-    """By their layers, size and photos; those that differ in what the card does not tell by their addresses."""
-    store = open_store(shutil.copytree(reader.stores[0].url, tmp_path / "store"))
-    manifest = store.manifest("atlases", store.done("atlases").pop())
-    store.put("atlases", "1" * 32, {}, {**manifest, "precision": "bf16"})
-    store.put("atlases", "2" * 32, {}, {**manifest, "evidence": None, "layers": manifest["layers"][:1], "size": 64})
-    store.put("atlases", "3" * 32, {}, {**manifest, "evidence": "0" * 32})
-    told = {one.href.split("/")[1]: one.summary for one in atlas_cards(StoreReader([store]))}
-    assert told == {
-        atlas_id: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {atlas_id}",
-        "1" * 12: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {'1' * 12}",
-        "2" * 12: "1 layer, 6 filters, fourier, 64 px, without photos",
-        "3" * 12: "2 layers, 14 filters, fourier, 16 px, with photos",
-    }
-
-
-def test_how_many_filters_are_drawn_is_said_where_not_all_are() -> None:
-    assert drawn_sentence(24, 1080) == "24 of 1,080 filters drawn"
-    assert drawn_sentence(80, 80) == drawn_sentence(0, 80) == ""
-
-
 def test_a_film_ends_in_the_filter_s_own_picture(
     reader: StoreReader, atlas_id: str, cut: Callable[[SpriteTile], np.ndarray]
 ) -> None:
-    pictures = [picture(reader, atlas_id, SECOND, n) for n in range(8)]
+    pictures = [filter_picture(reader, atlas_id, SECOND, n) for n in range(8)]
     for n in range(8):
         film = filter_view(reader, atlas_id, SECOND, n)["film"]
         assert (film[0].step, film[-1].step) == (0, 3)
-        assert nearest_of(cut(film[-1].tile), pictures) == n
+        assert nearest_index(cut(film[-1].tile), pictures) == n
         assert film[0].tile.file.endswith("/film_0.webp" if n < 4 else "/film_4.webp")
         assert np.abs(cut(film[0].tile) - pictures[n]).mean() > np.abs(cut(film[-1].tile) - pictures[n]).mean()
 
@@ -206,7 +75,7 @@ def test_strong_photos_are_framed_where_the_filter_answers(
             photo = int(found.photos[n, rank])
             row, column = found.positions[n, rank].tolist()
             assert one.name == names[photo]
-            assert nearest_of(cut(one.thumbnail), photos) == photo  # 16 px are kept as they are
+            assert nearest_index(cut(one.thumbnail), photos) == photo  # 16 px are kept as they are
             top, left, bottom, right = max(0, row - 2), max(0, column - 2), min(16, row + 3), min(16, column + 3)
             assert one.box == (one.thumbnail.x + left, one.thumbnail.y + top, right - left, bottom - top)
             if (bottom - top, right - left) == (5, 5):  # the crop is that part, enlarged as squares
@@ -231,7 +100,7 @@ def test_it_is_said_at_which_size_the_network_saw_the_photos(reader: StoreReader
     said = "The network saw these photos at 16×16 px"
     wide = {**FACTS, "receptive_field": {**FACTS["receptive_field"], "size": [16, 16]}}
     assert photo_size_sentence(evidence, wide, (24, 24)) == f"{said}; the frame is what of that the filter sees."
-    older = Older(reader.stores).evidence(atlas_id)
+    older = OlderReader(reader.stores).evidence(atlas_id)
     assert photo_size_sentence(older, FACTS, (24, 24)) == f"{said}."
 
 
@@ -259,10 +128,6 @@ def test_kernels_are_the_weights(reader: StoreReader, atlas_id: str, cut: Callab
     own = kernels(tiny_model(), FIRST).weights[2].double().permute(1, 2, 0).numpy()
     assert (first["colours"], only.channel) == (True, None)
     assert np.abs(cut(only.tile) - (own / np.abs(own).max() + 1) / 2 * 255).max() <= 0.5 + 1e-4
-
-
-def test_neighbours() -> None:
-    assert [neighbours([3, 5, 8], one) for one in (3, 5, 8)] == [(None, 5), (3, 8), (5, None)]
 
 
 def test_a_filter_leads_to_those_beside_it_and_its_layer(reader: StoreReader, atlas_id: str) -> None:
@@ -299,15 +164,6 @@ def test_figures_that_there_are_not_are_left_out() -> None:
     assert THRESHOLDS.excitation == 0.75
 
 
-def test_a_store_of_before_has_no_film_strip_or_kernels(reader: StoreReader, atlas_id: str) -> None:
-    older = Older(reader.stores)
-    view = filter_view(older, atlas_id, SECOND, 3)
-    assert (view["film"], view["kernels"]) == ([], None)
-    assert [one.thumbnail for one in view["photos"]] == [None] * 4
-    assert [one.thumbnails for one in network_view(older, atlas_id)["rows"]] == [[], []]
-    assert atlas_card(older.atlases()[0], "").thumbnails == []
-
-
 class Fewer(StoreReader):
     """A reader with one more atlas, 111111111111, which has only the first layer of the other."""
 
@@ -316,41 +172,6 @@ class Fewer(StoreReader):
             return super().atlas(atlas_id)
         whole = super().atlas(next(iter(self.locations())))
         return {**whole, "layers": whole["layers"][:1]}
-
-
-class Older(StoreReader):
-    """A reader over stores that were written before there were films, strips, kernels and whole photos."""
-
-    def atlas(self, atlas_id: str) -> Any:
-        found = super().atlas(atlas_id)
-        rows = [{name: one for name, one in row.items() if name != "strip"} for row in found["layers"]]
-        return {**found, "layers": rows}
-
-    def layer(self, atlas_id: str, path: str) -> Any:
-        return {name: one for name, one in super().layer(atlas_id, path).items() if name != "kernels"}
-
-    def filter(self, atlas_id: str, path: str, n: int) -> Filter:
-        found = super().filter(atlas_id, path, n)
-        return found._replace(job={name: one for name, one in found.job.items() if name != "film"})
-
-    def evidence(self, atlas_id: str) -> Any:
-        found = super().evidence(atlas_id)
-        assert found
-        return replace(found, about={name: one for name, one in found.about.items() if name != "thumbnails"})
-
-
-def test_a_layer_whose_job_failed_shows_the_rest_and_says_so(tmp_path: Path) -> None:
-    failing = tiny_atlas(tiny_model()).jobs[1].digest
-    reader = StoreReader([filled(tmp_path, failing, names=())])
-    (atlas,) = reader.atlases()
-    view = layer_view(reader, atlas.atlas_id, FIRST)
-    assert [one.channel for one in view["cells"]] == [0, 1, 2, 3]
-    assert view["note"] == "1 job of this layer failed; run the atlas again to try once more."
-    assert view["drawn"] == filter_view(reader, atlas.atlas_id, FIRST, 3)["drawn"] == "4 of 6 filters drawn"
-    network = network_view(reader, atlas.atlas_id)
-    assert network["facts"]["filters"] == "12 of 14, of 2 layers"
-    assert network["drawn"] == "12 of 14 filters drawn"
-    assert [row.drawn for row in network["rows"]] == ["4 of 6 filters drawn", ""]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +194,7 @@ def test_the_command_draws_the_same_picture_again(
     )
     assert run(*shlex.split(typed)[1:], "--out", "again", "--quiet").code == 0
     again = np.asarray(Image.open("again/layer_.2_filter_5.png"), dtype=float)
-    assert np.abs(again - picture(reader, atlas.atlas_id, SECOND, 5)).max() <= 1
+    assert np.abs(again - filter_picture(reader, atlas.atlas_id, SECOND, 5)).max() <= 1
 
 
 def test_no_command_is_told_that_would_draw_another_picture(reader: StoreReader, atlas_id: str) -> None:
@@ -388,3 +209,9 @@ def test_no_command_is_told_that_would_draw_another_picture(reader: StoreReader,
         assert command({**atlas, **changes}, "conv", 1, job) is None
     unknown = {**facts, "name": "mine"}
     assert command({**atlas, "recipe": unknown}, "conv", 1, {**job, "recipe": unknown}) is None
+
+
+def test_a_store_of_an_earlier_version_has_no_film_kernels_or_whole_photos(reader: StoreReader, atlas_id: str) -> None:
+    view = filter_view(OlderReader(reader.stores), atlas_id, SECOND, 3)
+    assert (view["film"], view["kernels"]) == ([], None)
+    assert [photo.thumbnail for photo in view["photos"]] == [None] * 4

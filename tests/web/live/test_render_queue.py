@@ -1,4 +1,4 @@
-"""The queue: renders one at a time, in their order, watched and broken off; and which networks it loads."""
+"""The queue of renders: one at a time, in order, watched and cancelled."""
 
 from __future__ import annotations
 
@@ -26,21 +26,16 @@ from phosphene.errors import (
     EntryNotFound,
     InvalidRequest,
     LayerNotFound,
-    LayerRefused,
-    ModelNotFound,
-    ModelRefused,
     RecipeNotFound,
 )
 from phosphene.images import encode
 from phosphene.network.loading import load
-from phosphene.network.model import Model
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.objectives import channel
 from phosphene.rendering.recipes import RECIPES
 from phosphene.rendering.render import render
 from phosphene.storage.store import open_store
-from phosphene.web.live import render_queue as render_queue
-from phosphene.web.live.model_pool import MAX_MODELS, Identity, ModelThread, independent_copy, open_model, refusal
+from phosphene.web.live import render_queue
 from phosphene.web.live.render_queue import (
     MAX_FRAME_RATE,
     MAX_WAITING,
@@ -51,22 +46,23 @@ from phosphene.web.live.render_queue import (
     RenderTask,
     ViewerGone,
 )
-from phosphene.web.live.render_request import RenderRequest, channel_count, frame_event, recipe_choices
+from phosphene.web.live.render_request import RenderRequest, frame_event
 from phosphene.web.store_reader import StoreReader
 from tiny_atlas import Here, tiny_atlas, tiny_model
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+
 REQUEST = RenderRequest(".0", 1, "fast", 24, 40)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     folder = tmp_path_factory.mktemp("store")
     run(tiny_atlas(tiny_model(), recipe="fast", channels="0:4"), folder, Here())
     return StoreReader([open_store(folder)])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def atlas_id(reader: StoreReader) -> str:
     return reader.atlases()[0].atlas_id
 
@@ -276,12 +272,6 @@ def test_what_the_network_has_not_is_refused_before_the_line(reader: StoreReader
         live(ask(REQUEST, "nothing"))
 
 
-def test_a_layer_without_maps_has_no_filters() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(LayerRefused, match="returns no map of channels; choose a convolution"):
-        channel_count(load(net, input_size=8), ".3")
-
-
 def test_a_failure_on_the_way_is_a_sentence_and_the_next_begins(
     reader: StoreReader, atlas_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,81 +290,6 @@ def test_a_failure_on_the_way_is_a_sentence_and_the_next_begins(
     live(look_on())
 
 
-# ---- which networks
-
-
-def test_a_store_does_not_choose_what_code_is_run() -> None:
-    here = {"model": "os:getcwd", "fingerprint": "0" * 16}
-    for name in (
-        "os:getcwd",
-        "model.keras",
-        "timm/hf-hub:somebody/else",
-        "builtin/../vgg19",
-        "torchvision/",
-        "keras/a/b",
-    ):
-        with pytest.raises(ModelRefused, match="to render, start the server with: phosphene serve PLACE --model"):
-            open_model({**here, "model": name}, "cpu", None)
-    with pytest.raises(ModelRefused, match="was started with is not os:getcwd as this atlas was made with it"):
-        open_model(here, "cpu", tiny_model())
-    with pytest.raises(ModelRefused, match="--model builtin/vgg19 --weights /etc/passwd, where that file is"):
-        open_model({**here, "model": "builtin/vgg19", "options": {"weights": "/etc/passwd"}}, "cpu", None)
-    with pytest.raises(ModelNotFound):
-        open_model({**here, "model": "builtin/vgg99"}, "cpu", None)
-
-
-def test_other_weights_under_the_same_name_are_refused() -> None:
-    here = {"model": "builtin/efficientnet-lite0", "fingerprint": load("builtin/efficientnet-lite0").fingerprint}
-    assert open_model({**here, "input_size": [224, 224]}, "cpu", None).input_size == (224, 224)
-    for other in ({"fingerprint": "0" * 16}, {"input_size": [224, 96]}):
-        with pytest.raises(ModelRefused, match="has other weights or another input size here than this atlas"):
-            open_model({**here, **other}, "cpu", None)
-
-
-def test_the_given_network_is_taken_where_it_is_the_right_one() -> None:
-    model = tiny_model()
-    here = {"model": "anything", "fingerprint": model.fingerprint}
-    for size in ({}, {"input_size": list(model.input_size)}):  # a store of before tells no size
-        assert open_model({**here, **size}, "cpu", model) is model
-    with pytest.raises(ModelRefused, match="is not anything as this atlas was made with it"):
-        open_model({**here, "input_size": [9, 9]}, "cpu", model)
-
-
-def test_a_bench_keeps_networks_of_different_input_sizes_apart() -> None:
-    thread = ModelThread("test", lambda atlas: load(nn.Conv2d(3, 2, 3), input_size=tuple(atlas["input_size"])))
-    here = {"model": "m", "fingerprint": "f"}
-    sizes = [thread.model({**here, "input_size": [side, 9]}).input_size for side in (8, 9, 8)]
-    assert (sizes, len(thread.models.entries)) == ([(8, 9), (9, 9), (8, 9)], 2)
-    thread.close()
-
-
-def test_what_cannot_be_opened_is_said_before_anything_is_loaded(reader: StoreReader, atlas_id: str) -> None:
-    here = {"fingerprint": "0" * 16}
-    lead = "To look at photos and to render, start the server with: phosphene serve PLACE --model "
-    for name, more in {
-        "tinynet:make": "tinynet:make, where that network can be imported.",
-        "my nets/own.keras": "'my nets/own.keras', where that file is.",
-        "Sequential": "MODEL, where MODEL is the network of this atlas.",
-        "timm/hf-hub:somebody/else": "MODEL, where MODEL is the network of this atlas.",
-    }.items():
-        assert refusal({**here, "model": name}, None) == lead + more
-        assert refusal({**here, "model": name}, Identity("0" * 16, (9, 9))) is None
-        other = f"The network that this server was started with is not {name} as this atlas was made with it. "
-        assert refusal({**here, "model": name}, Identity("1" * 16, (9, 9))) == other + lead + more
-        assert refusal({**here, "model": name, "input_size": [9, 8]}, Identity("0" * 16, (9, 9))) == other + lead + more
-    assert refusal({**here, "model": "builtin/vgg99"}, None) is None  # which is found out when it is loaded
-    for options, words in (
-        ({"weights": "none", "input_size": [64, 64]}, "--weights none --input-size 64x64."),
-        ({"weights": "my.pt", "std": [0.5]}, "--weights my.pt --std 0.5, where that file is."),
-    ):
-        told = refusal({**here, "model": "torchvision/vgg11", "options": options}, None)
-        assert told == f"{lead}torchvision/vgg11 {words}"
-    for model, refused in ((tiny_model(), False), (None, True)):
-        queue = RenderQueue(reader, model=model)
-        assert (queue.refusal(reader.atlas(atlas_id)) is not None) == refused
-        queue.close()
-
-
 def test_the_two_threads_share_no_module(reader: StoreReader, atlas_id: str) -> None:
     async def both() -> None:
         queue = RenderQueue(reader, model=tiny_model())
@@ -386,102 +301,6 @@ def test_the_two_threads_share_no_module(reader: StoreReader, atlas_id: str) -> 
         queue.close()
 
     live(both())
-
-
-def test_a_second_copy_is_the_same_network_on_its_own() -> None:
-    model = tiny_model()
-    model.layers()
-    copied = independent_copy(model)
-    assert copied is not None
-    assert copied.fingerprint == model.fingerprint
-    assert not {id(one) for one in copied.modules.values()} & {id(one) for one in model.module.modules()}
-    assert [one.path for one in copied.layers()] == [one.path for one in model.layers()]
-
-
-class Unique(nn.Conv2d):
-    def __deepcopy__(self, memo: object) -> Unique:
-        raise RuntimeError("there is only one of me")
-
-
-def test_a_network_that_cannot_be_copied_is_used_by_one_thread_alone(reader: StoreReader) -> None:
-    model = load(nn.Sequential(Unique(3, 4, 3)), input_size=8)
-    assert independent_copy(model) is None
-    queue = RenderQueue(reader, model=model)
-    assert queue.renders is queue.photos
-    queue.close()
-
-
-def test_a_thread_keeps_the_networks_used_last() -> None:
-    made: list[str] = []
-
-    def open_model(atlas: Any) -> Model:
-        made.append(atlas["model"])
-        return tiny_model()
-
-    thread = ModelThread("test", open_model)
-    for name in "abcaded":
-        thread.model({"model": name, "fingerprint": ""})
-    thread.close()
-    assert MAX_MODELS == 3
-    assert made == ["a", "b", "c", "d", "e"]
-    thread.model({"model": "b", "fingerprint": ""})  # which gave way to d
-    assert made[-1] == "b"
-
-
-# ---- what may be asked for
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        None,
-        [],
-        "layer",
-        {},
-        {"layer": ".0"},
-        {"channel": 1},
-        {"layer": ".0", "channel": 1, "batch": 9},
-        {"layer": 0, "channel": 1},
-        {"layer": ".0", "channel": "1"},
-        {"layer": ".0", "channel": None},
-        {"layer": ".0", "channel": True},
-        {"layer": ".0", "channel": -1},
-        {"layer": ".0", "channel": 1.5},
-        {"layer": ".0", "channel": float("nan")},
-        {"layer": ".0", "channel": 1, "recipe": 7},
-        {"layer": ".0", "channel": 1, "size": 15},
-        {"layer": ".0", "channel": 1, "size": 513},
-        {"layer": ".0", "channel": 1, "steps": 0},
-        {"layer": ".0", "channel": 1, "steps": 2049},
-        {"layer": ".0", "channel": 1, "seed": -1},
-        {"layer": ".0", "channel": 1, "seed": 10**400},
-    ],
-)
-def test_a_wish_that_makes_no_sense_is_refused_in_a_sentence(given: Any) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        RenderRequest.from_json(given)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 200
-
-
-def test_what_is_left_open_is_as_in_the_atlas(reader: StoreReader, atlas_id: str) -> None:
-    facts = reader.atlas(atlas_id)
-    own, size = RenderRequest.from_json({"layer": ".0", "channel": 0}).settings(facts)
-    assert (own.name, own.steps, own.seed, size) == ("fast", 3, 0, 16)
-    own, size = RenderRequest.from_json(
-        {"layer": ".0", "channel": 0, "recipe": "fast", "steps": 9, "seed": 4}
-    ).settings(facts)
-    assert (own.digest, size) == (RECIPES["fast"].at(steps=9, seed=4).digest, 16)
-    other, size = RenderRequest.from_json({"layer": ".0", "channel": 0, "recipe": "rms", "steps": None}).settings(facts)
-    assert (other, size) == (RECIPES["rms"], None)
-
-
-def test_the_recipes_to_choose_from_are_told_with_their_settings(reader: StoreReader, atlas_id: str) -> None:
-    told = json.loads(json.dumps(recipe_choices(reader.atlas(atlas_id))))
-    assert told["own"] == "fast"
-    assert told["recipes"]["fast"] == {"size": 16, "steps": 3, "seed": 0}
-    assert set(told["recipes"]) == set(RECIPES)
-    assert told["recipes"]["rms"] == {"size": 150, "steps": 40, "seed": 0}
 
 
 def test_the_command_makes_the_very_picture(
@@ -509,19 +328,3 @@ def test_the_command_makes_the_very_picture(
     shown = encode.decode_image(bytes_of(done.facts["image"]))
     assert made.tobytes() == shown.tobytes()
     assert shown.size == (32, 32)
-
-
-def test_a_recipe_without_a_name_has_no_command(tmp_path: Path) -> None:
-    model = tiny_model()
-    own = replace(RECIPES["fast"].at(16, 3), blur=3, name="mine")
-    run(tiny_atlas(model, recipe=own), tmp_path, Here())
-    reader = StoreReader([open_store(tmp_path)])
-
-    async def look_on() -> list[Event]:
-        queue = RenderQueue(reader, model=model)
-        events = await told(await queue.submit(reader.atlases()[0].atlas_id, RenderRequest(".0", 0)))
-        queue.close()
-        return events
-
-    events = live(look_on())
-    assert events[-1].facts["command"] == ""

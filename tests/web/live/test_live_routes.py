@@ -42,7 +42,7 @@ from phosphene.web.store_reader import StoreReader
 from tiny_atlas import Here, tiny_atlas
 
 HERE = "http://127.0.0.1:8000"
-CHELSEA = Path(__file__).parents[2] / "src/phosphene/data/chelsea.jpg"
+CHELSEA = Path(__file__).parents[3] / "src/phosphene/data/chelsea.jpg"
 
 
 @pytest.fixture(scope="module")
