@@ -51,10 +51,10 @@ def verdicts(reader: StoreReader, path: str) -> list[Verdict]:
     return reader.verdicts(reader.atlases()[0].atlas_id, path)
 
 
-def shown(page: Page) -> list[int]:
+def shown_filters(page: Page) -> list[int]:
     """Return the filters that a layer view shows, in their order."""
     links = page.locator("#grid li:not([hidden]) a")
-    return [int(one[1:]) for one in links.evaluate_all("links => links.map((one) => one.id)")]
+    return [int(link[1:]) for link in links.evaluate_all("links => links.map((one) => one.id)")]
 
 
 def tab_to(page: Page, what: Callable[[Locator], bool]) -> None:
@@ -66,10 +66,10 @@ def tab_to(page: Page, what: Callable[[Locator], bool]) -> None:
     raise AssertionError("the tab key does not lead there")
 
 
-def until(there: Callable[[], bool], seconds: float = 15) -> None:
+def until(condition: Callable[[], bool], seconds: float = 15) -> None:
     """Wait for something that the browser does not show."""
     end = time.monotonic() + seconds
-    while not there():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -84,7 +84,7 @@ def walk_by_mouse(page: Page, base: str, reader: StoreReader) -> None:
     expect(page.locator("ol.layers h3")).to_have_text(list(LAYERS))
     page.get_by_role("link", name=path, exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(path)
-    assert shown(page) == list(range(FILTERS))
+    assert shown_filters(page) == list(range(FILTERS))
     page.locator("#f3").click()
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter 3 of {path}")
     assert page.url == f"{atlas}{path}/3.html"
@@ -98,13 +98,13 @@ def walk_by_mouse(page: Page, base: str, reader: StoreReader) -> None:
 def see_filter(page: Page, base: str, reader: StoreReader) -> None:
     """See all there is of a filter, by its address alone."""
     page.goto(f"{atlas_at(base, reader)}{LAYERS[1]}/5.html")
-    one = verdicts(reader, LAYERS[1])[5]
+    verdict = verdicts(reader, LAYERS[1])[5]
     picture = page.locator(".portrait img")
     expect(picture).to_be_visible()
     until(lambda: picture.evaluate("one => one.complete && one.naturalWidth") == SIDE)
-    expect(page.get_by_role("heading", name="Verdict")).to_contain_text(one.verdict)
-    assert one.excitation is not None
-    expect(page.locator(".figures")).to_contain_text(f"{one.excitation:.3g}")
+    expect(page.get_by_role("heading", name="Verdict")).to_contain_text(verdict.verdict)
+    assert verdict.excitation is not None
+    expect(page.locator(".figures")).to_contain_text(f"{verdict.excitation:.3g}")
     moments = page.locator(".film .tile")
     assert moments.count() >= 5
     expect(moments.last).to_have_attribute("aria-label", "after 32 steps")
@@ -116,50 +116,50 @@ def see_filter(page: Page, base: str, reader: StoreReader) -> None:
     expect(page.locator("pre.command").first).to_contain_text(f"phosphene filters {NETWORK} {LAYERS[1]} --channels 5")
 
 
-def most_excited(one: Verdict) -> float:
+def most_excited(verdict: Verdict) -> float:
     """Sort the strongest first, what has no such figure last."""
-    return math.inf if one.excitation is None else -one.excitation
+    return math.inf if verdict.excitation is None else -verdict.excitation
 
 
 def sort_and_filter(page: Page, base: str, reader: StoreReader) -> None:
     """Sort and filter a layer; what is chosen stands in the address, and goes with the back button."""
     path = LAYERS[0]
-    layer, known = f"{atlas_at(base, reader)}{path}/index.html", verdicts(reader, path)
-    by_excitation = [one.channel for one in sorted(known, key=most_excited)]
-    by_score = [one.channel for one in sorted(known, key=lambda one: -one.score)]
-    vivid = {one.channel for one in known if one.verdict == "vivid"}
+    layer, judged = f"{atlas_at(base, reader)}{path}/index.html", verdicts(reader, path)
+    by_excitation = [verdict.channel for verdict in sorted(judged, key=most_excited)]
+    by_score = [verdict.channel for verdict in sorted(judged, key=lambda verdict: -verdict.score)]
+    vivid = {verdict.channel for verdict in judged if verdict.verdict == "vivid"}
     assert by_excitation != by_score != list(range(FILTERS))
     assert 0 < len(vivid) < FILTERS
     page.goto(layer)
     page.get_by_label("Sort by").select_option("excitation")
-    assert shown(page) == by_excitation
+    assert shown_filters(page) == by_excitation
     page.get_by_role("checkbox", name="vivid").uncheck()
-    assert shown(page) == [one for one in by_excitation if one not in vivid]
+    assert shown_filters(page) == [channel for channel in by_excitation if channel not in vivid]
     expect(page.locator("#shown")).to_have_text(f"{FILTERS - len(vivid)} of {FILTERS}")
-    asked = page.url
-    assert "sort=excitation" in asked and "verdict=" in asked  # noqa: PT018
+    address = page.url
+    assert "sort=excitation" in address and "verdict=" in address  # noqa: PT018
     page.get_by_label("Sort by").select_option("score")
-    assert shown(page) == [one for one in by_score if one not in vivid]
+    assert shown_filters(page) == [channel for channel in by_score if channel not in vivid]
     page.go_back()
-    assert shown(page) == [one for one in by_excitation if one not in vivid]
+    assert shown_filters(page) == [channel for channel in by_excitation if channel not in vivid]
     page.go_back()
-    assert shown(page) == by_excitation
-    page.goto(asked)  # as if somebody had been sent it
-    assert shown(page) == [one for one in by_excitation if one not in vivid]
-    middle = known[by_excitation[5]].excitation
+    assert shown_filters(page) == by_excitation
+    page.goto(address)  # as if somebody had been sent it
+    assert shown_filters(page) == [channel for channel in by_excitation if channel not in vivid]
+    middle = judged[by_excitation[5]].excitation
     page.goto(f"{layer}?sort=excitation&least={middle}")
-    assert shown(page) == by_excitation[:6]
+    assert shown_filters(page) == by_excitation[:6]
     page.get_by_label("the other way round").check()
-    assert shown(page) == by_excitation[:6][::-1]
+    assert shown_filters(page) == by_excitation[:6][::-1]
     page.goto(f"{layer}?turned=1")
-    assert shown(page) == list(range(FILTERS))[::-1]
+    assert shown_filters(page) == list(range(FILTERS))[::-1]
 
 
 def leaf_through(page: Page, base: str, reader: StoreReader) -> None:
     """Go from filter to filter in the order of the grid, and back to it; from elsewhere by number."""
     path = LAYERS[0]
-    layer, known = f"{atlas_at(base, reader)}{path}/index.html", verdicts(reader, path)
-    chosen = [one.channel for one in sorted(known, key=most_excited) if one.verdict != "vivid"]
+    layer, judged = f"{atlas_at(base, reader)}{path}/index.html", verdicts(reader, path)
+    chosen = [verdict.channel for verdict in sorted(judged, key=most_excited) if verdict.verdict != "vivid"]
     assert len(chosen) > 2
     assert chosen != sorted(chosen)
     page.goto(layer)
@@ -173,7 +173,7 @@ def leaf_through(page: Page, base: str, reader: StoreReader) -> None:
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Filter {chosen[2]} of {path}")
     around.get_by_role("link", name="in the grid").click()
-    assert shown(page) == chosen
+    assert shown_filters(page) == chosen
     expect(page.locator(":focus")).to_have_id(f"f{chosen[2]}")
     page.locator(f"#f{chosen[0]}").click()
     expect(around.locator("[rel=prev]")).to_have_count(0)
@@ -185,13 +185,13 @@ def leaf_through(page: Page, base: str, reader: StoreReader) -> None:
 def walk_by_keyboard(page: Page, base: str, reader: StoreReader) -> None:
     """Go from the index to a filter, and on from there, by keys alone."""
     page.goto(f"{base}index.html")
-    tab_to(page, lambda one: one.inner_text() == NETWORK)
+    tab_to(page, lambda element: element.inner_text() == NETWORK)
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text(NETWORK)
-    tab_to(page, lambda one: one.inner_text() == LAYERS[0])
+    tab_to(page, lambda element: element.inner_text() == LAYERS[0])
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text(LAYERS[0])
-    tab_to(page, lambda one: one.get_attribute("id") == "f0")
+    tab_to(page, lambda element: element.get_attribute("id") == "f0")
     across = page.locator("#grid").evaluate("one => getComputedStyle(one).gridTemplateColumns.split(' ').length")
     moves = {"ArrowRight": 1, "End": FILTERS - 1, "Home": 0, "ArrowDown": min(across, FILTERS - 1)}
     for key, reached in moves.items():
@@ -248,13 +248,13 @@ BROWSING = (walk_by_mouse, see_filter, sort_and_filter, leaf_through, walk_by_ke
 Visit = Callable[[Page, str, StoreReader], None]
 
 
-@pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("visit", BROWSING, ids=lambda visit: visit.__name__)
 def test_a_visit(visit: Visit, chromium: Browser, served: Served, reader: StoreReader) -> None:
     with visiting(chromium, served.base) as page:
         visit(page, served.base, reader)
 
 
-@pytest.mark.parametrize("visit", BROWSING, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("visit", BROWSING, ids=lambda visit: visit.__name__)
 def test_a_visit_to_plain_files(visit: Visit, chromium: Browser, exported: str, reader: StoreReader) -> None:
     with visiting(chromium, exported) as page:
         visit(page, exported, reader)
@@ -274,7 +274,7 @@ def test_a_visit_without_scripts(chromium: Browser, exported: str, reader: Store
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [
         ("document.body.append(Object.assign(new Image(), { src: 'nothing.png' }))", "404 .*nothing.png"),
         ("document.body.append(Object.assign(new Image(), { src: 'http://localhost:9/' }))", "Content Security Policy"),
@@ -284,16 +284,18 @@ def test_a_visit_without_scripts(chromium: Browser, exported: str, reader: Store
         ("location = 'http://localhost:9/'", "asked for http://localhost"),
     ],
 )
-def test_a_visit_that_something_is_wrong_with_fails(broken: str, said: str, chromium: Browser, served: Served) -> None:
+def test_a_visit_that_something_is_wrong_with_fails(
+    broken: str, message: str, chromium: Browser, served: Served
+) -> None:
     def visit() -> None:
         with visiting(chromium, served.base) as page:
             page.goto(served.base)
             page.evaluate(broken)
             page.wait_for_timeout(200)
-            if said == "image-alt":
+            if message == "image-alt":
                 check_access(page)
 
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises(AssertionError, match=message):
         visit()
 
 
@@ -345,7 +347,7 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, reader: Stor
             expect(page.locator(f"{select} optgroup option").get_by_text("_conv_stem", exact=True)).to_have_count(1)
             listed = page.locator(f"{select} option").all_inner_texts()
             assert len(listed) == len(set(listed))
-        assert all(float(one) > 0 for one in page.locator("#filters b").all_inner_texts())
+        assert all(float(text) > 0 for text in page.locator("#filters b").all_inner_texts())
         assert filters.first.locator("span").count() == 2
         expect(filters.first.locator("span").last).to_have_text(re.compile(r"^filter \d+$"))
         for change in (
@@ -375,7 +377,7 @@ def test_a_photo_that_cannot_be_read_leaves_the_one_before(
     def visit() -> None:
         with visiting(chromium, served.base) as page:
             page.goto(f"{atlas_at(served.base, reader)}photo.html")
-            state, heat, classes = (page.locator(one) for one in ("#state", "#heat", "#classes label"))
+            state, heat, classes = (page.locator(selector) for selector in ("#state", "#heat", "#classes label"))
             expect(page.locator("#drop")).to_be_visible()  # till then the page does not know whether it takes photos
             page.locator("#file").set_input_files(empty)
             expect(state).to_have_text("The file is empty.")
@@ -427,7 +429,9 @@ def test_any_filter_of_any_layer(chromium: Browser, served: Served, reader: Stor
 def test_no_layer_is_led_to_that_is_not_known(chromium: Browser, served: Served, reader: StoreReader) -> None:
     def visit() -> None:
         with visiting(chromium, served.base) as page:
-            page.route("**/layers.json", lambda one: one.fulfill(status=409, json={"error": "tinynet is not loaded"}))
+            page.route(
+                "**/layers.json", lambda route: route.fulfill(status=409, json={"error": "tinynet is not loaded"})
+            )
             address = f"{atlas_at(served.base, reader)}index.html"
             page.goto(address)
             page.locator("#any").get_by_label("layer").fill("_conv_stem")
@@ -452,12 +456,12 @@ def places_of_live_use(served: Served, reader: StoreReader) -> dict[str, str]:
 def test_what_cannot_be_opened_is_said_before_anything_is_clicked(
     chromium: Browser, served: Served, reader: StoreReader
 ) -> None:
-    told = "start the server with: phosphene serve PLACE --model tinynet:make, where that network can be imported."
+    sentence = "start the server with: phosphene serve PLACE --model tinynet:make, where that network can be imported."
     with visiting(chromium, served.base) as page:
-        page.route("**/recipes.json", lambda one: one.fulfill(json={**one.fetch().json(), "refused": told}))
+        page.route("**/recipes.json", lambda route: route.fulfill(json={**route.fetch().json(), "refused": sentence}))
         for control, address in places_of_live_use(served, reader).items():
             page.goto(address)
-            expect(page.get_by_text(told)).to_be_visible()
+            expect(page.get_by_text(sentence)).to_be_visible()
             expect(page.locator(control)).to_be_hidden()
             check_access(page)
 
@@ -508,13 +512,13 @@ def test_leaving_the_page_ends_a_render_and_the_next_one_begins(
         begin_render(second, served.base, reader, 2048)
         expect(second.locator("#render .said")).to_have_text("Waiting: 1 is before you.")
         until(lambda: len(line) == 2)
-        one, other = line
-        assert one.started
-        assert not other.started
+        running, waiting = line
+        assert running.started
+        assert not waiting.started
         first.goto(f"{served.base}index.html")
-        until(lambda: line == [other])
-        assert one.gone.is_set()
+        until(lambda: line == [waiting])
+        assert running.gone.is_set()
         until(lambda: updates(second) >= 5)
         second.close()
         until(lambda: line == [])
-        assert other.gone.is_set()
+        assert waiting.gone.is_set()

@@ -56,9 +56,9 @@ def test_threads_share_one() -> None:
                 wrong.append(key)
 
     threads = [threading.Thread(target=use, args=(start,)) for start in range(4)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not wrong
     assert len(kept.entries) == 50

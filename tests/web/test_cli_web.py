@@ -35,14 +35,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[TestClient]:
     """Have `serve` hand its application over instead of running it."""
-    found: list[TestClient] = []
+    clients: list[TestClient] = []
 
-    def serve(shown: Any, at: socket.socket, ready: Callable[[], None]) -> None:
-        found.append(TestClient(shown, f"http://127.0.0.1:{at.getsockname()[1]}"))
+    def serve(app: Any, at: socket.socket, ready: Callable[[], None]) -> None:
+        clients.append(TestClient(app, f"http://127.0.0.1:{at.getsockname()[1]}"))
         ready()
 
     monkeypatch.setattr(server, "serve", serve)
-    return found
+    return clients
 
 
 def test_serve_says_where_the_page_is(run: Run, served: list[TestClient]) -> None:
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_said_in_a_sentence(run: Run, arguments: tuple[str, ...
     assert ran.err.count("\n") == 1
     assert ran.out == ""
     assert not Path("site").exists()
-    assert [one.name for one in Path("full").iterdir()] == ["mine.txt"]
+    assert [path.name for path in Path("full").iterdir()] == ["mine.txt"]
 
 
 def test_serve_refuses_a_port_that_is_taken(run: Run) -> None:
@@ -124,7 +124,7 @@ def test_serve_refuses_a_port_that_is_taken(run: Run) -> None:
 def test_without_the_extra_its_install_line_is_said(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: str, missing: str
 ) -> None:
-    for name in [one for one in sys.modules if one.startswith(("phosphene.web.", missing))]:
+    for name in [module for module in sys.modules if module.startswith(("phosphene.web.", missing))]:
         monkeypatch.delitem(sys.modules, name)
         if name.count(".") == 2 and name.startswith("phosphene.web."):
             monkeypatch.delattr(phosphene.web, name.removeprefix("phosphene.web."))
@@ -153,23 +153,23 @@ def test_export_writes_the_first_page_and_says_where(run: Run) -> None:
     assert (ran.code, ran.out) == (0, "site/index.html\n")
     assert Path("site/index.html").read_text().startswith("<!DOCTYPE html>")
     again = run("export", "store", "--out", "other", "--json", "--quiet")
-    found = json.loads(again.out)
-    assert found["files"] == ["other/index.html"]
-    written = {one.name for one in Path("other").rglob("*") if one.is_file()} - {"made-by-phosphene.txt"}
-    assert found["written"] == len(written)
+    printed = json.loads(again.out)
+    assert printed["files"] == ["other/index.html"]
+    written = {path.name for path in Path("other").rglob("*") if path.is_file()} - {"made-by-phosphene.txt"}
+    assert printed["written"] == len(written)
 
 
 def test_trainings_in_folders_of_one_name_have_addresses_of_their_own(tmp_path: Path) -> None:
-    histories = [History(tmp_path / one, {"model": "net"}) for one in ("a/run 1", "b/run 1", "c/run 1", "other")]
-    assert [one.name for one in web.trainings(histories)] == ["run~201", "run~201~2", "run~201~3", "other"]
+    histories = [History(tmp_path / name, {"model": "net"}) for name in ("a/run 1", "b/run 1", "c/run 1", "other")]
+    assert [run.name for run in web.trainings(histories)] == ["run~201", "run~201~2", "run~201~3", "other"]
 
 
 @pytest.mark.parametrize(
-    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1")]
+    ("host", "printed"), [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1")]
 )
-def test_the_address_that_is_printed_opens_the_page(host: str, shown: str) -> None:
+def test_the_address_that_is_printed_opens_the_page(host: str, printed: str) -> None:
     with closing(listening(host, 0)) as at:
-        assert web.address_of(host, at, None) == f"http://{shown}:{at.getsockname()[1]}/"
+        assert web.address_of(host, at, None) == f"http://{printed}:{at.getsockname()[1]}/"
         assert web.is_loopback(at) is (host != "0.0.0.0")
 
 

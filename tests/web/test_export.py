@@ -25,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def test_all_of_the_site_is_written_and_the_index_last(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written, told = list[str](), list[tuple[int, int]]()
+    written, progress = list[str](), list[tuple[int, int]]()
 
     def write(path: Path, content: bytes) -> Path:
         written.append(str(path.relative_to(tmp_path / "out")))
@@ -33,13 +33,13 @@ def test_all_of_the_site_is_written_and_the_index_last(
 
     monkeypatch.setattr(module, "write_file", write)
     paths = list(site.paths())
-    count = export(site, tmp_path / "out", lambda *done: told.append(done))
+    count = export(site, tmp_path / "out", lambda *done: progress.append(done))
     assert count == len(paths)
-    assert told == [(n, count) for n in range(1, count + 1)]
+    assert progress == [(n, count) for n in range(1, count + 1)]
     assert (written[0], written[-1]) == (MARKER, "index.html")
-    found = contents(tmp_path / "out")
-    assert found.pop(MARKER).startswith(b"The files here were written by `phosphene export`")
-    assert found == {path: site.get(path).body for path in paths}
+    files = contents(tmp_path / "out")
+    assert files.pop(MARKER).startswith(b"The files here were written by `phosphene export`")
+    assert files == {path: site.get(path).body for path in paths}
 
 
 def test_it_may_be_written_over_and_beside_hidden_files(site: Site, tmp_path: Path) -> None:
@@ -66,11 +66,11 @@ def test_what_the_earlier_export_had_and_this_one_has_not_is_taken_away(site: Si
     (out / "runs").rmdir()
     assert mine.read_text() == (far / "7.html").read_text() == "mine"
     mine.unlink()
-    found = contents(out)
+    files = contents(out)
     export(site, tmp_path / "new")
-    assert found == contents(tmp_path / "new")
-    folders = {one.relative_to(out) for one in out.rglob("*") if one.is_dir()}
-    assert folders == {one.relative_to(tmp_path / "new") for one in (tmp_path / "new").rglob("*") if one.is_dir()}
+    assert files == contents(tmp_path / "new")
+    folders = {path.relative_to(out) for path in out.rglob("*") if path.is_dir()}
+    assert folders == {path.relative_to(tmp_path / "new") for path in (tmp_path / "new").rglob("*") if path.is_dir()}
 
 
 def test_an_export_that_was_cut_off_is_tidied_by_the_next(
@@ -79,7 +79,7 @@ def test_an_export_that_was_cut_off_is_tidied_by_the_next(
     out = tmp_path / "out"
     whole = Site(StoreReader([filled(tmp_path)]), [])
     damaged = Site(whole.reader, [])
-    last = [one for one in whole.paths() if one.endswith(".html")][-2]
+    last = [path for path in whole.paths() if path.endswith(".html")][-2]
 
     def get(path: str) -> Content:
         if path == last:
@@ -112,8 +112,8 @@ def test_a_file_is_no_folder(site: Site, tmp_path: Path) -> None:
 
 def test_damage_leaves_no_index(tmp_path: Path) -> None:
     store = filled(tmp_path, layers=FIRST, names=())
-    for one in Path(store.url).glob("jobs/*/filter_3.png"):
-        one.write_bytes(b"x")
+    for file in Path(store.url).glob("jobs/*/filter_3.png"):
+        file.write_bytes(b"x")
     with pytest.raises(StoreRefused, match=r"filter_3\.png is damaged"):
         export(Site(StoreReader([open_store(store.url)]), []), tmp_path / "out")
     assert not (tmp_path / "out/index.html").exists()

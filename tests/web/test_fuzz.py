@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -43,13 +43,13 @@ class Attacked(NamedTuple):
 
     def ask(self, method: str, address: str, **more: Any) -> Any:
         """Return what is answered, once it is known to give nothing away."""
-        found = self.at.request(method, f"{HERE}/{address}", **more)
-        shown = (method, address, {name: str(one)[:200] for name, one in more.items()}, found.status_code)
-        assert found.status_code < 500, shown
-        assert SECRET.encode() not in found.content, shown
-        assert b"Traceback" not in found.content, shown
-        assert found.headers["content-security-policy"] == HEADERS["Content-Security-Policy"], shown
-        return found
+        answer = self.at.request(method, f"{HERE}/{address}", **more)
+        details = (method, address, {name: str(value)[:200] for name, value in more.items()}, answer.status_code)
+        assert answer.status_code < 500, details
+        assert SECRET.encode() not in answer.content, details
+        assert b"Traceback" not in answer.content, details
+        assert answer.headers["content-security-policy"] == HEADERS["Content-Security-Policy"], details
+        return answer
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,12 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     stores, histories, _ = stores_and_records_at(place)
     reader = StoreReader(stores)
     queue = RenderQueue(reader, "cpu", load("large_store:narrow", input_size=64))
-    site = Site(reader, [TrainingView(one, "run~201") for one in histories], live=True)
+    site = Site(reader, [TrainingView(history, "run~201") for history in histories], live=True)
     atlas_id = reader.atlases()[0].atlas_id
     live = ["photo", "activations", "excited", "render", "layers.json", "photo.html"]
-    paths = [*site.paths(), "healthz", "", *(f"atlas/{atlas_id}/{one}" for one in live)]
-    shown = application(site, live_routes(queue), on_shutdown=queue.close)
-    with TestClient(shown, HERE, raise_server_exceptions=False, follow_redirects=False) as at:
+    paths = [*site.paths(), "healthz", "", *(f"atlas/{atlas_id}/{name}" for name in live)]
+    app = application(site, live_routes(queue), on_shutdown=queue.close)
+    with TestClient(app, HERE, raise_server_exceptions=False, follow_redirects=False) as at:
         yield Attacked(at, atlas_id, paths)
     queue.close()
 
@@ -95,17 +95,17 @@ NASTY = (
     *("NaN", "None", "null", "*", "?", "[", "#", "file:", "C:", "etc", "passwd", "%2fetc%2fpasswd", "proc", "self"),
 )
 METHODS = ("GET", "GET", "GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW")
-segment = some.one_of(some.sampled_from(NASTY), some.text(max_size=20).map(lambda one: quote(one, safe="")))
+segment = st.one_of(st.sampled_from(NASTY), st.text(max_size=20).map(lambda text: quote(text, safe="")))
 
 
-@some.composite
-def addresses(draw: some.DrawFn, paths: list[str]) -> str:
+@st.composite
+def addresses(draw: st.DrawFn, paths: list[str]) -> str:
     """Draw the address of something that there is, with a few of its parts exchanged, or one out of nothing."""
-    parts = draw(some.sampled_from(paths)).split("/")
-    for _ in range(draw(some.integers(0, 3))):
-        at = draw(some.integers(0, len(parts)))
-        parts[at : at + draw(some.integers(0, 1))] = [draw(segment)]
-    query = draw(some.one_of(some.just(""), some.text(max_size=30).map(lambda one: f"?{quote(one, safe='=&')}")))
+    parts = draw(st.sampled_from(paths)).split("/")
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(parts)))
+        parts[at : at + draw(st.integers(0, 1))] = [draw(segment)]
+    query = draw(st.one_of(st.just(""), st.text(max_size=30).map(lambda text: f"?{quote(text, safe='=&')}")))
     return "/".join(parts) + query
 
 
@@ -115,7 +115,7 @@ def check_addresses(attacked: Attacked, count: int) -> None:
     @settings(
         max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(some.sampled_from(METHODS), addresses(attacked.paths), some.binary(max_size=40))
+    @given(st.sampled_from(METHODS), addresses(attacked.paths), st.binary(max_size=40))
     def check(method: str, address: str, body: bytes) -> None:
         attacked.ask(method, address, content=body if method in ("POST", "PUT", "PATCH") else b"")
 
@@ -123,10 +123,10 @@ def check_addresses(attacked: Attacked, count: int) -> None:
 
 
 def test_every_page_is_there(attacked: Attacked) -> None:
-    posts = {f"atlas/{attacked.atlas_id}/{one}" for one in ("photo", "activations", "excited", "render")}
+    posts = {f"atlas/{attacked.atlas_id}/{name}" for name in ("photo", "activations", "excited", "render")}
     for path in attacked.paths:
-        found = attacked.ask("GET", quote(path, safe="/~"))
-        assert found.status_code == (404 if path in posts else 200), path
+        answer = attacked.ask("GET", quote(path, safe="/~"))
+        assert answer.status_code == (404 if path in posts else 200), path
 
 
 def test_addresses(attacked: Attacked) -> None:
@@ -141,7 +141,8 @@ def test_many_addresses(attacked: Attacked) -> None:
 def check_parts(attacked: Attacked, step: int) -> None:
     """Exchange each part of an address in turn, of each kind of address one, for every so-manieth of what is nasty."""
     named = {
-        "/".join("x" if any(map(str.isdigit, part)) else part for part in one.split("/")): one for one in attacked.paths
+        "/".join("x" if any(map(str.isdigit, part)) else part for part in path.split("/")): path
+        for path in attacked.paths
     }
     number = 0
     for path in named.values():
@@ -163,16 +164,16 @@ def test_all_parts_of_addresses(attacked: Attacked) -> None:
 
 def check_queries(attacked: Attacked, count: int) -> None:
     """Send a photo with all kinds of wishes."""
-    value = some.one_of(
-        some.sampled_from(["gradcam", ".0", ".3", "0", "1", "tabby", "-1", "", "999999999999999999999", "nan", "²"]),
-        some.text(max_size=12),
+    value = st.one_of(
+        st.sampled_from(["gradcam", ".0", ".3", "0", "1", "tabby", "-1", "", "999999999999999999999", "nan", "²"]),
+        st.text(max_size=12),
     )
-    names = some.sampled_from(["method", "layer", "target", "x", "", "layer[]"])
+    names = st.sampled_from(["method", "layer", "target", "x", "", "layer[]"])
 
     @settings(
         max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(some.sampled_from(["photo", "activations", "excited"]), some.lists(some.tuples(names, value), max_size=3))
+    @given(st.sampled_from(["photo", "activations", "excited"]), st.lists(st.tuples(names, value), max_size=3))
     def check(endpoint: str, query: list[tuple[str, str]]) -> None:
         attacked.ask("POST", f"atlas/{attacked.atlas_id}/{endpoint}", params=query, content=jpeg())
 
@@ -190,36 +191,36 @@ def test_many_wishes_for_a_photo(attacked: Attacked) -> None:
 
 def check_renders(attacked: Attacked, count: int) -> None:
     """Ask for renders of all kinds; of those that are possible, small ones."""
-    scalar = some.one_of(
-        some.none(),
-        some.booleans(),
-        some.integers(),
-        some.floats(),
-        some.text(max_size=8),
-        some.just([]),
-        some.just({}),
+    scalar = st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=8),
+        st.just([]),
+        st.just({}),
     )
-    request = some.fixed_dictionaries(
+    request = st.fixed_dictionaries(
         {},
         optional={
-            "layer": some.one_of(some.sampled_from([".0", ".3", "", "*", "nothing"]), scalar),
-            "channel": some.one_of(some.integers(-1, 7), scalar),
-            "recipe": some.one_of(some.sampled_from(["fast", "max-step", "nothing"]), scalar),
+            "layer": st.one_of(st.sampled_from([".0", ".3", "", "*", "nothing"]), scalar),
+            "channel": st.one_of(st.integers(-1, 7), scalar),
+            "recipe": st.one_of(st.sampled_from(["fast", "max-step", "nothing"]), scalar),
             "seed": scalar,
             "x": scalar,
         },
     )
-    small = some.fixed_dictionaries({"size": some.sampled_from([16, 15, 0, 10**9]), "steps": some.sampled_from([1, 0])})
-    body = some.one_of(some.tuples(small, request).map(lambda two: {**two[0], **two[1]}), scalar, some.lists(scalar))
+    small = st.fixed_dictionaries({"size": st.sampled_from([16, 15, 0, 10**9]), "steps": st.sampled_from([1, 0])})
+    body = st.one_of(st.tuples(small, request).map(lambda two: {**two[0], **two[1]}), scalar, st.lists(scalar))
 
     @settings(
         max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(body)
-    def check(asked: Any) -> None:
-        found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/render", content=json.dumps(asked))
-        if found.status_code == 200:
-            assert found.headers["content-type"].startswith("text/event-stream")
+    def check(body: Any) -> None:
+        answer = attacked.ask("POST", f"atlas/{attacked.atlas_id}/render", content=json.dumps(body))
+        if answer.status_code == 200:
+            assert answer.headers["content-type"].startswith("text/event-stream")
 
     check()
 
@@ -237,9 +238,9 @@ def test_many_renders(attacked: Attacked) -> None:
     "body", [b"", b"{", b"[" * 5000, b"\xff\xfe{}", b'{"layer": NaN}', b"x" * 20_000, b'{"layer":".0","channel":1e999}']
 )
 def test_what_is_no_json_is_no_render(attacked: Attacked, body: bytes) -> None:
-    found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/render", content=body)
-    assert 400 <= found.status_code < 500
-    assert list(found.json()) == ["error"]
+    answer = attacked.ask("POST", f"atlas/{attacked.atlas_id}/render", content=body)
+    assert 400 <= answer.status_code < 500
+    assert list(answer.json()) == ["error"]
 
 
 # uploads
@@ -276,7 +277,7 @@ def png(width: int = 8, height: int = 8, depth: int = 8, colour: int = 2, data: 
 
 def tiff(following: int = 8, entries: tuple[tuple[int, int, int, int], ...] = ()) -> bytes:
     """Return a TIFF whose first directory names the next, by default itself."""
-    table = b"".join(struct.pack("<HHII", *one) for one in entries)
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(entries)) + table + struct.pack("<I", following)
 
 
@@ -301,7 +302,10 @@ def with_size(content: bytes, width: int, height: int) -> bytes:
 def malformed() -> dict[str, Callable[[], bytes]]:
     """Return uploads of which none is a photo."""
     whole = jpeg()
-    cut = {f"JPEG cut at {one} %": (lambda one=one: whole[: len(whole) * one // 100]) for one in range(1, 100)}
+    cut = {
+        f"JPEG cut at {percent} %": (lambda percent=percent: whole[: len(whole) * percent // 100])
+        for percent in range(1, 100)
+    }
     kinds = {
         "PNG": saved("PNG"),
         "WEBP": saved("WEBP"),
@@ -309,8 +313,12 @@ def malformed() -> dict[str, Callable[[], bytes]]:
         "BMP": saved("BMP"),
         "TIFF": saved("TIFF"),
     }
-    cut |= {f"{kind} cut in half": (lambda one=one: one[: len(one) // 2]) for kind, one in kinds.items()}
-    cut |= {f"the first 10 bytes of a {kind}": (lambda one=one: one[:10]) for kind, one in kinds.items()}
+    cut |= {
+        f"{kind} cut in half": (lambda content=content: content[: len(content) // 2]) for kind, content in kinds.items()
+    }
+    cut |= {
+        f"the first 10 bytes of a {kind}": (lambda content=content: content[:10]) for kind, content in kinds.items()
+    }
     return {
         **cut,
         "nothing": lambda: b"",
@@ -375,23 +383,23 @@ MALFORMED = malformed()
 def test_uploads_that_are_no_photo(attacked: Attacked) -> None:
     assert len(MALFORMED) >= 150
     for name, made in MALFORMED.items():
-        found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/photo", content=made())
-        assert 400 <= found.status_code < 500, (name, found.status_code)
-        error = found.json()
+        answer = attacked.ask("POST", f"atlas/{attacked.atlas_id}/photo", content=made())
+        assert 400 <= answer.status_code < 500, (name, answer.status_code)
+        error = answer.json()
         assert list(error) == ["error"], name
         assert len(error["error"]) > 20, (name, error)
         assert "\n" not in error["error"], (name, error)
         assert "secret" not in error["error"], (name, error)
-        assert found.status_code == (413 if name.startswith("21 MB") else 400), (name, found.status_code)
+        assert answer.status_code == (413 if name.startswith("21 MB") else 400), (name, answer.status_code)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ["activations?layer=.0", "excited"])
 def test_uploads_that_are_no_photo_anywhere(attacked: Attacked, endpoint: str) -> None:
     for name, made in MALFORMED.items():
-        found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/{endpoint}", content=made())
-        assert 400 <= found.status_code < 500, (name, found.status_code)
-        assert list(found.json()) == ["error"], name
+        answer = attacked.ask("POST", f"atlas/{attacked.atlas_id}/{endpoint}", content=made())
+        assert 400 <= answer.status_code < 500, (name, answer.status_code)
+        assert list(answer.json()) == ["error"], name
 
 
 def test_odd_photos_are_photos(attacked: Attacked) -> None:
@@ -415,9 +423,9 @@ def test_odd_photos_are_photos(attacked: Attacked) -> None:
 
 def test_a_photo_that_is_one_still_is_answered(attacked: Attacked) -> None:
     """After all of this."""
-    found = attacked.ask("POST", f"atlas/{attacked.atlas_id}/photo", content=jpeg())
-    assert found.status_code == 200
-    assert found.json()["picture"].startswith("data:image/")
+    answer = attacked.ask("POST", f"atlas/{attacked.atlas_id}/photo", content=jpeg())
+    assert answer.status_code == 200
+    assert answer.json()["picture"].startswith("data:image/")
 
 
 def test_a_link_in_the_store_leads_nowhere(attacked: Attacked, tmp_path: Path) -> None:

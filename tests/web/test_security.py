@@ -98,9 +98,9 @@ def test_on_a_loopback_address_the_page_answers_to_names_of_this_machine(host: s
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS"])
 def test_on_a_loopback_address_it_answers_to_no_other(host: str, status: int, method: str) -> None:
-    found = got(client(), method, host=host)
-    assert found.status_code == status
-    assert b"hello" not in found.content
+    answer = got(client(), method, host=host)
+    assert answer.status_code == status
+    assert b"hello" not in answer.content
 
 
 def test_on_the_network_it_answers_to_addresses_and_to_its_own_name() -> None:
@@ -155,10 +155,10 @@ def test_two_hosts_are_none() -> None:
     ],
 )
 def test_no_other_site_has_a_browser_start_work_here(headers: dict[str, str], status: int) -> None:
-    found = got(client(), "POST", "/render", **headers)
-    assert found.status_code == status
+    answer = got(client(), "POST", "/render", **headers)
+    assert answer.status_code == status
     if status == 403:
-        assert "page of another site" in found.json()["error"]
+        assert "page of another site" in answer.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_every_answer_has_the_headers() -> None:
         got(client()),
         got(client(), "PUT", "/"),
     ]
-    assert [one.status_code for one in answers] == [403, 303, 421, 403, 200, 405]
-    for one in answers:
-        assert {name: one.headers.get(name) for name in HEADERS} == HEADERS
+    assert [answer.status_code for answer in answers] == [403, 303, 421, 403, 200, 405]
+    for answer in answers:
+        assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS
     assert "frame-ancestors 'none'" in HEADERS["Content-Security-Policy"]
     assert "unsafe" not in HEADERS["Content-Security-Policy"]
 
@@ -200,10 +200,10 @@ def test_without_its_token_nothing_is_shown() -> None:
     at = client(token="sécret")
     wrong = dict.fromkeys(("/?token=", "/?token=wrong", "/?token=s%C3%A9cre"), b"That is not the token: ")
     for path, sentence in {**dict.fromkeys(("/", "/healthzz", "/static"), b"needs its token"), **wrong}.items():
-        found = got(at, path=path)
-        assert found.status_code == 403
-        assert sentence in found.content
-        assert b"<form" in found.content
+        answer = got(at, path=path)
+        assert answer.status_code == 403
+        assert sentence in answer.content
+        assert b"<form" in answer.content
     assert [got(at, path=path).status_code for path in ("/healthz", "/static/page.css")] == [200, 200]
     for headers in ({"authorization": "Bearer wrong"}, {"authorization": "Bearer"}, {"cookie": "phosphene-8000=x"}):
         assert got(at, **headers).status_code == 403
@@ -215,10 +215,10 @@ def test_without_its_token_nothing_is_shown() -> None:
 
 def test_a_token_in_the_address_becomes_a_cookie() -> None:
     at = client(token="sécret & co")
-    found = got(at, path="/atlas/a b?x=1&token=s%C3%A9cret+%26+co&y=%C3%A4")
-    assert found.status_code == 303
-    assert found.headers["location"] == "/atlas/a%20b?x=1&y=%C3%A4"
-    cookie = found.headers["set-cookie"]
+    answer = got(at, path="/atlas/a b?x=1&token=s%C3%A9cret+%26+co&y=%C3%A4")
+    assert answer.status_code == 303
+    assert answer.headers["location"] == "/atlas/a%20b?x=1&y=%C3%A4"
+    cookie = answer.headers["set-cookie"]
     assert cookie.startswith("phosphene-8000=")
     assert {"HttpOnly", "Path=/", "SameSite=strict"} <= set(cookie.split("; "))
     assert "cret" not in cookie
@@ -236,20 +236,20 @@ def test_a_token_as_the_bearer_needs_no_cookie() -> None:
 
 def test_a_page_of_another_site_may_link_with_the_token() -> None:
     at = client(token="abc")
-    found = got(at, path="/a?token=abc", sec_fetch_site="cross-site", sec_fetch_dest="document")
-    assert found.status_code == 200
-    assert found.headers["refresh"] == "0; url=/a"
-    assert b'href="/a"' in found.content
+    answer = got(at, path="/a?token=abc", sec_fetch_site="cross-site", sec_fetch_dest="document")
+    assert answer.status_code == 200
+    assert answer.headers["refresh"] == "0; url=/a"
+    assert b'href="/a"' in answer.content
 
 
 @pytest.mark.parametrize("path", ["//evil.example", "/%5Cevil.example", "///evil.example/", "/%0d%0aSet-Cookie:x=1"])
 def test_the_way_on_from_a_token_leads_nowhere_else(path: str) -> None:
     at = client(token="abc")
-    found: Any = at.request("GET", HERE + path, params={"token": "abc"})
-    assert found.status_code == 303
-    assert found.headers["location"][0] == "/"
-    assert found.headers["location"][1] not in "/\\"
-    assert "\n" not in found.headers["location"]
+    answer: Any = at.request("GET", HERE + path, params={"token": "abc"})
+    assert answer.status_code == 303
+    assert answer.headers["location"][0] == "/"
+    assert answer.headers["location"][1] not in "/\\"
+    assert "\n" not in answer.headers["location"]
 
 
 def test_a_name_in_a_refusal_is_escaped() -> None:

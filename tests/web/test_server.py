@@ -47,13 +47,13 @@ PAGE = "text/html; charset=utf-8"
 LONG = b"<!DOCTYPE html><p>" + b"filter " * 500
 
 
-class Stand:
+class FakeSite:
     """A site of a few contents; some of its paths fail."""
 
     live = True
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.contents = {
             "index.html": Content(b"<p>first</p>", PAGE, None),
             "long.html": Content(LONG, PAGE, "abc"),
@@ -64,7 +64,7 @@ class Stand:
         self.failing: dict[str, Exception] = {}
 
     def get(self, path: str) -> Content:
-        self.asked.append(path)
+        self.requested.append(path)
         if path in self.failing:
             raise self.failing[path]
         if path not in self.contents:
@@ -72,32 +72,32 @@ class Stand:
         return self.contents[path]
 
 
-def client(site: Stand | None = None, live: list[Route] | None = None, **options: Any) -> TestClient:
-    shown: Any = site or Stand()
-    made = application(shown, live or [], **options)
+def client(site: FakeSite | None = None, live: list[Route] | None = None, **options: Any) -> TestClient:
+    source: Any = site or FakeSite()
+    made = application(source, live or [], **options)
     return TestClient(made, HERE, raise_server_exceptions=False, follow_redirects=False)
 
 
 def test_the_first_page_is_at_the_bare_address() -> None:
-    site = Stand()
+    site = FakeSite()
     for path in ("/", "/index.html"):
-        found = client(site).get(path)
-        assert (found.status_code, found.text) == (200, "<p>first</p>")
-        assert found.headers["content-type"] == PAGE
-    assert site.asked == ["index.html"] * 2
+        answer = client(site).get(path)
+        assert (answer.status_code, answer.text) == (200, "<p>first</p>")
+        assert answer.headers["content-type"] == PAGE
+    assert site.requested == ["index.html"] * 2
 
 
 def test_a_folder_without_its_closing_slash_leads_to_the_one_with_it() -> None:
     at = client()
-    for asked in ("/a/my%20run", "/a/my%20run?sort=score"):
-        found = at.get(asked)
-        assert (found.status_code, found.headers["location"]) == (308, "./my%20run/")
+    for address in ("/a/my%20run", "/a/my%20run?sort=score"):
+        answer = at.get(address)
+        assert (answer.status_code, answer.headers["location"]) == (308, "./my%20run/")
     assert at.get("/a/other").status_code == 404
 
 
 def test_it_says_that_it_is_there() -> None:
-    found = client().get("/healthz")
-    assert (found.status_code, found.json()) == (200, {"status": "ok"})
+    answer = client().get("/healthz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
 def test_what_the_browser_has_is_not_sent_again() -> None:
@@ -136,10 +136,10 @@ def test_head_says_what_get_would_and_other_methods_are_refused() -> None:
     at = client()
     assert at.head("/long.html").status_code == 200
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "BREW"):
-        found = at.request(method, "/long.html")
-        assert found.status_code == 405
-        assert found.json() == {"error": f"{method} is not for this address; open it as a page."}
-        assert set(found.headers["allow"].split(", ")) == {"GET", "HEAD"}
+        answer = at.request(method, "/long.html")
+        assert answer.status_code == 405
+        assert answer.json() == {"error": f"{method} is not for this address; open it as a page."}
+        assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_head_says_what_get_would_and_other_methods_are_refused() -> None:
     ],
 )
 def test_our_errors_are_a_sentence_on_a_page_and_in_json(error: Exception, status: int) -> None:
-    site = Stand()
+    site = FakeSite()
     site.failing = {"a/b/c.html": error, "a/layers.json": error}
     at = client(site)
     page = at.get("/a/b/c.html")
@@ -171,16 +171,16 @@ def test_our_errors_are_a_sentence_on_a_page_and_in_json(error: Exception, statu
 
 
 def test_an_unforeseen_error_is_told_to_the_log_alone() -> None:
-    site = Stand()
+    site = FakeSite()
     site.failing = {"index.html": RuntimeError("the secret"), "x.json": RuntimeError("the secret")}
     at = client(site)
     for path in ("/", "/x.json"):
-        found = at.get(path)
-        assert found.status_code == 500
-        assert "log says what" in found.text
-        assert "secret" not in found.text
-        assert "Traceback" not in found.text
-        assert {name: found.headers.get(name) for name in HEADERS} == HEADERS
+        answer = at.get(path)
+        assert answer.status_code == 500
+        assert "log says what" in answer.text
+        assert "secret" not in answer.text
+        assert "Traceback" not in answer.text
+        assert {name: answer.headers.get(name) for name in HEADERS} == HEADERS
 
 
 def test_links_of_an_error_lead_home_from_any_depth() -> None:
@@ -190,7 +190,7 @@ def test_links_of_an_error_lead_home_from_any_depth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "path"),
+    ("url_path", "path"),
     [
         ("/", "index.html"),
         ("", "index.html"),
@@ -200,25 +200,25 @@ def test_links_of_an_error_lead_home_from_any_depth() -> None:
         ("/a/..b/...", "a/..b/..."),
     ],
 )
-def test_the_path_of_an_address(asked: str, path: str) -> None:
-    assert site_path(asked) == path
+def test_the_path_of_an_address(url_path: str, path: str) -> None:
+    assert site_path(url_path) == path
 
 
 @pytest.mark.parametrize(
-    "asked", ["/..", "/../x", "/a/../x", "/./x", "/a//x", "//", "/a\\..\\x", "/a\0", "/\n", "/" + "a" * 1001]
+    "url_path", ["/..", "/../x", "/a/../x", "/./x", "/a//x", "//", "/a\\..\\x", "/a\0", "/\n", "/" + "a" * 1001]
 )
-def test_an_address_that_can_be_no_page_does_not_reach_the_site(asked: str) -> None:
+def test_an_address_that_can_be_no_page_does_not_reach_the_site(url_path: str) -> None:
     with pytest.raises(EntryNotFound, match="no page at this address"):
-        site_path(asked)
+        site_path(url_path)
 
 
 def test_encoded_addresses_are_decoded_once() -> None:
-    site = Stand()
+    site = FakeSite()
     at = client(site)
     assert at.get("/a/%7E2Fb.html").text == "deep"
     for path in ("/%2e%2e/x", "/a%00", "/a%5C..%5Cx", "/%2e%2e%2f%2e%2e%2fx", "/" + "a/" * 5000):
         assert at.get(path).status_code == 404, path
-    assert site.asked == ["a/~2Fb.html"]
+    assert site.requested == ["a/~2Fb.html"]
 
 
 async def upload(request: Request) -> Response:
@@ -232,7 +232,7 @@ def test_live_routes_come_before_pages_and_their_errors_are_json() -> None:
     async def breaks(request: Request) -> Response:
         raise RuntimeError("the secret")
 
-    live = [Route(f"/{one.__name__}", one, methods=["POST"]) for one in (upload, fails, breaks)]
+    live = [Route(f"/{handler.__name__}", handler, methods=["POST"]) for handler in (upload, fails, breaks)]
     at = client(live=live)
     assert at.post("/upload", content=b"abc").text == "3"
     large = at.post("/upload", content=b"x" * 11)
@@ -249,7 +249,7 @@ def test_reading_is_done_by_a_few_threads_and_never_by_the_loop(monkeypatch: pyt
     monkeypatch.setattr(server, "THREADS", 3)
     here, most, busy, lock = threading.current_thread(), [0], [0], threading.Lock()
 
-    class Slow(Stand):
+    class Slow(FakeSite):
         def get(self, path: str) -> Content:
             assert threading.current_thread() is not here
             with lock:
@@ -260,10 +260,10 @@ def test_reading_is_done_by_a_few_threads_and_never_by_the_loop(monkeypatch: pyt
                 busy[0] -= 1
             return super().get(path)
 
-    shown: Any = Slow()
-    app = application(shown)
+    site: Any = Slow()
+    app = application(site)
 
-    async def one() -> int:
+    async def request() -> int:
         status = []
 
         async def receive() -> Any:
@@ -277,7 +277,7 @@ def test_reading_is_done_by_a_few_threads_and_never_by_the_loop(monkeypatch: pyt
         return int(status[0])
 
     async def all_at_once() -> list[int]:
-        return list(await asyncio.gather(*(one() for _ in range(12))))
+        return list(await asyncio.gather(*(request() for _ in range(12))))
 
     assert asyncio.run(all_at_once()) == [200] * 12
     assert most == [3]
@@ -288,36 +288,36 @@ def test_events_arrive_one_by_one() -> None:
     go_on = threading.Event()
 
     async def events(request: Request) -> Response:
-        async def told() -> AsyncIterator[bytes]:
+        async def stream() -> AsyncIterator[bytes]:
             yield b"data: 1\n\n"
             while not go_on.is_set():
                 await asyncio.sleep(0.01)
             yield b"data: 2\n\n"
 
-        return StreamingResponse(told(), media_type="text/event-stream")
+        return StreamingResponse(stream(), media_type="text/event-stream")
 
-    with running([Route("/events", events, methods=["POST"])]) as port:
-        asked = HTTPConnection("127.0.0.1", port, timeout=20)
-        asked.request("POST", "/events", headers={"Accept-Encoding": "gzip"})
-        answer = asked.getresponse()
+    with RunningServer([Route("/events", events, methods=["POST"])]) as port:
+        connection = HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("POST", "/events", headers={"Accept-Encoding": "gzip"})
+        answer = connection.getresponse()
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         assert answer.read1() == b"data: 1\n\n"
         go_on.set()
         assert answer.read() == b"data: 2\n\n"
-        asked.close()
+        connection.close()
 
 
-class running:  # noqa: N801, a context
+class RunningServer:
     """A server in a thread; yields its port."""
 
-    def __init__(self, live: list[Route], site: Stand | None = None) -> None:
-        self.live, self.site = live, site or Stand()
+    def __init__(self, live: list[Route], site: FakeSite | None = None) -> None:
+        self.live, self.site = live, site or FakeSite()
 
     def __enter__(self) -> int:
         at = listening("127.0.0.1", 0)
-        shown: Any = self.site
+        site: Any = self.site
         ready = threading.Event()
-        self.made = server.Server(server.uvicorn_config(application(shown, self.live)), ready.set, lambda: None)
+        self.made = server.Server(server.uvicorn_config(application(site, self.live)), ready.set, lambda: None)
         self.thread = threading.Thread(target=self.made.run, args=([at],))
         self.thread.start()
         assert ready.wait(10)
@@ -339,8 +339,8 @@ def raw(port: int, request: bytes, close: bool = False) -> bytes:
 
 
 def test_requests_that_are_none_do_no_harm(caplog: pytest.LogCaptureFixture) -> None:
-    site = Stand()
-    with running([Route("/upload", upload, methods=["POST"])], site) as port, caplog.at_level(logging.ERROR):
+    site = FakeSite()
+    with RunningServer([Route("/upload", upload, methods=["POST"])], site) as port, caplog.at_level(logging.ERROR):
         assert raw(port, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400")  # no Host
         assert raw(port, b"GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 400")
         assert raw(port, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n").startswith(b"HTTP/1.1 400")
@@ -348,7 +348,7 @@ def test_requests_that_are_none_do_no_harm(caplog: pytest.LogCaptureFixture) -> 
         assert raw(port, b"GET http://evil.example/etc/passwd" + head + b"\r\n").startswith(b"HTTP/1.1 404")
         assert raw(port, b"GET /../../etc/passwd" + head + b"\r\n").startswith(b"HTTP/1.1 404")
         assert raw(port, b"GET /%252e%252e/x" + head + b"\r\n").startswith(b"HTTP/1.1 404")
-        assert site.asked[-2:] == ["%2e%2e/x", "%2e%2e/x/"]  # decoded once
+        assert site.requested[-2:] == ["%2e%2e/x", "%2e%2e/x/"]  # decoded once
         assert raw(port, b"GET /" + b"a" * 60_000 + head + b"\r\n").startswith(b"HTTP/1.1 404")
         assert raw(port, b"GET /" + b"a" * 70_000).startswith(b"HTTP/1.1 400")
         assert raw(port, b"POST /upload" + head + b"Content-Length: -1\r\n\r\n").startswith(b"HTTP/1.1 400")
@@ -358,9 +358,9 @@ def test_requests_that_are_none_do_no_harm(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_the_traceback_of_an_unforeseen_error_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    site = Stand()
+    site = FakeSite()
     site.failing = {"index.html": RuntimeError("the secret")}
-    with running([], site) as port:
+    with RunningServer([], site) as port:
         answer = raw(port, b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 500")
     assert b"secret" not in answer
@@ -380,12 +380,12 @@ class Site:
     live = True
 
 async def events(request):
-    async def told():
+    async def stream():
         while not (stopped.is_set() and {orderly}):
             yield b"data: 1\\n\\n"
             await asyncio.sleep(0.02)
         yield b"data: stopped\\n\\n"
-    return StreamingResponse(told(), media_type="text/event-stream")
+    return StreamingResponse(stream(), media_type="text/event-stream")
 
 for _ in range({times}):
     stopped.clear()

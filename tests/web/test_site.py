@@ -52,7 +52,7 @@ class Page(HTMLParser):
     @property
     def links(self) -> Iterator[str]:
         for _, attributes in self.elements:
-            yield from (one for name in ("href", "src") if (one := attributes.get(name)))
+            yield from (address for name in ("href", "src") if (address := attributes.get(name)))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def target(here: str, url: str) -> str:
 
 def test_every_link_of_every_page_leads_to_a_path_of_the_site(site: Site) -> None:
     paths = list(site.paths())
-    known, pages = set(paths), [one for one in paths if one.endswith(".html")]
-    assert len(known) == len(paths)
+    path_set, pages = set(paths), [path for path in paths if path.endswith(".html")]
+    assert len(path_set) == len(paths)
     assert paths[-1] == "index.html"
     linked = set[str]()
     for here in pages:
@@ -88,26 +88,28 @@ def test_every_link_of_every_page_leads_to_a_path_of_the_site(site: Site) -> Non
             assert not url.startswith(("/", "#x"))
             if not url.startswith("#"):
                 linked.add(target(here, url))
-                assert target(here, url) in known, f"{here} links to {url}"
+                assert target(here, url) in path_set, f"{here} links to {url}"
     # nothing is written that no page shows; runs make the names of their pictures in the script
-    assert {one for one in known - linked if not one.startswith("runs/")} <= {f"static/{name}" for name in site.static}
+    assert {path for path in path_set - linked if not path.startswith("runs/")} <= {
+        f"static/{name}" for name in site.static
+    }
 
 
 def test_pages_are_well_made(site: Site, atlas_id: str) -> None:
     """One h1, a title, landmarks; names for all pictures; no style, script or handler inside the page."""
     for place, paths in ((site, list(site.paths())), (alive(site), ["index.html", f"atlas/{atlas_id}/index.html"])):
-        for here in (one for one in paths if one.endswith(".html")):
+        for here in (path for path in paths if path.endswith(".html")):
             page = Page(place.get(here).body)
             assert len(page.all("h1")) == len(page.all("main")) == len(page.all("title")) == 1, here
-            identities = [one["id"] for _, one in page.elements if "id" in one]
+            identities = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
             assert len(set(identities)) == len(identities)
             assert not page.all("style")
-            for one in page.all("script"):
-                assert one.get("src"), here
-            for _, one in page.elements:
-                assert "style" not in one
-                assert not [name for name in one if name.startswith("on")]
-            assert all(one.get("alt") is not None for one in page.all("img"))
+            for attributes in page.all("script"):
+                assert attributes.get("src"), here
+            for _, attributes in page.elements:
+                assert "style" not in attributes
+                assert not [name for name in attributes if name.startswith("on")]
+            assert all(attributes.get("alt") is not None for attributes in page.all("img"))
 
 
 def test_each_content_has_its_kind_and_a_tag_of_its_bytes(site: Site, atlas_id: str) -> None:
@@ -122,9 +124,9 @@ def test_each_content_has_its_kind_and_a_tag_of_its_bytes(site: Site, atlas_id: 
         f"atlas/{atlas_id}/~2E2/kernels.png": "image/png",
     }
     for path, kind in kinds.items():
-        found = site.get(path)
-        assert found.media_type == kind
-        assert found.tag == hashlib.sha256(found.body).hexdigest()[:32]
+        page = site.get(path)
+        assert page.media_type == kind
+        assert page.tag == hashlib.sha256(page.body).hexdigest()[:32]
     assert site.get(f"atlas/{atlas_id}/~2E2/film_6.webp").body == site.get(f"atlas/{atlas_id}/~2E2/film_4.webp").body
     assert site.get(f"atlas/{atlas_id}/").body == site.get(f"atlas/{atlas_id}/index.html").body
 
@@ -173,13 +175,13 @@ def test_there_is_nothing_anywhere_else(site: Site, atlas_id: str, path: str) ->
 
 def test_the_layer_s_page_has_a_link_a_filter_with_its_figures(site: Site, atlas_id: str) -> None:
     page = Page(site.get(f"atlas/{atlas_id}/~2E2/index.html").body)
-    cells = [one for one in page.all("li") if "data-c" in one]
+    cells = [cell for cell in page.all("li") if "data-c" in cell]
     verdicts = site.reader.verdicts(atlas_id, SECOND)
-    assert [(one["data-v"], one.get("data-e"), one["data-c"]) for one in cells] == [
-        (one.verdict, str(one.excitation), str(one.score)) for one in verdicts
+    assert [(cell["data-v"], cell.get("data-e"), cell["data-c"]) for cell in cells] == [
+        (verdict.verdict, str(verdict.excitation), str(verdict.score)) for verdict in verdicts
     ]
-    assert [one["id"] for one in page.all("a") if "id" in one] == [f"f{n}" for n in range(8)]
-    labels = [one["aria-label"] for one in page.all("svg") if one.get("role") == "img"]
+    assert [link["id"] for link in page.all("a") if "id" in link] == [f"f{n}" for n in range(8)]
+    labels = [svg["aria-label"] for svg in page.all("svg") if svg.get("role") == "img"]
     assert labels[3] == f"filter 3, {verdicts[3].verdict}, excitation {verdicts[3].excitation:.1f}"
     assert "8 of 8" in page.words
 
@@ -228,12 +230,12 @@ def test_a_page_is_kept_until_its_manifest_changes(site: Site, atlas_id: str, tm
 def test_damage_is_said_and_not_shown(site: Site, atlas_id: str, tmp_path: Path) -> None:
     copy = shutil.copytree(site.reader.stores[0].url, tmp_path / "copy")
     damaged = Site(StoreReader([open_store(copy)], seconds=0), [])
-    for one in copy.glob("jobs/*/filter_2.png"):
-        one.write_bytes(b"")
+    for file in copy.glob("jobs/*/filter_2.png"):
+        file.write_bytes(b"")
     with pytest.raises(StoreRefused, match=r"filter_2\.png is damaged: it has 0 bytes of"):
         damaged.get(f"atlas/{atlas_id}/~2E2/filter_2.png")
-    for one in copy.glob("layers/*/manifest.json"):
-        one.write_bytes(b"{")
+    for file in copy.glob("layers/*/manifest.json"):
+        file.write_bytes(b"{")
     with pytest.raises(StoreRefused, match="is damaged: it is no longer JSON; delete"):
         damaged.get(f"atlas/{atlas_id}/~2E2/index.html")
 
@@ -242,17 +244,17 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     name = "\"'><img src=x onerror=alert(1)><script>&lt;.png"
     store = filled(tmp_path, layers=SECOND, names=(name, "b.png"))
     evil = open_store(tmp_path / "evil", create=True)
-    told = put_evil(evil)
+    atlas_id = put_evil(evil)
     site = Site(StoreReader([store, evil]), [])
-    for here in ("index.html", f"atlas/{told}/index.html", f"atlas/{told}/{layer_slug(EVIL)}/index.html"):
+    for here in ("index.html", f"atlas/{atlas_id}/index.html", f"atlas/{atlas_id}/{layer_slug(EVIL)}/index.html"):
         page = Page(site.get(here).body)
         assert EVIL in page.words
         assert b"<script>alert" not in site.get(here).body
-        assert {one.get("src") for one in page.all("script")} == {link("static/browse.js", here)}
-    photo = Page(site.get(next(one for one in site.paths() if one.endswith("/7.html"))).body)
+        assert {script.get("src") for script in page.all("script")} == {link("static/browse.js", here)}
+    photo = Page(site.get(next(path for path in site.paths() if path.endswith("/7.html"))).body)
     assert name in photo.words
-    assert not any("onerror" in one for one in photo.all("img"))
-    assert f"part of photo {name}" in [one.get("aria-label") for one in photo.all("svg")]
+    assert not any("onerror" in image for image in photo.all("img"))
+    assert f"part of photo {name}" in [svg.get("aria-label") for svg in photo.all("svg")]
 
 
 def put_evil(store: Any) -> str:
@@ -268,7 +270,7 @@ def put_evil(store: Any) -> str:
     manifest = {
         **common,
         **{"layer": layer, "jobs": [], "sheets": [sheet.facts], "pictures": pictures, "remark": EVIL},
-        **{"thresholds": asdict(THRESHOLDS), "verdicts": [asdict(one) for one in verdicts]},
+        **{"thresholds": asdict(THRESHOLDS), "verdicts": [asdict(verdict) for verdict in verdicts]},
     }
     digest = digest_of(layer)
     store.put("layers", digest, {sheet.name: sheet.content}, manifest)
@@ -288,7 +290,7 @@ def test_an_empty_gallery_says_so() -> None:
 
 def test_the_index_shows_a_card_an_atlas_and_a_training(site: Site) -> None:
     page = Page(site.get("index.html").body)
-    links = [one["href"] for one in page.all("a")]
+    links = [link["href"] for link in page.all("a")]
     assert "runs/run/index.html" in links
     assert "After epoch 1: loss 1.5" in page.words
     assert "2 layers, 14 filters, fourier, 16 px, 4 photos" in page.words
@@ -296,12 +298,12 @@ def test_the_index_shows_a_card_an_atlas_and_a_training(site: Site) -> None:
 
 def test_an_atlas_that_is_being_made_is_told_of_by_a_server(site: Site, tmp_path: Path) -> None:
     copy = shutil.copytree(site.reader.stores[0].url, tmp_path / "copy")
-    said = "An atlas is being made here, or was cut off: 4 jobs are done."
+    sentence = "An atlas is being made here, or was cut off: 4 jobs are done."
     assert "being made here" not in Page(alive(site).get("index.html").body).words
     shutil.rmtree(copy / "atlases")
     for live in (True, False):
         words = Page(Site(StoreReader([open_store(copy)]), [], live=live).get("index.html").body).words
-        assert (said in words) is live
+        assert (sentence in words) is live
 
 
 def test_names_break_after_their_signs_alone(site: Site, atlas_id: str) -> None:
@@ -329,19 +331,19 @@ def test_an_atlas_whose_photos_are_gone_is_shown_without_them(site: Site, atlas_
     atlas = without.reader.atlas(atlas_id)
     path = atlas["layers"][0]["path"]
     n = without.reader.layer(atlas_id, path)["pictures"][0]["channel"]
-    told = "What photos do to this network cannot be shown: "
+    sentence = "What photos do to this network cannot be shown: "
     network = without.get(f"atlas/{atlas_id}/index.html").body.decode()
-    assert told in network
+    assert sentence in network
     assert "unknown" in network
-    assert told in without.get(filter_href(atlas_id, path, n)).body.decode()
-    for one in (f"atlas/{atlas_id}/index.html", filter_href(atlas_id, path, n)):
-        assert told not in site.get(one).body.decode()
+    assert sentence in without.get(filter_href(atlas_id, path, n)).body.decode()
+    for here in (f"atlas/{atlas_id}/index.html", filter_href(atlas_id, path, n)):
+        assert sentence not in site.get(here).body.decode()
 
 
 def test_a_damaged_atlas_leaves_the_others_their_first_page(site: Site, atlas_id: str, tmp_path: Path) -> None:
     copy = tmp_path / "store"
     shutil.copytree(site.reader.store_of(atlas_id).url, copy)
-    (digest,) = [one.name for one in (copy / "atlases").iterdir() if one.name.startswith(atlas_id)]
+    (digest,) = [folder.name for folder in (copy / "atlases").iterdir() if folder.name.startswith(atlas_id)]
     (copy / "atlases" / digest / "manifest.json").write_text("")
     both = Site(StoreReader([site.reader.store_of(atlas_id), open_store(copy)], seconds=0), [])
     assert both.reader.damaged() == []  # of two that are called alike the first counts
@@ -349,8 +351,8 @@ def test_a_damaged_atlas_leaves_the_others_their_first_page(site: Site, atlas_id
     text = alone.get("index.html").body.decode()
     assert "Not shown: " in text
     assert "manifest.json is damaged: it is no longer JSON; delete" in text
-    assert [one.atlas_id for one in alone.reader.atlases()] == [
-        one.atlas_id for one in site.reader.atlases() if one.atlas_id != atlas_id
+    assert [atlas.atlas_id for atlas in alone.reader.atlases()] == [
+        atlas.atlas_id for atlas in site.reader.atlases() if atlas.atlas_id != atlas_id
     ]
     with pytest.raises(StoreRefused, match="is damaged"):
         list(alone.paths())

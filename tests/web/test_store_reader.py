@@ -47,23 +47,23 @@ def test_a_filter_comes_with_its_verdict_and_its_job(store: Store) -> None:
     reader = StoreReader([store])
     atlas_id = atlas_of(reader)
     for n in range(8):
-        found = reader.filter(atlas_id, SECOND, n)
-        assert found.verdict == reader.verdicts(atlas_id, SECOND)[n]
-        assert found.verdict.channel == found.picture["channel"] == n
-        assert found.job["channels"] == ([0, 1, 2, 3] if n < 4 else [4, 5, 6, 7])
+        saved = reader.filter(atlas_id, SECOND, n)
+        assert saved.verdict == reader.verdicts(atlas_id, SECOND)[n]
+        assert saved.verdict.channel == saved.picture["channel"] == n
+        assert saved.job["channels"] == ([0, 1, 2, 3] if n < 4 else [4, 5, 6, 7])
         content = reader.job_file(atlas_id, SECOND, n, f"filter_{n}.png")
-        assert content == store.read(f"jobs/{found.picture['job']}/filter_{n}.png")
+        assert content == store.read(f"jobs/{saved.picture['job']}/filter_{n}.png")
 
 
 def test_evidence_has_the_statistics_and_none_of_the_crops(store: Store) -> None:
     reader = StoreReader([store])
-    found = reader.evidence(atlas_of(reader))
-    assert found is not None
-    assert list(found) == [FIRST, SECOND]
-    assert found.sheets == {}
-    assert reader.evidence(atlas_of(reader)) is found
-    name = found.about["sheets"][FIRST][0]
-    assert reader.evidence_file(found.digest[:12], name) == store.read(f"evidence/{found.digest}/{name}")
+    evidence = reader.evidence(atlas_of(reader))
+    assert evidence is not None
+    assert list(evidence) == [FIRST, SECOND]
+    assert evidence.sheets == {}
+    assert reader.evidence(atlas_of(reader)) is evidence
+    name = evidence.about["sheets"][FIRST][0]
+    assert reader.evidence_file(evidence.digest[:12], name) == store.read(f"evidence/{evidence.digest}/{name}")
 
 
 def test_without_photos_there_is_no_evidence(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_without_photos_there_is_no_evidence(tmp_path: Path) -> None:
 def test_what_there_is_not_is_said_in_a_sentence(store: Store) -> None:
     reader = StoreReader([store])
     atlas_id = atlas_of(reader)
-    for message, asked in (
+    for message, read in (
         ("there is no atlas 'abc' here; there are: " + atlas_id, lambda: reader.atlas("abc")),
         ("no layer 'conv'; the nearest are: .0, .2", lambda: reader.layer(atlas_id, "conv")),
         ("no picture of filter 9 of .2; it has 8", lambda: reader.filter(atlas_id, SECOND, 9)),
@@ -83,7 +83,7 @@ def test_what_there_is_not_is_said_in_a_sentence(store: Store) -> None:
         ("no atlas here rests on evidence 'abc'", lambda: reader.evidence_file("abc", "crops_0_0.webp")),
     ):
         with pytest.raises(EntryNotFound, match=message.replace("[", r"\[")):
-            asked()
+            read()
 
 
 def test_a_store_that_grows_shows_it_after_a_while(store: Store, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_manifest_that_is_replaced_is_read_again_and_another_is_not_parsed_aga
     before, mark = reader.layer(atlas_id, FIRST), reader.etag(atlas_id, FIRST)
     assert reader.layer(atlas_id, FIRST) is before
     digest = reader.row(atlas_id, FIRST)["digest"]
-    facts = {name: one for name, one in before.items() if name not in ("files", "check")}
+    facts = {name: value for name, value in before.items() if name not in ("files", "check")}
     files = {name: reader.file(atlas_id, FIRST, name) for name in before["files"]}
     reader.stores[0].put("layers", digest, files, {**facts, "remark": "changed"})
     assert reader.layer(atlas_id, FIRST)["remark"] == "changed"
@@ -152,11 +152,11 @@ def test_a_place_is_a_store_a_training_or_a_folder_of_them(store: Store, tmp_pat
     record_of(folder / "run", kernels)
     shutil.copytree(store.url, folder / "an atlas")
     assert stores_and_records_at(store.url)[0] == [store]
-    found = stores_and_records_at(folder)
-    assert [one.url for one in found.stores] == [str(folder / "an atlas")]
-    assert [one.folder for one in found.histories] == [folder / "run"]
+    both = stores_and_records_at(folder)
+    assert [store.url for store in both.stores] == [str(folder / "an atlas")]
+    assert [history.folder for history in both.histories] == [folder / "run"]
     alone = stores_and_records_at(folder / "run")
-    assert (alone.stores, [one.folder for one in alone.histories], alone.damaged) == ([], [folder / "run"], [])
+    assert (alone.stores, [history.folder for history in alone.histories], alone.damaged) == ([], [folder / "run"], [])
 
 
 def test_what_cannot_be_read_leaves_the_rest_and_is_told(store: Store, tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_what_cannot_be_read_leaves_the_rest_and_is_told(store: Store, tmp_path:
     record_of(tmp_path / "run", {"conv": [torch.zeros(2, 3, 3, 3)]})
     manifest = tmp_path / "run/manifest.json"
     manifest.write_text(manifest.read_text()[:-9])
-    found = stores_and_records_at(tmp_path)
-    assert ([one.url for one in found.stores], found.histories) == ([str(tmp_path / "an atlas")], [])
-    newer, cut = found.damaged
+    readable = stores_and_records_at(tmp_path)
+    assert ([store.url for store in readable.stores], readable.histories) == ([str(tmp_path / "an atlas")], [])
+    newer, cut = readable.damaged
     assert "has format 99" in newer
     assert "manifest.json is damaged" in cut
     with pytest.raises(WeightsRefused, match="is damaged"):

@@ -33,7 +33,7 @@ def test_slugs_can_be_read_again(path: str) -> None:
 def test_slugs_are_plain_and_never_hidden() -> None:
     for path in ("conv1", "base/conv1", ".body", "a b", "~2F", "größe", "100%", "a.b-c_d", "..", "x?y#z"):
         assert layer_path(layer_slug(path)) == path
-        assert all(one.isascii() and (one.isalnum() or one in "._-~") for one in layer_slug(path))
+        assert all(letter.isascii() and (letter.isalnum() or letter in "._-~") for letter in layer_slug(path))
         assert not layer_slug(path).startswith(".")
     assert layer_slug("größe/1") == "gr~C3~B6~C3~9Fe~2F1"
 

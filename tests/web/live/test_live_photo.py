@@ -105,35 +105,35 @@ def test_classes_and_map_are_those_of_explain(
 ) -> None:
     model = classifying()
     with untouched(model.module):
-        found = explanation(model, photo(), method, layer, target)
+        result = explanation(model, photo(), method, layer, target)
     heat = explain(model, photo(), target, layer=layer, method=method)
-    assert found["classes"] == [asdict(one) for one in heat.top]
-    assert [one["name"] for one in found["classes"]] == [LABELS[one.index] for one in heat.top]
-    assert found["target"] == asdict(heat.target)
-    assert (found["method"], found["layer"], found["map"]) == (method, heat.layer, list(heat.map.shape))
-    assert found["strongest"] == float(heat.evidence.max())
-    assert found["caption"] == heat.caption()
-    assert found["caution"] == CAUTIONS.get(method, "")
-    assert of(found["picture"]) == encode.webp(heat.overlay(photo(), legend=False), 80)
+    assert result["classes"] == [asdict(score) for score in heat.top]
+    assert [row["name"] for row in result["classes"]] == [LABELS[score.index] for score in heat.top]
+    assert result["target"] == asdict(heat.target)
+    assert (result["method"], result["layer"], result["map"]) == (method, heat.layer, list(heat.map.shape))
+    assert result["strongest"] == float(heat.evidence.max())
+    assert result["caption"] == heat.caption()
+    assert result["caution"] == CAUTIONS.get(method, "")
+    assert of(result["picture"]) == encode.webp(heat.overlay(photo(), legend=False), 80)
 
 
 def test_a_method_that_looks_at_the_image_takes_no_layer() -> None:
-    found = explanation(classifying(), photo(), "gradient", "conv2", "cat")
-    assert (found["layer"], found["map"]) == ("input", [24, 24])
-    assert found["target"]["name"] == "cat"
+    result = explanation(classifying(), photo(), "gradient", "conv2", "cat")
+    assert (result["layer"], result["map"]) == ("input", [24, 24])
+    assert result["target"]["name"] == "cat"
 
 
 def test_a_silent_map_says_so() -> None:
-    found = explanation(classifying(), photo(), "gradcam", "conv2", "fox")
-    assert found["note"] == "nothing speaks for fox at conv2"
-    assert found["strongest"] == 0
+    result = explanation(classifying(), photo(), "gradcam", "conv2", "fox")
+    assert result["note"] == "nothing speaks for fox at conv2"
+    assert result["strongest"] == 0
 
 
 def test_a_network_without_classes_says_so_and_shows_the_photo() -> None:
-    found = explanation(tiny_model(), photo(), "gradcam", None, None)
-    assert found["classes"] == []
-    assert "names no classes" in found["note"]
-    assert of(found["picture"]) == encode.webp(picture(), 80)
+    result = explanation(tiny_model(), photo(), "gradcam", None, None)
+    assert result["classes"] == []
+    assert "names no classes" in result["note"]
+    assert of(result["picture"]) == encode.webp(picture(), 80)
 
 
 def test_what_cannot_be_shown_is_refused() -> None:
@@ -148,7 +148,7 @@ def test_what_cannot_be_shown_is_refused() -> None:
 
 
 def test_layers_with_maps_are_listed() -> None:
-    listed = {one["path"]: (one["channels"], one["size"]) for one in layer_choices(classifying())["layers"]}
+    listed = {row["path"]: (row["channels"], row["size"]) for row in layer_choices(classifying())["layers"]}
     wide, small = (24, 24), (12, 12)
     assert listed == {
         "conv1": (6, wide),
@@ -172,7 +172,10 @@ def plain_means(image: Tensor) -> dict[str, list[float]]:
     with torch.no_grad():
         first = net[0](image.double())
         third = net[1:4](first)
-    return {path: [float(one.mean()) for one in act[0]] for path, act in (("conv1", first), ("conv2", third))}
+    return {
+        path: [float(channel_map.mean()) for channel_map in act[0]]
+        for path, act in (("conv1", first), ("conv2", third))
+    }
 
 
 def at_16(image: Tensor) -> Tensor:
@@ -184,33 +187,36 @@ def at_16(image: Tensor) -> Tensor:
 def test_excitations_are_those_of_a_plain_loop(reader: StoreReader, untouched: Untouched) -> None:
     model, atlas_id = classifying(), reader.atlases()[0].atlas_id
     with untouched(model.module):
-        found = top_filters(model, photo(), reader, atlas_id)
-    assert found["size"] == [16, 16]
+        result = top_filters(model, photo(), reader, atlas_id)
+    assert result["size"] == [16, 16]
     means = plain_means(at_16(photo()))
     evidence = reader.evidence(atlas_id)
-    assert found["photos"] == (evidence and 8)
-    every = []
+    assert result["photos"] == (evidence and 8)
+    entries = []
     for path in ("conv1", "conv2"):
         if evidence:
             others = [plain_means(at_16(photo(seed)))[path] for seed in range(1, 9)]
-            base = [sum(one) / 8 for one in zip(*others, strict=True)]
-            top = [max(one) for one in zip(*others, strict=True)]
+            base = [sum(column) / 8 for column in zip(*others, strict=True)]
+            top = [max(column) for column in zip(*others, strict=True)]
         else:
             base = plain_means(torch.full((1, 3, 16, 16), 0.5))[path]
-            top = [one.score for one in sorted(reader.verdicts(atlas_id, path), key=lambda one: one.channel)]
-        alive = [one.channel for one in reader.verdicts(atlas_id, path) if one.verdict != "dead"]
+            top = [
+                verdict.score
+                for verdict in sorted(reader.verdicts(atlas_id, path), key=lambda verdict: verdict.channel)
+            ]
+        alive = [verdict.channel for verdict in reader.verdicts(atlas_id, path) if verdict.verdict != "dead"]
         alive = [n for n in alive if top[n] > base[n]]  # a picture below grey is no measure
         ratios = {n: (means[path][n] - base[n]) / (top[n] - base[n]) for n in alive}
         alive = [n for n in alive if ratios[n] > 0] or alive
         expected = sorted(alive, key=lambda n: -ratios[n])[:8]
-        shown = next(one["filters"] for one in found["layers"] if one["path"] == path)
-        assert [one["channel"] for one in shown] == expected
-        assert [one["excitation"] for one in shown] == pytest.approx([ratios[n] for n in expected], rel=2e-3, abs=2e-4)
-        every += [(ratios[n], path, n) for n in expected]
-    every = [one for one in every if one[0] > 0] or every
-    highest = [(path, n) for _, path, n in sorted(every, reverse=True)]
-    assert [(one["layer"], one["channel"]) for one in found["strongest"]] == highest
-    first = found["strongest"][0]
+        rows = next(top["filters"] for top in result["layers"] if top["path"] == path)
+        assert [row["channel"] for row in rows] == expected
+        assert [row["excitation"] for row in rows] == pytest.approx([ratios[n] for n in expected], rel=2e-3, abs=2e-4)
+        entries += [(ratios[n], path, n) for n in expected]
+    entries = [entry for entry in entries if entry[0] > 0] or entries
+    highest = [(path, n) for _, path, n in sorted(entries, reverse=True)]
+    assert [(row["layer"], row["channel"]) for row in result["strongest"]] == highest
+    first = result["strongest"][0]
     assert first["page"] == f"{first['layer']}/{first['channel']}.html"
     assert first["picture"] == f"{first['layer']}/filter_{first['channel']}.png"
 
@@ -220,13 +226,13 @@ def test_a_photo_of_the_evidence_is_as_strong_as_the_evidence_says(reader: Store
     if reader.evidence(atlas_id) is None:
         pytest.skip("there is no evidence")
     layers = [top_filters(classifying(), photo(seed), reader, atlas_id)["layers"][0]["filters"] for seed in range(1, 9)]
-    best = {n: max(one["excitation"] for few in layers for one in few if one["channel"] == n) for n in range(6)}
+    best = {n: max(row["excitation"] for few in layers for row in few if row["channel"] == n) for n in range(6)}
     assert list(best.values()) == pytest.approx([1.0] * 6, abs=1e-3)  # of each filter one of the photos is strongest
 
 
 def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(reader: StoreReader) -> None:
     verdicts = reader.verdicts(reader.atlases()[0].atlas_id, "conv1")
-    scores = torch.tensor([one.score for one in sorted(verdicts, key=lambda one: one.channel)]).double()
+    scores = torch.tensor([verdict.score for verdict in sorted(verdicts, key=lambda verdict: verdict.channel)]).double()
     grey = scores - torch.tensor([1.0, 2, 4, 0, -1, 5])  # of the fourth the picture does nothing, of the fifth less
     ratios = ratio_to_pictures(grey + 1, grey, verdicts)
     assert ratios[[0, 1, 2, 5]].tolist() == pytest.approx([1, 0.5, 0.25, 0.2])
@@ -235,22 +241,24 @@ def test_without_photos_the_own_picture_is_one_and_grey_is_nothing(reader: Store
 
 def test_dead_filters_and_unknown_ratios_are_left_out(reader: StoreReader) -> None:
     verdicts = reader.verdicts(reader.atlases()[0].atlas_id, "conv1")
-    dead = {one.channel for one in verdicts if one.verdict == "dead"}
+    dead = {verdict.channel for verdict in verdicts if verdict.verdict == "dead"}
     ratios = torch.tensor([0.1, torch.nan, 0.3, 0.3, 0.05, 0.2])
-    shown = [one["channel"] for one in top_of_layer("base/conv", ratios, verdicts)]
-    assert shown == [one for one in (2, 3, 5, 0, 4) if one not in dead]
-    assert top_of_layer("base/conv", ratios, verdicts)[0]["page"] == f"base~2Fconv/{shown[0]}.html"
+    channels = [row["channel"] for row in top_of_layer("base/conv", ratios, verdicts)]
+    assert channels == [channel for channel in (2, 3, 5, 0, 4) if channel not in dead]
+    assert top_of_layer("base/conv", ratios, verdicts)[0]["page"] == f"base~2Fconv/{channels[0]}.html"
 
 
 def test_filters_that_are_not_excited_are_left_out_unless_none_is(reader: StoreReader) -> None:
-    verdicts = [one for one in reader.verdicts(reader.atlases()[0].atlas_id, "conv1") if one.verdict != "dead"]
-    numbers = [one.channel for one in verdicts][:4]
+    verdicts = [
+        verdict for verdict in reader.verdicts(reader.atlases()[0].atlas_id, "conv1") if verdict.verdict != "dead"
+    ]
+    numbers = [verdict.channel for verdict in verdicts][:4]
     ratios = torch.full((6,), -1.0)
     ratios[numbers[1]], ratios[numbers[2]] = -0.5, 0.0
     assert len(top_of_layer("conv1", ratios, verdicts)) == len(verdicts)
-    assert [one["channel"] for one in top_of_layer("conv1", ratios, verdicts)][:2] == [numbers[2], numbers[1]]
+    assert [row["channel"] for row in top_of_layer("conv1", ratios, verdicts)][:2] == [numbers[2], numbers[1]]
     ratios[numbers[3]] = 0.25
-    assert [one["channel"] for one in top_of_layer("conv1", ratios, verdicts)] == [numbers[3]]
+    assert [row["channel"] for row in top_of_layer("conv1", ratios, verdicts)] == [numbers[3]]
 
 
 def test_what_is_sent_is_small_whatever_the_photo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,8 +271,8 @@ def test_what_is_sent_is_small_whatever_the_photo(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_upload_is_held_to_its_limits() -> None:
-    found = read_photo(png(picture(2048, 1536)), classifying())
-    assert tuple(found.shape) == (1, 3, 768, 1024)
+    tensor = read_photo(png(picture(2048, 1536)), classifying())
+    assert tuple(tensor.shape) == (1, 3, 768, 1024)
     assert torch.equal(read_photo(png(picture()), classifying()), photo())
     with pytest.raises(PhotoRefused, match="the photo is no image that can be read"):
         read_photo(b"GIF89a and nothing more", classifying())
@@ -273,11 +281,11 @@ def test_an_upload_is_held_to_its_limits() -> None:
 def test_the_trained_network_knows_the_cat() -> None:
     model = load("builtin/efficientnet-lite0")
     content = (Path(__file__).parents[3] / "src/phosphene/data/chelsea.jpg").read_bytes()
-    found = explanation(model, read_photo(content, model), "gradcam", None, None)
-    assert [one["name"] for one in found["classes"][:3]] == ["tiger cat", "Egyptian cat", "tabby"]
-    assert found["classes"][0]["probability"] == pytest.approx(0.386, abs=0.01)
-    shown = np.asarray(encode.decode_image(of(found["picture"])).convert("RGB")).astype(int)
-    assert shown.shape == (300, 451, 3)
+    result = explanation(model, read_photo(content, model), "gradcam", None, None)
+    assert [row["name"] for row in result["classes"][:3]] == ["tiger cat", "Egyptian cat", "tabby"]
+    assert result["classes"][0]["probability"] == pytest.approx(0.386, abs=0.01)
+    pixels = np.asarray(encode.decode_image(of(result["picture"])).convert("RGB")).astype(int)
+    assert pixels.shape == (300, 451, 3)
     # warm where the cat's cheek and eye are, grey where there is nothing of it
-    warmth = shown[..., 0] - shown[..., 2]
+    warmth = pixels[..., 0] - pixels[..., 2]
     assert warmth[60:230, 100:350].max() > 150 > 60 > abs(warmth[:40, :90]).max()

@@ -60,8 +60,8 @@ def at(reader: StoreReader) -> str:
 @pytest.fixture(scope="module")
 def client(reader: StoreReader) -> Iterator[TestClient]:
     queue = RenderQueue(reader, model=classifying())
-    shown = application(Site(reader, [], live=True), live_routes(queue))
-    with TestClient(shown, HERE, raise_server_exceptions=False) as client:
+    app = application(Site(reader, [], live=True), live_routes(queue))
+    with TestClient(app, HERE, raise_server_exceptions=False) as client:
         yield client
     queue.close()
 
@@ -72,8 +72,8 @@ def serving(reader: StoreReader) -> Iterator[tuple[RenderQueue, int]]:
     queue = RenderQueue(reader, model=classifying())
     routes = live_routes(queue)
     with closing(socket.create_server(("127.0.0.1", 0))) as at:
-        shown = application(Site(reader, [], live=True), routes)
-        server = uvicorn.Server(uvicorn.Config(shown, log_level="error", timeout_graceful_shutdown=1))
+        app = application(Site(reader, [], live=True), routes)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [at]})
         thread.start()
         try:
@@ -115,16 +115,16 @@ def test_a_render_comes_as_events_over_a_real_connection(reader: StoreReader, at
         connection, answer = ask(port, f"{at}/render", request)
         assert answer.status == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
-        told = list(events(answer))
+        received = list(events(answer))
         connection.close()
-    assert told[0] == ("waiting", {"place": 0})
-    assert told[-1][0] == "done"
-    frames = [facts for name, facts in told if name == "frame"]
-    assert len({one["image"] for one in frames}) >= 5
-    assert [one["step"] for one in frames] == sorted({one["step"] for one in frames})
+    assert received[0] == ("waiting", {"place": 0})
+    assert received[-1][0] == "done"
+    frames = [facts for name, facts in received if name == "frame"]
+    assert len({frame["image"] for frame in frames}) >= 5
+    assert [frame["step"] for frame in frames] == sorted({frame["step"] for frame in frames})
     first = encode.decode_image(base64.b64decode(frames[0]["image"].partition(",")[2]))
     assert (first.format or "WEBP", first.size) == ("WEBP", (24, 24))
-    assert told[-1][1]["image"].startswith("data:image/png;base64,")
+    assert received[-1][1]["image"].startswith("data:image/png;base64,")
 
 
 def test_going_away_ends_the_render_and_the_line_moves_up(reader: StoreReader, at: str) -> None:
@@ -177,15 +177,15 @@ def test_a_full_line_says_so(client: TestClient, at: str, monkeypatch: pytest.Mo
 
 
 def test_a_photo_gets_what_explain_says(client: TestClient, at: str) -> None:
-    asked = {"method": "hirescam", "layer": "conv1", "target": "bee"}
-    answer = client.post(f"{at}/photo", content=png(picture()), params=asked, headers={"Origin": HERE})
+    query = {"method": "hirescam", "layer": "conv1", "target": "bee"}
+    answer = client.post(f"{at}/photo", content=png(picture()), params=query, headers={"Origin": HERE})
     assert answer.status_code == 200
     assert answer.headers["cache-control"] == "no-store"
     heat = explain(classifying(), photo(), "bee", layer="conv1", method="hirescam")
-    found = answer.json()
-    assert found["classes"] == [asdict(one) for one in heat.top]
-    assert found["target"] == asdict(heat.target)
-    assert base64.b64decode(found["picture"].partition(",")[2]) == encode.webp(heat.overlay(photo(), legend=False), 80)
+    result = answer.json()
+    assert result["classes"] == [asdict(score) for score in heat.top]
+    assert result["target"] == asdict(heat.target)
+    assert base64.b64decode(result["picture"].partition(",")[2]) == encode.webp(heat.overlay(photo(), legend=False), 80)
 
 
 def test_activations_come_as_a_picture(client: TestClient, at: str) -> None:
@@ -195,21 +195,23 @@ def test_activations_come_as_a_picture(client: TestClient, at: str) -> None:
 
 
 def test_excited_filters_come_with_their_views(client: TestClient, at: str) -> None:
-    found = client.post(f"{at}/excited", content=png(picture()), headers={"Origin": HERE}).json()
-    assert (found["photos"], found["size"]) == (4, [16, 16])
-    for one in found["strongest"]:
-        assert client.get(f"{at}/{one['page']}").status_code == 200
-        assert client.get(f"{at}/{one['picture']}").headers["content-type"] == "image/png"
+    result = client.post(f"{at}/excited", content=png(picture()), headers={"Origin": HERE}).json()
+    assert (result["photos"], result["size"]) == (4, [16, 16])
+    for row in result["strongest"]:
+        assert client.get(f"{at}/{row['page']}").status_code == 200
+        assert client.get(f"{at}/{row['picture']}").headers["content-type"] == "image/png"
 
 
 def test_the_layers_and_classes_are_listed(client: TestClient, at: str) -> None:
-    found = client.get(f"{at}/layers.json").json()
-    assert {"path": "conv2", "kind": "Conv2d", "channels": 10, "size": [12, 12]} in found["layers"]
-    assert found["classes"] == ["ant", "bee", "cat", "dog", "elk", "fox"]
-    assert set(found["flat"]) == {one.path for one in classifying().layers()} - {one["path"] for one in found["layers"]}
-    assert "conv2" not in found["flat"]
-    told = client.get(f"{at}/recipes.json").json()
-    assert (told["own"], told["model"], told["refused"]) == ("fast", "Sequential", None)
+    result = client.get(f"{at}/layers.json").json()
+    assert {"path": "conv2", "kind": "Conv2d", "channels": 10, "size": [12, 12]} in result["layers"]
+    assert result["classes"] == ["ant", "bee", "cat", "dog", "elk", "fox"]
+    assert set(result["flat"]) == {layer.path for layer in classifying().layers()} - {
+        row["path"] for row in result["layers"]
+    }
+    assert "conv2" not in result["flat"]
+    choices = client.get(f"{at}/recipes.json").json()
+    assert (choices["own"], choices["model"], choices["refused"]) == ("fast", "Sequential", None)
     assert client.get("/example.jpg").content == CHELSEA.read_bytes()
 
 
@@ -242,13 +244,13 @@ def malformed() -> list[bytes]:
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage\n",
     )
-    found = [*texts, b"{}", b"GIF89a", b"II*\0", b"RIFF0000WEBP", b"BM", b"%PDF-1.7", buffer.getvalue()]
-    found += [bomb(7000, 6000), bomb(100_000, 100_000), bomb(2**31 - 1, 2**31 - 1), b"\x89PNG\r\n\x1a\n" + bytes(99)]
-    found += [content[: len(content) * tenth // 10] for content in whole.values() for tenth in range(1, 10)]
+    uploads = [*texts, b"{}", b"GIF89a", b"II*\0", b"RIFF0000WEBP", b"BM", b"%PDF-1.7", buffer.getvalue()]
+    uploads += [bomb(7000, 6000), bomb(100_000, 100_000), bomb(2**31 - 1, 2**31 - 1), b"\x89PNG\r\n\x1a\n" + bytes(99)]
+    uploads += [content[: len(content) * tenth // 10] for content in whole.values() for tenth in range(1, 10)]
     heads = (b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a")
-    while len(found) < 100:
-        found.append(heads[len(found) % 4] + random.bytes(int(random.integers(1, 4000))))
-    return found
+    while len(uploads) < 100:
+        uploads.append(heads[len(uploads) % 4] + random.bytes(int(random.integers(1, 4000))))
+    return uploads
 
 
 def test_a_hundred_malformed_uploads_each_get_a_sentence(client: TestClient, at: str) -> None:
@@ -275,8 +277,8 @@ def test_too_many_bytes_or_pixels_are_refused(client: TestClient, at: str) -> No
 def test_a_crowd_is_told_to_come_again(reader: StoreReader, at: str) -> None:
     queue = RenderQueue(reader, model=classifying())
     queue.visitors = MAX_VISITORS
-    shown = application(Site(reader, [], live=True), live_routes(queue))
-    with TestClient(shown, HERE) as client:
+    app = application(Site(reader, [], live=True), live_routes(queue))
+    with TestClient(app, HERE) as client:
         answer = client.post(f"{at}/photo", content=png(picture()), headers={"Origin": HERE})
     queue.close()
     assert answer.status_code == 429
@@ -322,10 +324,10 @@ FUZZ = settings(
 
 
 @FUZZ
-@given(asked=st.dictionaries(st.sampled_from(["method", "layer", "target", "x"]), ADDRESSES, min_size=1))
-def test_whatever_is_asked_of_a_photo_the_answer_is_clear(client: TestClient, at: str, asked: dict[str, str]) -> None:
+@given(query=st.dictionaries(st.sampled_from(["method", "layer", "target", "x"]), ADDRESSES, min_size=1))
+def test_whatever_is_asked_of_a_photo_the_answer_is_clear(client: TestClient, at: str, query: dict[str, str]) -> None:
     for kind in ("photo", "activations", "excited"):
-        answer = client.post(f"{at}/{kind}", content=png(picture(8, 6)), params=asked, headers={"Origin": HERE})
+        answer = client.post(f"{at}/{kind}", content=png(picture(8, 6)), params=query, headers={"Origin": HERE})
         assert answer.status_code < 500, answer.text
         if answer.status_code != 200:
             assert set(answer.json()) == {"error"}
@@ -350,17 +352,17 @@ def test_an_atlas_that_is_not_there_is_not_found(client: TestClient) -> None:
 
 def test_a_network_that_cannot_be_loaded_is_a_conflict(reader: StoreReader, at: str) -> None:
     queue = RenderQueue(reader)
-    shown = application(Site(reader, [], live=True), live_routes(queue))
-    with TestClient(shown, HERE) as client:
+    app = application(Site(reader, [], live=True), live_routes(queue))
+    with TestClient(app, HERE) as client:
         answer = client.post(f"{at}/photo", content=png(picture()), headers={"Origin": HERE})
-        told = client.post(f"{at}/render", json={"layer": "conv1", "channel": 0}, headers={"Origin": HERE})
+        events = client.post(f"{at}/render", json={"layer": "conv1", "channel": 0}, headers={"Origin": HERE})
         before = client.get(f"{at}/recipes.json").json()["refused"]
     queue.close()
     assert before.startswith("To look at photos and to render, start the server with: phosphene serve PLACE --model M")
     assert answer.status_code == 409
     assert answer.json()["error"] == before
-    assert "event: failed" in told.text
-    assert before in told.text
+    assert "event: failed" in events.text
+    assert before in events.text
 
 
 def test_nothing_of_a_photo_stays(client: TestClient, at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

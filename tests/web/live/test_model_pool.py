@@ -46,9 +46,9 @@ def test_a_store_does_not_choose_what_code_is_run() -> None:
 def test_other_weights_under_the_same_name_are_refused() -> None:
     here = {"model": "builtin/efficientnet-lite0", "fingerprint": load("builtin/efficientnet-lite0").fingerprint}
     assert open_model({**here, "input_size": [224, 224]}, "cpu", None).input_size == (224, 224)
-    for other in ({"fingerprint": "0" * 16}, {"input_size": [224, 96]}):
+    for changes in ({"fingerprint": "0" * 16}, {"input_size": [224, 96]}):
         with pytest.raises(ModelRefused, match="has other weights or another input size here than this atlas"):
-            open_model({**here, **other}, "cpu", None)
+            open_model({**here, **changes}, "cpu", None)
 
 
 def test_the_given_network_is_taken_where_it_is_the_right_one() -> None:
@@ -79,16 +79,18 @@ def test_what_cannot_be_opened_is_said_before_anything_is_loaded(reader: StoreRe
     }.items():
         assert refusal({**here, "model": name}, None) == lead + more
         assert refusal({**here, "model": name}, Identity("0" * 16, (9, 9))) is None
-        other = f"The network that this server was started with is not {name} as this atlas was made with it. "
-        assert refusal({**here, "model": name}, Identity("1" * 16, (9, 9))) == other + lead + more
-        assert refusal({**here, "model": name, "input_size": [9, 8]}, Identity("0" * 16, (9, 9))) == other + lead + more
+        mismatch = f"The network that this server was started with is not {name} as this atlas was made with it. "
+        assert refusal({**here, "model": name}, Identity("1" * 16, (9, 9))) == mismatch + lead + more
+        assert (
+            refusal({**here, "model": name, "input_size": [9, 8]}, Identity("0" * 16, (9, 9))) == mismatch + lead + more
+        )
     assert refusal({**here, "model": "builtin/vgg99"}, None) is None  # which is found out when it is loaded
     for options, words in (
         ({"weights": "none", "input_size": [64, 64]}, "--weights none --input-size 64x64."),
         ({"weights": "my.pt", "std": [0.5]}, "--weights my.pt --std 0.5, where that file is."),
     ):
-        told = refusal({**here, "model": "torchvision/vgg11", "options": options}, None)
-        assert told == f"{lead}torchvision/vgg11 {words}"
+        reason = refusal({**here, "model": "torchvision/vgg11", "options": options}, None)
+        assert reason == f"{lead}torchvision/vgg11 {words}"
     for model, refused in ((tiny_model(), False), (None, True)):
         queue = RenderQueue(reader, model=model)
         assert (queue.refusal(reader.atlas(atlas_id)) is not None) == refused
@@ -101,8 +103,8 @@ def test_a_second_copy_is_the_same_network_on_its_own() -> None:
     copied = independent_copy(model)
     assert copied is not None
     assert copied.fingerprint == model.fingerprint
-    assert not {id(one) for one in copied.modules.values()} & {id(one) for one in model.module.modules()}
-    assert [one.path for one in copied.layers()] == [one.path for one in model.layers()]
+    assert not {id(module) for module in copied.modules.values()} & {id(module) for module in model.module.modules()}
+    assert [layer.path for layer in copied.layers()] == [layer.path for layer in model.layers()]
 
 
 class Unique(nn.Conv2d):

@@ -71,11 +71,11 @@ def live(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(work, 60))
 
 
-async def told(one: RenderTask) -> list[Event]:
+async def all_events(task: RenderTask) -> list[Event]:
     """Return everything that is told of a render, to its end."""
-    events = [await one.events.get()]
+    events = [await task.events.get()]
     while events[-1].name not in ("done", "failed"):
-        events.append(await one.events.get())
+        events.append(await task.events.get())
     return events
 
 
@@ -96,28 +96,28 @@ def test_a_render_is_seen_as_it_forms_and_ends_as_the_library_renders_it(
 
     async def look_on() -> list[Event]:
         queue = RenderQueue(reader, model=model)
-        events = await told(await queue.submit(atlas_id, REQUEST))
+        events = await all_events(await queue.submit(atlas_id, REQUEST))
         queue.close()
         return events
 
     with untouched(model.module):
         events = live(look_on())
-    assert [one.name for one in events[:2]] == ["waiting", "frame"]
+    assert [event.name for event in events[:2]] == ["waiting", "frame"]
     assert events[0].facts == {"place": 0}
-    frames = [one.facts for one in events if one.name == "frame"]
+    frames = [event.facts for event in events if event.name == "frame"]
     assert (frames[0]["step"], frames[-1]["step"], frames[-1]["steps"]) == (0, 40, 40)
     assert len(frames) >= MIN_FRAMES
-    assert len({one["image"] for one in frames}) >= 5
+    assert len({frame["image"] for frame in frames}) >= 5
 
     seen: list[Frame] = []
-    own = render(model, channel(".0", [1]), RECIPES["fast"].at(24, 40), size=24, batch=1, watch=seen.append)
+    rendered = render(model, channel(".0", [1]), RECIPES["fast"].at(24, 40), size=24, batch=1, watch=seen.append)
     done = events[-1].facts
-    assert bytes_of(done["image"]) == encode.png(own.pictures[0], own.metadata(0))
+    assert bytes_of(done["image"]) == encode.png(rendered.pictures[0], rendered.metadata(0))
     assert frames[-1]["image"] == frame_event(seen[-1], "clip")["image"]
-    assert (done["score"], done["start_score"]) == (float(own.scores[0]), float(own.start_scores[0]))
+    assert (done["score"], done["start_score"]) == (float(rendered.scores[0]), float(rendered.start_scores[0]))
     assert done["dead"] is False
-    by_step = {one.step: float(one.scores[0]) for one in seen}
-    assert all(one["score"] == by_step[one["step"]] for one in frames)
+    by_step = {frame.step: float(frame.scores[0]) for frame in seen}
+    assert all(frame["score"] == by_step[frame["step"]] for frame in frames)
 
 
 def test_whoever_leaves_ends_the_render_and_the_next_one_is_as_ever(reader: StoreReader, atlas_id: str) -> None:
@@ -132,14 +132,14 @@ def test_whoever_leaves_ends_the_render_and_the_next_one_is_as_ever(reader: Stor
             await asyncio.sleep(0.005)
         assert asyncio.get_running_loop().time() - started < 5
         rest = [long.events.get_nowait() for _ in range(long.events.qsize())]
-        before = [len(one._forward_hooks) for one in network_of(queue).modules()]
+        before = [len(module._forward_hooks) for module in network_of(queue).modules()]
         assert sum(before) == 0
-        after = await told(await queue.submit(atlas_id, REQUEST))
+        after = await all_events(await queue.submit(atlas_id, REQUEST))
         queue.close()
         return queue, rest, after
 
     _, rest, after = live(look_on())
-    assert not [one for one in rest if one.name in ("done", "failed")]
+    assert not [event for event in rest if event.name in ("done", "failed")]
     fresh = render(tiny_model(), channel(".0", [1]), RECIPES["fast"].at(24, 40), size=24, batch=1)
     assert bytes_of(after[-1].facts["image"]) == encode.png(fresh.pictures[0], fresh.metadata(0))
 
@@ -151,15 +151,12 @@ def test_each_is_told_the_place_in_the_line_whenever_it_changes(reader: StoreRea
         assert queue.tasks == line
         queue.cancel(line[1])  # gives up before its turn: the two behind move up
         queue.cancel(line[0])
-        await told(line[2])
-        await told_last(line[3])
+        await all_events(line[2])
+        await all_events(line[3])
         queue.close()
         return positions
 
     positions: list[list[int]] = [[] for _ in range(4)]
-
-    async def told_last(one: RenderTask) -> None:
-        await told(one)
 
     original = RenderTask.set_position
 
@@ -178,10 +175,10 @@ def test_only_one_renders_at_a_time(reader: StoreReader, atlas_id: str) -> None:
     async def look_on() -> None:
         queue = RenderQueue(reader, model=tiny_model())
         line = [await queue.submit(atlas_id, replace(REQUEST, channel=number)) for number in range(3)]
-        for one in line:
-            events = await told(one)
+        for task in line:
+            events = await all_events(task)
             assert events[-1].name == "done"
-        assert [one.started for one in line] == [True] * 3
+        assert [task.started for task in line] == [True] * 3
         order = [min(index for index, (who, _) in enumerate(log) if who == number) for number in range(3)]
         ends = [max(index for index, (who, _) in enumerate(log) if who == number) for number in range(3)]
         assert order[1] > ends[0]
@@ -211,7 +208,7 @@ def test_the_line_has_an_end(reader: StoreReader, atlas_id: str) -> None:
         assert queue.tasks.index(last) == MAX_WAITING
         queue.close()
         assert queue.tasks == []
-        assert (await told(last))[-1] == Event("failed", {"error": "the server has been stopped"})
+        assert (await all_events(last))[-1] == Event("failed", {"error": "the server has been stopped"})
 
     live(crowd())
 
@@ -221,15 +218,17 @@ def test_frames_come_at_most_eight_times_a_second_but_at_least_twelve_times(monk
     monkeypatch.setattr(render_queue, "monotonic", lambda: now[0])
 
     async def steps(each: float, slow: bool = False) -> list[int]:
-        one = RenderTask({}, REQUEST)
-        shown = []
+        task = RenderTask({}, REQUEST)
+        steps_sent = []
         for step in range(101):
             now[0] = step * each
-            one.watch(Frame(step, 100, torch.tensor([0]), torch.tensor([float(step)]), torch.zeros(1, 3, 4, 4)), "clip")
+            task.watch(
+                Frame(step, 100, torch.tensor([0]), torch.tensor([float(step)]), torch.zeros(1, 3, 4, 4)), "clip"
+            )
             await asyncio.sleep(0)
             if not slow:
-                shown += [one.events.get_nowait().facts["step"] for _ in range(one.events.qsize())]
-        return shown or [one.events.get_nowait().facts["step"] for _ in range(one.events.qsize())]
+                steps_sent += [task.events.get_nowait().facts["step"] for _ in range(task.events.qsize())]
+        return steps_sent or [task.events.get_nowait().facts["step"] for _ in range(task.events.qsize())]
 
     # all at once: the start, and each twelfth of the way; 25 steps a second: each fourth of them is 1/8 s on
     assert live(steps(0.0)) == [0, *(-(-100 * part // 12) for part in range(1, 13))]
@@ -242,10 +241,10 @@ def test_frames_come_at_most_eight_times_a_second_but_at_least_twelve_times(monk
 
 def test_a_render_that_nobody_sees_stops() -> None:
     async def leave() -> None:
-        one = RenderTask({}, REQUEST)
-        one.gone.set()
+        task = RenderTask({}, REQUEST)
+        task.gone.set()
         with pytest.raises(ViewerGone):
-            one.watch(Frame(1, 2, torch.tensor([0]), torch.zeros(1), torch.zeros(1, 3, 4, 4)), "clip")
+            task.watch(Frame(1, 2, torch.tensor([0]), torch.zeros(1), torch.zeros(1, 3, 4, 4)), "clip")
 
     live(leave())
 
@@ -282,9 +281,9 @@ def test_a_failure_on_the_way_is_a_sentence_and_the_next_begins(
         queue = RenderQueue(reader, model=tiny_model())
         with monkeypatch.context() as patch:
             patch.setattr(render_queue, "render_response", fail)
-            last = (await told(await queue.submit(atlas_id, REQUEST)))[-1]
+            last = (await all_events(await queue.submit(atlas_id, REQUEST)))[-1]
         assert last == Event("failed", {"error": "something failed here; the server's log says what"})
-        assert (await told(await queue.submit(atlas_id, REQUEST)))[-1].name == "done"
+        assert (await all_events(await queue.submit(atlas_id, REQUEST)))[-1].name == "done"
         queue.close()
 
     live(look_on())
@@ -293,9 +292,9 @@ def test_a_failure_on_the_way_is_a_sentence_and_the_next_begins(
 def test_the_two_threads_share_no_module(reader: StoreReader, atlas_id: str) -> None:
     async def both() -> None:
         queue = RenderQueue(reader, model=tiny_model())
-        await told(await queue.submit(atlas_id, REQUEST))
-        photos = await queue.call(atlas_id, lambda model: {id(one) for one in model.module.modules()})
-        assert not photos & {id(one) for one in network_of(queue).modules()}
+        await all_events(await queue.submit(atlas_id, REQUEST))
+        photos = await queue.call(atlas_id, lambda model: {id(module) for module in model.module.modules()})
+        assert not photos & {id(module) for module in network_of(queue).modules()}
         names = [await queue.call(atlas_id, lambda _: threading.current_thread().name) for _ in range(3)]
         assert set(names) == {"phosphene-photos_0"}
         queue.close()
@@ -312,7 +311,7 @@ def test_the_command_makes_the_very_picture(
 
     async def look_on() -> Event:
         queue = RenderQueue(reader)  # which loads the network by itself
-        events = await told(
+        events = await all_events(
             await queue.submit(reader.atlases()[0].atlas_id, RenderRequest("_conv_stem", 5, steps=4, seed=3))
         )
         queue.close()
@@ -325,6 +324,6 @@ def test_the_command_makes_the_very_picture(
     assert words[words.index("--precision") + 1] == took
     assert command_line(monkeypatch, capsys, tmp_path, "")(*words[1:], "--device", "cpu", "--quiet").code == 0
     made = encode.decode_image((tmp_path / words[-1]).read_bytes())
-    shown = encode.decode_image(bytes_of(done.facts["image"]))
-    assert made.tobytes() == shown.tobytes()
-    assert shown.size == (32, 32)
+    picture = encode.decode_image(bytes_of(done.facts["image"]))
+    assert made.tobytes() == picture.tobytes()
+    assert picture.size == (32, 32)

@@ -68,22 +68,24 @@ def test_a_wish_that_makes_no_sense_is_refused_in_a_sentence(given: Any) -> None
 
 def test_what_is_left_open_is_as_in_the_atlas(reader: StoreReader, atlas_id: str) -> None:
     facts = reader.atlas(atlas_id)
-    own, size = RenderRequest.from_json({"layer": ".0", "channel": 0}).settings(facts)
-    assert (own.name, own.steps, own.seed, size) == ("fast", 3, 0, 16)
-    own, size = RenderRequest.from_json(
+    recipe, size = RenderRequest.from_json({"layer": ".0", "channel": 0}).settings(facts)
+    assert (recipe.name, recipe.steps, recipe.seed, size) == ("fast", 3, 0, 16)
+    recipe, size = RenderRequest.from_json(
         {"layer": ".0", "channel": 0, "recipe": "fast", "steps": 9, "seed": 4}
     ).settings(facts)
-    assert (own.digest, size) == (RECIPES["fast"].at(steps=9, seed=4).digest, 16)
-    other, size = RenderRequest.from_json({"layer": ".0", "channel": 0, "recipe": "rms", "steps": None}).settings(facts)
-    assert (other, size) == (RECIPES["rms"], None)
+    assert (recipe.digest, size) == (RECIPES["fast"].at(steps=9, seed=4).digest, 16)
+    recipe, size = RenderRequest.from_json({"layer": ".0", "channel": 0, "recipe": "rms", "steps": None}).settings(
+        facts
+    )
+    assert (recipe, size) == (RECIPES["rms"], None)
 
 
 def test_the_recipes_to_choose_from_are_told_with_their_settings(reader: StoreReader, atlas_id: str) -> None:
-    told = json.loads(json.dumps(recipe_choices(reader.atlas(atlas_id))))
-    assert told["own"] == "fast"
-    assert told["recipes"]["fast"] == {"size": 16, "steps": 3, "seed": 0}
-    assert set(told["recipes"]) == set(RECIPES)
-    assert told["recipes"]["rms"] == {"size": 150, "steps": 40, "seed": 0}
+    choices = json.loads(json.dumps(recipe_choices(reader.atlas(atlas_id))))
+    assert choices["own"] == "fast"
+    assert choices["recipes"]["fast"] == {"size": 16, "steps": 3, "seed": 0}
+    assert set(choices["recipes"]) == set(RECIPES)
+    assert choices["recipes"]["rms"] == {"size": 150, "steps": 40, "seed": 0}
 
 
 def test_a_recipe_without_a_name_has_no_command(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_parts_stand_side_by_side_on_a_bar_of_100() -> None:
     assert (vivid.filters, vivid.left, vivid.share, vivid.percent) == (3, 0, 75, "75 %")
     assert (unstable.filters, weak.filters) == (0, 0)
     assert (dead.filters, dead.left, dead.share, dead.sign) == (1, 75, 25, "✕")
-    assert [one.share for one in verdict_shares({})] == [0, 0, 0, 0]
+    assert [share.share for share in verdict_shares({})] == [0, 0, 0, 0]
 
 
 def test_each_cell_of_a_layer_shows_its_own_filter(
@@ -41,16 +41,16 @@ def test_each_cell_of_a_layer_shows_its_own_filter(
     for path, count in ((FIRST, 6), (SECOND, 8)):
         cells = layer_view(reader, atlas_id, path)["cells"]
         pictures = [filter_picture(reader, atlas_id, path, n) for n in range(count)]
-        assert [one.channel for one in cells] == list(range(count))
-        assert [nearest_index(cut(one.tile), pictures) for one in cells] == list(range(count))
+        assert [cell.channel for cell in cells] == list(range(count))
+        assert [nearest_index(cut(cell.tile), pictures) for cell in cells] == list(range(count))
 
 
 def test_a_cell_has_the_figures_of_its_verdict(reader: StoreReader, atlas_id: str) -> None:
-    for one, verdict in zip(
+    for cell, verdict in zip(
         layer_view(reader, atlas_id, SECOND)["cells"], reader.verdicts(atlas_id, SECOND), strict=True
     ):
-        assert (one.excitation, one.stability, one.score) == (verdict.excitation, verdict.stability, verdict.score)
-        assert one.label == f"filter {verdict.channel}, {verdict.verdict}, excitation {verdict.excitation:.1f}"
+        assert (cell.excitation, cell.stability, cell.score) == (verdict.excitation, verdict.stability, verdict.score)
+        assert cell.label == f"filter {verdict.channel}, {verdict.verdict}, excitation {verdict.excitation:.1f}"
 
 
 def test_strips_show_their_filters(reader: StoreReader, atlas_id: str, cut: Callable[[SpriteTile], np.ndarray]) -> None:
@@ -61,20 +61,20 @@ def test_strips_show_their_filters(reader: StoreReader, atlas_id: str, cut: Call
             assert nearest_index(cut(face.tile), pictures) == face.channel
             assert face.href.endswith(f"/{face.channel}.html")
     faces = atlas_card(reader.atlases()[0], "").thumbnails
-    assert [one.path for one in faces] == sorted(one.path for one in faces)
-    assert {one.path for one in faces} == {FIRST, SECOND}
+    assert [thumbnail.path for thumbnail in faces] == sorted(thumbnail.path for thumbnail in faces)
+    assert {thumbnail.path for thumbnail in faces} == {FIRST, SECOND}
 
 
 def test_the_network_view_tells_what_the_atlas_is(reader: StoreReader, atlas_id: str) -> None:
     view = network_view(reader, atlas_id)
     assert view["facts"]["filters"] == "14, of 2 layers"
     assert view["facts"]["photos"] == "4"
-    assert [(one.path, one.filters, one.facts["sees"]) for one in view["rows"]] == [
+    assert [(row.path, row.filters, row.facts["sees"]) for row in view["rows"]] == [
         (FIRST, 6, "3×3 px"),
         (SECOND, 8, "5×5 px"),
     ]
-    assert sum(one.filters for one in view["shares"]) == 14
-    assert [one.summary for one in atlas_cards(reader)] == ["2 layers, 14 filters, fourier, 16 px, 4 photos"]
+    assert sum(share.filters for share in view["shares"]) == 14
+    assert [card.summary for card in atlas_cards(reader)] == ["2 layers, 14 filters, fourier, 16 px, 4 photos"]
     assert view["drawn"] == ""
 
 
@@ -85,8 +85,8 @@ def test_atlases_of_one_network_are_told_apart(reader: StoreReader, atlas_id: st
     store.put("atlases", "1" * 32, {}, {**manifest, "precision": "bf16"})
     store.put("atlases", "2" * 32, {}, {**manifest, "evidence": None, "layers": manifest["layers"][:1], "size": 64})
     store.put("atlases", "3" * 32, {}, {**manifest, "evidence": "0" * 32})
-    told = {one.href.split("/")[1]: one.summary for one in atlas_cards(StoreReader([store]))}
-    assert told == {
+    summaries = {card.href.split("/")[1]: card.summary for card in atlas_cards(StoreReader([store]))}
+    assert summaries == {
         atlas_id: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {atlas_id}",
         "1" * 12: f"2 layers, 14 filters, fourier, 16 px, 4 photos, {'1' * 12}",
         "2" * 12: "1 layer, 6 filters, fourier, 64 px, without photos",
@@ -100,7 +100,7 @@ def test_how_many_filters_are_drawn_is_said_where_not_all_are() -> None:
 
 
 def test_neighbours() -> None:
-    assert [neighbours([3, 5, 8], one) for one in (3, 5, 8)] == [(None, 5), (3, 8), (5, None)]
+    assert [neighbours([3, 5, 8], value) for value in (3, 5, 8)] == [(None, 5), (3, 8), (5, None)]
 
 
 def test_a_layer_whose_job_failed_shows_the_rest_and_says_so(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_layer_whose_job_failed_shows_the_rest_and_says_so(tmp_path: Path) -> 
     reader = StoreReader([filled(tmp_path, failing, names=())])
     (atlas,) = reader.atlases()
     view = layer_view(reader, atlas.atlas_id, FIRST)
-    assert [one.channel for one in view["cells"]] == [0, 1, 2, 3]
+    assert [cell.channel for cell in view["cells"]] == [0, 1, 2, 3]
     assert view["note"] == "1 job of this layer failed; run the atlas again to try once more."
     assert view["drawn"] == filter_view(reader, atlas.atlas_id, FIRST, 3)["drawn"] == "4 of 6 filters drawn"
     network = network_view(reader, atlas.atlas_id)

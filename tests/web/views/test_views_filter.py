@@ -70,17 +70,17 @@ def test_strong_photos_are_framed_where_the_filter_answers(
     for n in range(8):
         strong = filter_view(reader, atlas_id, SECOND, n)["photos"]
         assert len(strong) == 4
-        found = evidence[SECOND]
-        for rank, one in enumerate(strong):
-            photo = int(found.photos[n, rank])
-            row, column = found.positions[n, rank].tolist()
-            assert one.name == names[photo]
-            assert nearest_index(cut(one.thumbnail), photos) == photo  # 16 px are kept as they are
+        statistics = evidence[SECOND]
+        for rank, top in enumerate(strong):
+            photo = int(statistics.photos[n, rank])
+            row, column = statistics.positions[n, rank].tolist()
+            assert top.name == names[photo]
+            assert nearest_index(cut(top.thumbnail), photos) == photo  # 16 px are kept as they are
             top, left, bottom, right = max(0, row - 2), max(0, column - 2), min(16, row + 3), min(16, column + 3)
-            assert one.box == (one.thumbnail.x + left, one.thumbnail.y + top, right - left, bottom - top)
+            assert top.box == (top.thumbnail.x + left, top.thumbnail.y + top, right - left, bottom - top)
             if (bottom - top, right - left) == (5, 5):  # the crop is that part, enlarged as squares
                 part = Image.fromarray(photos[photo][top:bottom, left:right].astype(np.uint8)).resize((64, 64), 0)
-                assert np.abs(cut(one.crop) - np.asarray(part, dtype=float)).mean() < 25
+                assert np.abs(cut(top.crop) - np.asarray(part, dtype=float)).mean() < 25
 
 
 def test_a_frame_is_scaled_with_its_photo_and_held_inside_it() -> None:
@@ -97,11 +97,11 @@ def test_it_is_said_at_which_size_the_network_saw_the_photos(reader: StoreReader
     )
     evidence = reader.evidence(atlas_id)
     assert evidence
-    said = "The network saw these photos at 16×16 px"
+    sentence = "The network saw these photos at 16×16 px"
     wide = {**FACTS, "receptive_field": {**FACTS["receptive_field"], "size": [16, 16]}}
-    assert photo_size_sentence(evidence, wide, (24, 24)) == f"{said}; the frame is what of that the filter sees."
+    assert photo_size_sentence(evidence, wide, (24, 24)) == f"{sentence}; the frame is what of that the filter sees."
     older = OlderReader(reader.stores).evidence(atlas_id)
-    assert photo_size_sentence(older, FACTS, (24, 24)) == f"{said}."
+    assert photo_size_sentence(older, FACTS, (24, 24)) == f"{sentence}."
 
 
 def test_a_layer_is_read_as_it_was_written() -> None:
@@ -117,17 +117,17 @@ def test_kernels_are_the_weights(reader: StoreReader, atlas_id: str, cut: Callab
         view = filter_view(reader, atlas_id, SECOND, n)["kernels"]
         scale = np.abs(weights[n]).max()
         norms = np.sqrt((weights[n] ** 2).sum((1, 2)))
-        assert [one.channel for one in view["tiles"]] == np.argsort(-norms).tolist()
+        assert [tile.channel for tile in view["tiles"]] == np.argsort(-norms).tolist()
         assert (view["total"], view["colours"], view["scale"]) == (6, False, f"{scale:.3g}")
-        for one in view["tiles"]:
-            weight = weights[n, one.channel][..., None] / scale
+        for tile in view["tiles"]:
+            weight = weights[n, tile.channel][..., None] / scale
             ends = np.where(weight > 0, np.array(ORANGE), np.array(BLUE))
-            assert np.abs(cut(one.tile) - (255 - np.abs(weight) * (255 - ends))).max() <= 0.5 + 1e-6
+            assert np.abs(cut(tile.tile) - (255 - np.abs(weight) * (255 - ends))).max() <= 0.5 + 1e-6
     first = filter_view(reader, atlas_id, FIRST, 2)["kernels"]
     (only,) = first["tiles"]
-    own = kernels(tiny_model(), FIRST).weights[2].double().permute(1, 2, 0).numpy()
+    weight = kernels(tiny_model(), FIRST).weights[2].double().permute(1, 2, 0).numpy()
     assert (first["colours"], only.channel) == (True, None)
-    assert np.abs(cut(only.tile) - (own / np.abs(own).max() + 1) / 2 * 255).max() <= 0.5 + 1e-4
+    assert np.abs(cut(only.tile) - (weight / np.abs(weight).max() + 1) / 2 * 255).max() <= 0.5 + 1e-4
 
 
 def test_a_filter_leads_to_those_beside_it_and_its_layer(reader: StoreReader, atlas_id: str) -> None:
@@ -153,9 +153,9 @@ def test_what_was_not_drawn_is_known_by_its_layer_alone(reader: StoreReader, atl
 
 
 def test_figures_that_there_are_not_are_left_out() -> None:
-    one = Verdict(3, "filter_3", "weak", 12.5, None, 0.25, 2, None, None)
+    verdict = Verdict(3, "filter_3", "weak", 12.5, None, 0.25, 2, None, None)
     limits = {"excitation": 0.75, "stability": 0.6, "outdone": 0.5, "agreement": 0.5}
-    assert [(name, value) for name, value, _ in verdict_figures(one, limits)] == [
+    assert [(name, value) for name, value, _ in verdict_figures(verdict, limits)] == [
         ("score", "12.5"),
         ("stability", "0.25"),
         ("rank among pictures", "2"),

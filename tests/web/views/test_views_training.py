@@ -28,9 +28,9 @@ def test_the_view_holds_the_record_s_numbers(training: TrainingView) -> None:
     # norm, mean magnitude, norm / 4, batches that are broken
     assert view["last_cells"] == [("0.125", "0.5", "0.0312", "0"), ("2", "0.5", "0.5", "0")]
     assert view["verdicts"] == verdicts(training.history)
-    told = json.loads(view["figures"])
-    assert told["metrics"] == [["2"], ["1"], ["0.5"]]
-    assert told["gradients"][0] == "0.5 0.5 0.125 0|2 0.5 0.5 0"
+    figures = json.loads(view["figures"])
+    assert figures["metrics"] == [["2"], ["1"], ["0.5"]]
+    assert figures["gradients"][0] == "0.5 0.5 0.125 0|2 0.5 0.5 0"
     first, second = view["layers"]
     assert (first["path"], first["filters"], first["weight_rows"]) == ("conv1", [0, 1, 2], [0])
     assert (second["slug"], second["filters"], second["weight_rows"]) == ("deep~2Fconv2", [], [])

@@ -15,14 +15,14 @@
   const reason = async (url) => {
     const answer = await fetch(url);
     if (answer.ok) throw new Error("it is there");
-    const said = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main p");
-    return said.textContent;
+    const message = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main p");
+    return message.textContent;
   };
 
   const missing = async (address) => {
     const url = new URL(address, location.href);
-    for (const one of document.querySelectorAll("main image, main img")) {
-      if (new URL(one.getAttribute("href") ?? one.src, location.href).href === url.href) one.classList.add("broken");
+    for (const picture of document.querySelectorAll("main image, main img")) {
+      if (new URL(picture.getAttribute("href") ?? picture.src, location.href).href === url.href) picture.classList.add("broken");
     }
     if (lost.has(url.href)) return;
     lost.add(url.href);
@@ -32,14 +32,14 @@
     telling.textContent = location.protocol.startsWith("http") ? await reason(url).catch(() => general) : general;
   };
 
-  const addressed = (one) => one.getAttribute("href") ?? one.getAttribute("src") ?? "";
-  const own = (one) => /\.(webp|png)$/.test(addressed(one)) && !one.closest(".live");
+  const addressed = (picture) => picture.getAttribute("href") ?? picture.getAttribute("src") ?? "";
+  const isFilePicture = (picture) => /\.(webp|png)$/.test(addressed(picture)) && !picture.closest(".live");
   const failed = (event) => {
-    if (event.target.matches?.("main image, main img") && own(event.target)) missing(addressed(event.target));
+    if (event.target.matches?.("main image, main img") && isFilePicture(event.target)) missing(addressed(event.target));
   };
   document.addEventListener("error", failed, true);
   // those that failed before this ran; what is there already is not loaded again
-  const before = [...document.querySelectorAll("main image, main img")].filter(own).map(addressed);
+  const before = [...document.querySelectorAll("main image, main img")].filter(isFilePicture).map(addressed);
   for (const address of new Set(before)) {
     const probe = new Image();
     probe.onerror = () => missing(address);
@@ -49,9 +49,9 @@
   // What a layer's pictures were chosen and sorted by, kept till the tab is closed, leads from filter to filter.
   const folder = location.pathname.slice(0, location.pathname.lastIndexOf("/") + 1);
   const course = {
-    keep(asked, filters) {
+    keep(query, filters) {
       try {
-        if (asked) sessionStorage.setItem(folder, JSON.stringify({ asked, filters }));
+        if (query) sessionStorage.setItem(folder, JSON.stringify({ asked: query, filters }));
         else sessionStorage.removeItem(folder);
       } catch {
         // a browser that keeps nothing: filters go by their numbers
@@ -103,7 +103,7 @@
     const boxes = [...form.querySelectorAll("[name=verdict]")];
     const reset = document.getElementById("reset");
     const keys = { excitation: "e", stability: "t", score: "c" };
-    let shown = cells;
+    let visible = cells;
     let current = null;
 
     const number = (cell, key) => (key in cell.dataset ? Number(cell.dataset[key]) : null);
@@ -112,31 +112,31 @@
     const sorted = (by, turned) => {
       if (!keys[by]) return turned ? [...cells].reverse() : cells;
       const figures = new Map(cells.map((cell) => [cell, number(cell, keys[by])]));
-      return [...cells].sort((one, other) => {
-        const [a, b] = [figures.get(one), figures.get(other)];
+      return [...cells].sort((left, right) => {
+        const [a, b] = [figures.get(left), figures.get(right)];
         return a === null || b === null ? (a === null) - (b === null) : turned ? a - b : b - a;
       });
     };
 
     const state = () => {
-      const asked = new URLSearchParams();
-      if (form.sort.value !== "index") asked.set("sort", form.sort.value);
-      if (form.turned.checked) asked.set("turned", "1");
+      const query = new URLSearchParams();
+      if (form.sort.value !== "index") query.set("sort", form.sort.value);
+      if (form.turned.checked) query.set("turned", "1");
       const chosen = boxes.filter((box) => box.checked).map((box) => box.value);
-      if (chosen.length < boxes.length) asked.set("verdict", chosen.join(" "));
-      if (form.least && form.least.value !== "") asked.set("least", form.least.value);
-      return asked;
+      if (chosen.length < boxes.length) query.set("verdict", chosen.join(" "));
+      if (form.least && form.least.value !== "") query.set("least", form.least.value);
+      return query;
     };
 
-    const set = (asked) => {
-      const by = asked.get("sort");
-      form.sort.value = [...form.sort.options].some((one) => one.value === by) ? by : "index";
-      form.turned.checked = asked.has("turned");
-      const named = asked.get("verdict");
-      const chosen = boxes.map((box) => box.value).filter((one) => named?.split(" ").includes(one));
+    const set = (query) => {
+      const by = query.get("sort");
+      form.sort.value = [...form.sort.options].some((option) => option.value === by) ? by : "index";
+      form.turned.checked = query.has("turned");
+      const named = query.get("verdict");
+      const chosen = boxes.map((box) => box.value).filter((verdict) => named?.split(" ").includes(verdict));
       const all = named === null || (named !== "" && !chosen.length); // unknown ones do not count
       for (const box of boxes) box.checked = all || chosen.includes(box.value);
-      const least = Number(asked.get("least") || NaN);
+      const least = Number(query.get("least") || NaN);
       if (form.least) form.least.value = Number.isFinite(least) ? least : "";
     };
 
@@ -154,11 +154,11 @@
         grid.replaceChildren(...order);
         if (grid.contains(active)) active.focus({ preventScroll: true });
       }
-      shown = order.filter((cell) => !cell.hidden);
-      const some = `${shown.length} of ${cells.length}`;
-      document.getElementById("shown").textContent = shown.length ? some : "No filter matches.";
-      reset.hidden = shown.length > 0;
-      if (!shown.includes(current)) choose(shown[0] ?? null);
+      visible = order.filter((cell) => !cell.hidden);
+      const count = `${visible.length} of ${cells.length}`;
+      document.getElementById("shown").textContent = visible.length ? count : "No filter matches.";
+      reset.hidden = visible.length > 0;
+      if (!visible.includes(current)) choose(visible[0] ?? null);
     };
 
     // One link of the grid is in the order of the tab key; the arrows move which.
@@ -169,8 +169,8 @@
     };
 
     const keep = (how) => {
-      const asked = state().toString();
-      const url = `${location.pathname}${asked && `?${asked}`}`;
+      const query = state().toString();
+      const url = `${location.pathname}${query && `?${query}`}`;
       if (url === location.pathname + location.search) return;
       try {
         history[how](null, "", url);
@@ -182,10 +182,10 @@
     const columns = () => getComputedStyle(grid).gridTemplateColumns.split(" ").length;
 
     const aim = (key) => {
-      const at = shown.indexOf(current);
+      const at = visible.indexOf(current);
       const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() };
       if (key === "Home") return 0;
-      if (key === "End") return shown.length - 1;
+      if (key === "End") return visible.length - 1;
       return key in steps ? at + steps[key] : null;
     };
 
@@ -193,8 +193,8 @@
       const to = plain(event) ? aim(event.key) : null;
       if (to === null) return;
       event.preventDefault();
-      if (!shown[to]) return;
-      choose(shown[to]);
+      if (!visible[to]) return;
+      choose(visible[to]);
       current.firstElementChild.focus();
     });
     grid.addEventListener("focusin", (event) => choose(event.target.closest("li")));
@@ -221,7 +221,7 @@
     };
     grid.addEventListener("click", (event) => {
       const link = event.target.closest("a");
-      if (link) course.keep(state().toString(), shown.map((cell) => cell.firstElementChild.id.slice(1)));
+      if (link) course.keep(state().toString(), visible.map((cell) => cell.firstElementChild.id.slice(1)));
       try {
         if (link) history.replaceState({ from: link.id }, "");
       } catch {

@@ -1,21 +1,21 @@
-// Live use: a filter rendered while one looks on, any filter of any layer, and a visitor's photo. Only a server sends
-// this; nothing that is shown here is kept there.
+// Live use: a filter rendered while the visitor watches, any filter of any layer, and a visitor's photo. Only a server
+// sends this script, and it stores nothing of what is shown.
 
 const SVG = "http://www.w3.org/2000/svg";
 const MOST = 20e6; // bytes of a photo
-const PATIENCE = 8; // times that a busy server is asked again
+const PATIENCE = 8; // times that a request to a busy server is repeated
 
 const made = (name, facts = {}, ...inside) => {
-  const one = document.createElement(name);
-  Object.assign(one, facts);
-  one.append(...inside);
-  return one;
+  const element = document.createElement(name);
+  Object.assign(element, facts);
+  element.append(...inside);
+  return element;
 };
 
 const drawn = (name, facts) => {
-  const one = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(facts)) one.setAttribute(key, value);
-  return one;
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(facts)) element.setAttribute(key, value);
+  return element;
 };
 
 const sentence = (text) => text && text.replace(/\.?$/, "."); // names at its beginning stay as they are spelled
@@ -30,26 +30,26 @@ async function answered(asking, again = () => asking()) {
       await new Promise((done) => setTimeout(done, 1500));
       continue;
     }
-    const told = await answer.json().catch(() => ({}));
-    throw new Error(told.error ?? `the server answered ${answer.status}`);
+    const body = await answer.json().catch(() => ({}));
+    throw new Error(body.error ?? `the server answered ${answer.status}`);
   }
 }
 
-const told = (error) => sentence(error instanceof TypeError ? "The server cannot be reached" : error.message);
+const errorSentence = (error) => sentence(error instanceof TypeError ? "The server cannot be reached" : error.message);
 
 // Return what recipes.json says once it is known whether the network can be opened here; only then `controls` are shown.
-async function known(root, controls) {
-  let found = {};
+async function openRecipes(root, controls) {
+  let recipes = {};
   try {
-    found = await (await answered(() => fetch(root.dataset.recipes))).json();
+    recipes = await (await answered(() => fetch(root.dataset.recipes))).json();
   } catch {
     // what is asked for then says what is wrong
   }
   const note = root.closest(".live").querySelector(".refused");
-  note.textContent = found.refused ?? "";
-  note.hidden = !found.refused;
-  controls.hidden = Boolean(found.refused);
-  return found;
+  note.textContent = recipes.refused ?? "";
+  note.hidden = !recipes.refused;
+  controls.hidden = Boolean(recipes.refused);
+  return recipes;
 }
 
 // what stands between backticks is a command or its like
@@ -58,7 +58,7 @@ const spelled = (text) => text.split("`").map((part, number) => (number % 2 ? ma
 // a long name may break where its parts meet
 const breaking = (name) => name.split(/(?<=[._/])/).flatMap((part) => [part, document.createElement("wbr")]);
 
-// ---- a filter, rendered while one looks on
+// ---- a filter, rendered while the visitor watches
 
 async function* events(answer) {
   const reader = answer.body.getReader();
@@ -87,19 +87,19 @@ function easel(root) {
   const find = (selector) => root.querySelector(selector);
   const form = find("form");
   const { recipe, size, steps, seed, stop } = form.elements;
-  const [said, view, outcome] = [".said", ".easel", ".outcome"].map(find);
+  const [status, view, outcome] = [".said", ".easel", ".outcome"].map(find);
   const [image, progress, count, line] = [".easel img", "progress", ".count", "polyline"].map(find);
   const name = `filter ${root.dataset.channel} of ${root.dataset.layer}`;
   let under = null;
 
-  const fill = (known) => {
-    size.value = known.size;
-    steps.value = known.steps;
-    seed.value = known.seed;
+  const fill = (settings) => {
+    size.value = settings.size;
+    steps.value = settings.steps;
+    seed.value = settings.seed;
   };
 
   const say = (text) => {
-    if (said.textContent !== text) said.textContent = text;
+    if (status.textContent !== text) status.textContent = text;
   };
 
   const show = {
@@ -124,7 +124,7 @@ function easel(root) {
       image.alt = `the picture that ${name} answers to`;
       say(`Done: score ${short(score)}, from ${short(start)} at the start.${dead ? " The filter stayed silent: it answers to nothing that was tried." : ""}`);
       outcome.hidden = false;
-      for (const one of outcome.querySelectorAll(".made")) one.hidden = !command;
+      for (const element of outcome.querySelectorAll(".made")) element.hidden = !command;
       outcome.querySelector("code").textContent = command;
     },
     failed({ error }) {
@@ -136,20 +136,20 @@ function easel(root) {
     under?.abort();
     const mine = (under = new AbortController());
     const wish = { layer: root.dataset.layer, channel: Number(root.dataset.channel), recipe: recipe.value };
-    for (const one of [size, steps, seed]) if (one.value !== "") wish[one.name] = Number(one.value);
-    const asked = { method: "POST", body: JSON.stringify(wish), headers: { "Content-Type": "application/json" }, signal: mine.signal };
+    for (const input of [size, steps, seed]) if (input.value !== "") wish[input.name] = Number(input.value);
+    const request = { method: "POST", body: JSON.stringify(wish), headers: { "Content-Type": "application/json" }, signal: mine.signal };
     outcome.hidden = true;
     stop.hidden = false;
     say("Asked for.");
     let last = "";
     try {
       const points = [];
-      for await (const [event, facts] of events(await answered(() => fetch(root.dataset.url, asked)))) {
+      for await (const [event, facts] of events(await answered(() => fetch(root.dataset.url, request)))) {
         show[(last = event)]?.(facts, points);
       }
       if (last !== "done" && last !== "failed") throw new TypeError("it broke off");
     } catch (error) {
-      say(mine.signal.aborted ? "Stopped." : told(error));
+      say(mine.signal.aborted ? "Stopped." : errorSentence(error));
     }
     if (under === mine) stop.hidden = true;
   }
@@ -164,10 +164,10 @@ function easel(root) {
   });
   addEventListener("pagehide", () => under?.abort());
 
-  known(root, form).then(({ own, recipes }) => {
+  openRecipes(root, form).then(({ own: atlasRecipe, recipes }) => {
     if (!recipes) return; // then there is the atlas' own alone
-    recipe.replaceChildren(...Object.keys(recipes).map((one) => made("option", { textContent: one, selected: one === own })));
-    fill(recipes[own]);
+    recipe.replaceChildren(...Object.keys(recipes).map((name) => made("option", { textContent: name, selected: name === atlasRecipe })));
+    fill(recipes[atlasRecipe]);
     recipe.addEventListener("change", () => fill(recipes[recipe.value]));
   });
 }
@@ -185,7 +185,7 @@ function anything(form) {
   const { layer, channel } = form.elements;
   const state = form.querySelector("[role=status]");
   const list = form.querySelector("datalist");
-  const facts = known(form, form);
+  const facts = openRecipes(form, form);
   let layers = new Map();
   let flat = [];
   let loading = null;
@@ -193,17 +193,17 @@ function anything(form) {
   const load = () => {
     loading ??= loaded().catch((error) => {
       loading = null; // so that it can be tried again
-      state.textContent = told(error);
+      state.textContent = errorSentence(error);
     });
     return loading;
   };
 
   async function loaded() {
     state.textContent = "The network is being loaded.";
-    const found = await (await answered(() => fetch(form.dataset.layers))).json();
-    layers = new Map(found.layers.map((one) => [one.path, one]));
-    flat = found.flat;
-    list.replaceChildren(...found.layers.map((one) => made("option", { value: one.path, label: `${one.channels} filters` })));
+    const choices = await (await answered(() => fetch(form.dataset.layers))).json();
+    layers = new Map(choices.layers.map((row) => [row.path, row]));
+    flat = choices.flat;
+    list.replaceChildren(...choices.layers.map((row) => made("option", { value: row.path, label: `${row.channels} filters` })));
     state.textContent = `${layers.size} layers have maps.`;
   }
 
@@ -215,11 +215,11 @@ function anything(form) {
       return;
     }
     const model = (await facts).model ?? "MODEL";
-    const every = `\`phosphene layers ${model}\` lists all`;
+    const listing = `\`phosphene layers ${model}\` lists all`;
     const classes = `\`phosphene filters ${model} ${layer.value} --objective logit\` draws classes`;
     const text = flat.includes(layer.value)
-      ? `${layer.value} is no layer with a map; ${every}, and ${classes}.`
-      : `There is no layer ${layer.value.replaceAll("`", "")}; choose one of the list, or ${every}.`;
+      ? `${layer.value} is no layer with a map; ${listing}, and ${classes}.`
+      : `There is no layer ${layer.value.replaceAll("`", "")}; choose one of the list, or ${listing}.`;
     state.replaceChildren(...spelled(text));
   }
 
@@ -240,7 +240,7 @@ function anything(form) {
 function visitor(root) {
   const part = (id) => document.getElementById(id);
   const [drop, file, state, seen] = ["drop", "file", "state", "seen"].map(part);
-  const [how, classes, other, method, layer] = ["how", "classes", "other", "method", "layer"].map(part);
+  const [how, classes, otherClass, method, layer] = ["how", "classes", "other", "method", "layer"].map(part);
   const [group, channels] = ["group", "channels"].map(part);
   const under = new Map();
   let photo = null; // the last one that the server has read
@@ -250,11 +250,11 @@ function visitor(root) {
   let turn = 0;
 
   // what was asked for before of the same kind is of no interest any more
-  const ask = async (kind, asked = {}, body = photo) => {
+  const ask = async (kind, values = {}, body = photo) => {
     under.get(kind)?.abort();
     const mine = new AbortController();
     under.set(kind, mine);
-    const query = new URLSearchParams(Object.entries(asked).filter(([, value]) => value));
+    const query = new URLSearchParams(Object.entries(values).filter(([, value]) => value));
     const send = () => fetch(`${kind}?${query}`, { method: "POST", body, signal: mine.signal });
     return answered(send);
   };
@@ -268,31 +268,31 @@ function visitor(root) {
       if (turn === mine) state.textContent = ""; // what another has said in the meantime stays
     } catch (error) {
       if (error.name === "AbortError") return;
-      state.textContent = told(error);
+      state.textContent = errorSentence(error);
     }
     if (turn === mine) root.removeAttribute("aria-busy");
   };
 
   const bar = (share) => {
-    const one = drawn("svg", { viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true" });
-    one.append(drawn("rect", { class: "whole", width: 100, height: 6 }), drawn("rect", { width: 100 * share, height: 6 }));
-    return one;
+    const svg = drawn("svg", { viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true" });
+    svg.append(drawn("rect", { class: "whole", width: 100, height: 6 }), drawn("rect", { width: 100 * share, height: 6 }));
+    return svg;
   };
 
-  const choice = (one) =>
-    made("label", {}, made("input", { type: "radio", name: "target", value: one.index }), made("span", { textContent: one.name }),
-      made("b", { textContent: percent(one.probability) }), bar(one.probability));
+  const choice = (score) =>
+    made("label", {}, made("input", { type: "radio", name: "target", value: score.index }), made("span", { textContent: score.name }),
+      made("b", { textContent: percent(score.probability) }), bar(score.probability));
 
-  const listed = (found, chosen) => {
-    const now = JSON.stringify(found);
+  const listed = (scores, chosen) => {
+    const now = JSON.stringify(scores);
     if (now !== top) {
-      classes.replaceChildren(classes.querySelector("legend"), ...found.map(choice));
+      classes.replaceChildren(classes.querySelector("legend"), ...scores.map(choice));
       top = now;
     }
-    for (const one of classes.querySelectorAll("input")) one.checked = Number(one.value) === chosen;
+    for (const input of classes.querySelectorAll("input")) input.checked = Number(input.value) === chosen;
   };
 
-  const target = () => other.value.trim() || (classes.querySelector("input:checked")?.value ?? "");
+  const target = () => otherClass.value.trim() || (classes.querySelector("input:checked")?.value ?? "");
 
   const unread = (name, why) => {
     const reason = why.replace(/^The /, "the ").replace(/\.$/, "");
@@ -304,57 +304,57 @@ function visitor(root) {
     const mine = coming;
     const content = mine ? mine.content : photo;
     if (!content) return;
-    const asked = { method: method.value, layer: layer.disabled ? "" : layer.value, target: mine ? "" : target() };
-    let found;
+    const values = { method: method.value, layer: layer.disabled ? "" : layer.value, target: mine ? "" : target() };
+    let result;
     try {
-      found = await (await ask("photo", asked, content)).json();
+      result = await (await ask("photo", values, content)).json();
     } catch (error) {
       if (!mine || error.name === "AbortError") throw error;
       if (coming === mine) coming = null;
-      throw new Error(unread(mine.name, told(error)));
+      throw new Error(unread(mine.name, errorSentence(error)));
     }
     if (mine) {
       photo = content;
       coming = null;
-      other.value = "";
-      for (const one of classes.querySelectorAll("input")) one.checked = false;
+      otherClass.value = "";
+      for (const input of classes.querySelectorAll("input")) input.checked = false;
     }
-    heat(found, asked.layer === "");
+    heat(result, values.layer === "");
     if (!mine) return;
     seen.hidden = false;
     await Promise.all([filters(), sheet(), fill()]);
   }
 
-  function heat(found, usual) {
-    const named = found.classes.length > 0;
+  function heat(result, usual) {
+    const named = result.classes.length > 0;
     how.hidden = part("bar").hidden = !named;
-    part("heat").src = found.picture;
-    part("heat").alt = named ? `your photo, with a heat map of ${found.caption}` : "your photo";
-    part("caption").textContent = named ? found.note ? sentence(found.note) : found.caption : "";
+    part("heat").src = result.picture;
+    part("heat").alt = named ? `your photo, with a heat map of ${result.caption}` : "your photo";
+    part("caption").textContent = named ? result.note ? sentence(result.note) : result.caption : "";
     part("unnamed").hidden = named;
-    part("unnamed").textContent = named ? "" : found.note;
+    part("unnamed").textContent = named ? "" : result.note;
     if (!named) return;
-    listed(found.classes, found.target.index);
-    part("strongest").textContent = short(found.strongest);
-    part("bar").hidden = found.note !== "";
-    part("caution").hidden = !found.caution;
-    part("caution").textContent = found.caution && `${found.method}: ${found.caution}.`;
-    layer.disabled = found.layer === "input";
-    if (usual && !layer.disabled) layer.options[0].textContent = `the last one with a map (${found.layer})`;
+    listed(result.classes, result.target.index);
+    part("strongest").textContent = short(result.strongest);
+    part("bar").hidden = result.note !== "";
+    part("caution").hidden = !result.caution;
+    part("caution").textContent = result.caution && `${result.method}: ${result.caution}.`;
+    layer.disabled = result.layer === "input";
+    if (usual && !layer.disabled) layer.options[0].textContent = `the last one with a map (${result.layer})`;
   }
 
-  const portrait = (one) =>
-    made("li", {}, made("a", { href: one.page },
-      made("img", { src: one.picture, alt: `filter ${one.channel} of ${one.layer}`, loading: "lazy" }),
-      made("b", { textContent: `${one.excitation.toFixed(2)}` }),
-      made("i", { textContent: one.verdict, className: one.verdict }),
-      made("span", {}, ...breaking(one.layer)),
-      made("span", { textContent: `filter ${one.channel}` })));
+  const portrait = (filter) =>
+    made("li", {}, made("a", { href: filter.page },
+      made("img", { src: filter.picture, alt: `filter ${filter.channel} of ${filter.layer}`, loading: "lazy" }),
+      made("b", { textContent: `${filter.excitation.toFixed(2)}` }),
+      made("i", { textContent: filter.verdict, className: filter.verdict }),
+      made("span", {}, ...breaking(filter.layer)),
+      made("span", { textContent: `filter ${filter.channel}` })));
 
   const gallery = () => {
     if (!excited) return;
-    const found = group.value ? excited.layers.find((one) => one.path === group.value).filters : excited.strongest;
-    part("filters").replaceChildren(...found.map(portrait));
+    const filters = group.value ? excited.layers.find((row) => row.path === group.value).filters : excited.strongest;
+    part("filters").replaceChildren(...filters.map(portrait));
   };
 
   // what was shown of the photo before does not stay under another
@@ -371,7 +371,7 @@ function visitor(root) {
     excited = await answer.json();
     const before = group.value;
     group.replaceChildren(made("option", { value: "", textContent: "all layers" }),
-      ...excited.layers.map((one) => made("option", { textContent: one.path, selected: one.path === before })));
+      ...excited.layers.map((row) => made("option", { textContent: row.path, selected: row.path === before })));
     const measure = excited.photos
       ? `1 is as strongly as the strongest of the ${excited.photos.toLocaleString("en")} photos that this atlas was made with, 0 is their mean.`
       : "1 is as strongly as the filter's own picture, 0 as little as plain grey.";
@@ -408,16 +408,16 @@ function visitor(root) {
       filled = false; // the layers of the atlas are there
       return;
     }
-    const found = await answer.json();
-    part("names").replaceChildren(...found.classes.map((one) => made("option", { value: one })));
+    const choices = await answer.json();
+    part("names").replaceChildren(...choices.classes.map((name) => made("option", { value: name })));
     for (const select of root.querySelectorAll("select[data-fill]")) {
-      const there = new Set([...select.options].map((one) => one.value));
-      const others = found.layers.filter((one) => !there.has(one.path)).map((one) => made("option", { textContent: one.path }));
+      const listed = new Set([...select.options].map((option) => option.value));
+      const others = choices.layers.filter((row) => !listed.has(row.path)).map((row) => made("option", { textContent: row.path }));
       if (others.length) select.append(made("optgroup", { label: "other layers with a map" }, ...others));
     }
   };
 
-  known(root, root);
+  openRecipes(root, root);
   file.addEventListener("change", () => {
     show(file.files[0]);
     file.value = ""; // so that the same file can be chosen again
@@ -433,18 +433,18 @@ function visitor(root) {
   }
   addEventListener("drop", (event) => show(event.dataTransfer.files[0]));
   addEventListener("paste", (event) => {
-    const pasted = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
+    const pasted = [...event.clipboardData.files].find((file) => file.type.startsWith("image/"));
     if (pasted) event.preventDefault();
     show(pasted);
   });
   how.addEventListener("submit", (event) => event.preventDefault());
   how.addEventListener("change", (event) => {
-    if (event.target.type === "radio") other.value = "";
+    if (event.target.type === "radio") otherClass.value = "";
     trying(look);
   });
   group.addEventListener("change", gallery);
   channels.addEventListener("change", () => trying(sheet));
-  for (const one of [other, layer, channels]) one.addEventListener("focus", fill);
+  for (const input of [otherClass, layer, channels]) input.addEventListener("focus", fill);
 }
 
 for (const [id, begin] of [["render", easel], ["any", anything], ["visitor", visitor]]) {

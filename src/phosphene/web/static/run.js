@@ -12,33 +12,33 @@
     const { layer, epoch: slider, play } = form.elements;
     const all = part.querySelector("input[name=all]");
     const rows = [...part.querySelectorAll("table.sizes tbody tr")];
-    const asked = Object.fromEntries([...part.querySelectorAll("[data-shows]")].map((one) => [one.dataset.shows, ""]));
+    const requested = Object.fromEntries([...part.querySelectorAll("[data-shows]")].map((figure) => [figure.dataset.shows, ""]));
     let timer = 0, moved = 0;
 
-    const set = (selector, text) => document.querySelectorAll(selector).forEach((one) => { one.textContent = text; });
+    const set = (selector, text) => document.querySelectorAll(selector).forEach((element) => { element.textContent = text; });
     const chosen = () => layer?.selectedOptions[0];
 
     // Where a picture lies; of filters that were not rendered after this epoch, the last before it.
     function address(noun, epoch) {
       const { base, kernels, filters } = chosen().dataset;
       if (noun === "kernels") return kernels ? [`${base}/kernels_${epoch}.png`, epoch] : null;
-      const there = filters.split(" ").filter(Boolean).map(Number);
-      const at = there.findLast((one) => one <= epoch) ?? there[0];
+      const rendered = filters.split(" ").filter(Boolean).map(Number);
+      const at = rendered.findLast((number) => number <= epoch) ?? rendered[0];
       return at === undefined ? null : [`${base}/filters_${at}.png`, at];
     }
 
     // A picture takes the other's place when it is whole, so that nothing flickers.
     async function show(figure, epoch) {
       const noun = figure.dataset.shows;
-      const found = address(noun, epoch);
-      figure.hidden = !found;
-      asked[noun] = found?.[0];
-      if (!found) return;
-      const [path, at] = found;
+      const source = address(noun, epoch);
+      figure.hidden = !source;
+      requested[noun] = source?.[0];
+      if (!source) return;
+      const [path, at] = source;
       const next = new Image();
       next.src = path;
       await next.decode().catch(() => {});
-      if (asked[noun] !== path) return;
+      if (requested[noun] !== path) return;
       const picture = figure.querySelector("img");
       picture.src = path;
       picture.alt = `${layer.value}, ${noun === "kernels" ? "its kernels" : "what its filters respond to"} after epoch ${at}`;
@@ -56,15 +56,15 @@
         circle.setAttribute("visibility", at ? "visible" : "hidden");
         if (at) { circle.setAttribute("cx", at[0]); circle.setAttribute("cy", at[1]); }
       });
-      const own = (chosen()?.dataset.own ?? "").split(" ").filter(Boolean).map(Number);
-      const every = !all || all.checked || !own.length;
-      const lines = gradients[place].split("|").map((one) => one.split(" "));
+      const ownRows = (chosen()?.dataset.own ?? "").split(" ").filter(Boolean).map(Number);
+      const showAll = !all || all.checked || !ownRows.length;
+      const lines = gradients[place].split("|").map((line) => line.split(" "));
       rows.forEach((row, number) => {
-        row.hidden = !every && !own.includes(number);
-        row.classList.toggle("own", own.includes(number));
+        row.hidden = !showAll && !ownRows.includes(number);
+        row.classList.toggle("own", ownRows.includes(number));
         [...row.cells].slice(1).forEach((cell, column) => { cell.textContent = lines[number][column]; });
       });
-      if (all) all.parentElement.hidden = !own.length;
+      if (all) all.parentElement.hidden = !ownRows.length;
       if (!layer) return Promise.resolve();
       set(".which", layer.value);
       return Promise.all([...part.querySelectorAll("[data-shows]")].map((figure) => show(figure, epoch)));
@@ -89,8 +89,8 @@
       const query = new URLSearchParams(location.search);
       const place = epochs.indexOf(Number(query.get("epoch") ?? NaN));
       slider.value = place < 0 ? epochs.length - 1 : place;
-      const known = [...(layer?.options ?? [])];
-      (known.find((one) => one.value === query.get("layer")) ?? known.find((one) => one.defaultSelected) ?? {}).selected = true;
+      const options = [...(layer?.options ?? [])];
+      (options.find((option) => option.value === query.get("layer")) ?? options.find((option) => option.defaultSelected) ?? {}).selected = true;
       strip();
       draw();
     }
