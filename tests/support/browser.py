@@ -113,9 +113,9 @@ def served(place: Path) -> Iterator[Served]:
     reader = StoreReader(stores)
     queue = RenderQueue(reader)
     site = Site(reader, trainings(histories), live=True)
-    shown = application(site, live_routes(queue), on_shutdown=queue.close)
+    app = application(site, live_routes(queue), on_shutdown=queue.close)
     at, ready = listening("127.0.0.1", 0), threading.Event()
-    server = Server(uvicorn_config(shown), ready.set, queue.close)
+    server = Server(uvicorn_config(app), ready.set, queue.close)
     thread = threading.Thread(target=server.run, args=([at],), daemon=True)
     thread.start()
     assert ready.wait(20)
@@ -137,7 +137,7 @@ def exported(place: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Return the browser of the machine; its loop is closed before other modules begin theirs."""
-    program = next((found for one in PROGRAMS if (found := shutil.which(one))), None)
+    program = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
     if program is None:
         pytest.skip(f"there is no browser here: install one of {', '.join(PROGRAMS)}")
     as_root = ["--no-sandbox"] if os.geteuid() == 0 else []  # which Chromium refuses to be otherwise
@@ -159,10 +159,14 @@ def visiting(browser: Browser, base: str, width: int = 1280, dark: bool = False,
     context.set_default_timeout(WAIT)
     expect.set_options(timeout=WAIT)
     page, troubles = context.new_page(), list[str]()
-    page.on("console", lambda one: troubles.append(one.text) if one.type in ("error", "warning") else None)
-    page.on("pageerror", lambda one: troubles.append(str(one)))
-    page.on("request", lambda one: None if is_own(one.url, base) else troubles.append(f"asked for {one.url}"))
-    page.on("response", lambda one: troubles.append(f"{one.status} {one.url}") if one.status >= 400 else None)
+    page.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on(
+        "request", lambda request: None if is_own(request.url, base) else troubles.append(f"asked for {request.url}")
+    )
+    page.on(
+        "response", lambda answer: troubles.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
+    )
     try:
         yield page
     finally:
@@ -172,8 +176,8 @@ def visiting(browser: Browser, base: str, width: int = 1280, dark: bool = False,
 
 def is_own(address: str, base: str) -> bool:
     """Return whether an address is the page's own: of its host, or of no host at all."""
-    asked, own = urlsplit(address), urlsplit(base)
-    return asked.scheme in ("data", "blob") or (asked.scheme, asked.netloc) == (own.scheme, own.netloc)
+    url, root = urlsplit(address), urlsplit(base)
+    return url.scheme in ("data", "blob") or (url.scheme, url.netloc) == (root.scheme, root.netloc)
 
 
 def drop(page: Page, photo: Path, selector: str) -> None:
@@ -189,9 +193,9 @@ def drop(page: Page, photo: Path, selector: str) -> None:
 
 def check_access(page: Page) -> None:
     """Fail on what people who cannot see, or use no mouse, would run into, if axe calls it serious or critical."""
-    found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
-    heavy = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert not heavy, "\n".join(f"{page.url} {one['id']}: {one['nodes'][0]['html']}" for one in heavy)
+    violations = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    heavy = [violation for violation in violations if violation["impact"] in ("serious", "critical")]
+    assert not heavy, "\n".join(f"{page.url} {violation['id']}: {violation['nodes'][0]['html']}" for violation in heavy)
 
 
 def look(page: Page, name: str) -> None:

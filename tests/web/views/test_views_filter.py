@@ -71,16 +71,16 @@ def test_strong_photos_are_framed_where_the_filter_answers(
         strong = filter_view(reader, atlas_id, SECOND, n)["photos"]
         assert len(strong) == 4
         statistics = evidence[SECOND]
-        for rank, top in enumerate(strong):
+        for rank, example in enumerate(strong):
             photo = int(statistics.photos[n, rank])
             row, column = statistics.positions[n, rank].tolist()
-            assert top.name == names[photo]
-            assert nearest_index(cut(top.thumbnail), photos) == photo  # 16 px are kept as they are
+            assert example.name == names[photo]
+            assert nearest_index(cut(example.thumbnail), photos) == photo  # 16 px are kept as they are
             top, left, bottom, right = max(0, row - 2), max(0, column - 2), min(16, row + 3), min(16, column + 3)
-            assert top.box == (top.thumbnail.x + left, top.thumbnail.y + top, right - left, bottom - top)
+            assert example.box == (example.thumbnail.x + left, example.thumbnail.y + top, right - left, bottom - top)
             if (bottom - top, right - left) == (5, 5):  # the crop is that part, enlarged as squares
                 part = Image.fromarray(photos[photo][top:bottom, left:right].astype(np.uint8)).resize((64, 64), 0)
-                assert np.abs(cut(top.crop) - np.asarray(part, dtype=float)).mean() < 25
+                assert np.abs(cut(example.crop) - np.asarray(part, dtype=float)).mean() < 25
 
 
 def test_a_frame_is_scaled_with_its_photo_and_held_inside_it() -> None:
