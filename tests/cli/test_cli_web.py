@@ -136,18 +136,6 @@ def test_without_the_extra_its_install_line_is_said(
     )
 
 
-def test_help_loads_nothing_of_the_page() -> None:
-    code = (
-        "import sys, phosphene.cli; sys.argv = ['phosphene', '--help']\n"
-        "try: phosphene.cli.main()\n"
-        "except SystemExit: print([one for one in ('starlette', 'uvicorn', 'jinja2', 'anyio') if one in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "[]"
-    assert "serve" in out
-    assert "export" in out
-
-
 def test_export_writes_the_first_page_and_says_where(run: Run) -> None:
     ran = run("export", "store", "--out", "site")
     assert (ran.code, ran.out) == (0, "site/index.html\n")
