@@ -13,8 +13,8 @@ from torch import nn
 
 import phosphene as ph
 from phosphene.images.grid import DEAD
+from phosphene.rendering.batches import never_moved, without_contrast
 from phosphene.rendering.recipes import RECIPES, Recipe, choice
-from phosphene.rendering.render import never_moved, without_contrast
 
 QUICK = Recipe("quick", "", (16,), 2, choice("pixels", low=0.3, high=0.7), choice("rms", rate=2.0))
 

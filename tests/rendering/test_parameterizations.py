@@ -18,11 +18,11 @@ from phosphene.rendering.parameterizations import (
     fourier,
     frequencies,
     maco,
+    merge_mirrored_columns,
     natural_magnitude,
     natural_spectrum,
+    offset_and_factor,
     pixels,
-    units,
-    with_edges,
 )
 from phosphene.rendering.transforms import RandomDraws
 
@@ -84,7 +84,7 @@ def test_the_units_of_pixels_by_hand() -> None:
 
 def test_an_unknown_unit_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="byte, imagenet or one, not 'bit'"):
-        units("bit", 3)
+        offset_and_factor("bit", 3)
 
 
 @pytest.mark.parametrize("unit", ["byte", "imagenet", "one"])
@@ -247,9 +247,9 @@ def test_maco_takes_the_phases_of_the_image_it_starts_from(shape: tuple[int, int
 def test_the_edges_of_a_real_spectrum_hold_everything_twice() -> None:
     # rows 0, 1, 2 of three: row 0 is its own mirror image, rows 1 and 2 are each other's
     spectrum = torch.tensor([[1.0, 5.0, 7.0], [2.0, 5.0, 8.0], [4.0, 5.0, 10.0]])
-    even = with_edges(spectrum, 4, lambda edge, mirrored: (edge - mirrored) / 2)
+    even = merge_mirrored_columns(spectrum, 4, lambda edge, mirrored: (edge - mirrored) / 2)
     assert even.tolist() == [[0.0, 5.0, 0.0], [-1.0, 5.0, -1.0], [1.0, 5.0, 1.0]]
-    odd = with_edges(spectrum, 5, lambda edge, mirrored: (edge + mirrored) / 2)
+    odd = merge_mirrored_columns(spectrum, 5, lambda edge, mirrored: (edge + mirrored) / 2)
     assert odd.tolist() == [[1.0, 5.0, 7.0], [3.0, 5.0, 8.0], [3.0, 5.0, 10.0]]
 
 

@@ -63,7 +63,7 @@ def test_the_pace_falls_evenly_over_the_cooldown() -> None:
     paces = {0.0: [1.0] * 8, 0.5: [1.0] * 5 + [0.75, 0.5, 0.25], 1.0: [1 - step / 8 for step in range(8)]}
     for cooldown, expected in paces.items():
         chosen = dataclasses.replace(recipe, cooldown=cooldown)
-        assert [chosen.pace(step) for step in range(8)] == expected
+        assert [chosen.cooldown_factor(step) for step in range(8)] == expected
 
 
 def test_growing_cuts_to_whole_pixels() -> None:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import phosphene as ph
-from phosphene.rendering.relu_gradients import SLOPE, LeakyReluGradients
+from phosphene.rendering.relu_gradients import NEGATIVE_SLOPE, LeakyReluGradients
 
 SEEN = [-3.0, -1.0, 0.0, 0.5, 4.0, 9.0]
-L = SLOPE
+L = NEGATIVE_SLOPE
 # what each gives for SEEN, and the slope that passes there: little below, 1 within, 0 above
 RECTIFIERS: dict[str, tuple[Callable[[Tensor], Tensor], list[float], list[float]]] = {
     "relu": (F.relu, [0, 0, 0, 0.5, 4, 9], [L, L, L, 1, 1, 1]),
@@ -43,7 +43,9 @@ def test_values_stay_and_slopes_pass_where_they_are_cut_off_below(name: str) -> 
         result = rectifier(leaf.clone())
         (slope,) = torch.autograd.grad((weights * result).sum(), leaf)
     assert result.tolist() == values
-    assert slope.tolist() == [SLOPE * a if b == L else a * b for a, b in zip(weights.tolist(), slopes, strict=True)]
+    assert slope.tolist() == [
+        NEGATIVE_SLOPE * a if b == L else a * b for a, b in zip(weights.tolist(), slopes, strict=True)
+    ]
 
 
 def test_other_functions_are_left_alone() -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import phosphene as ph
+from phosphene.rendering.batches import is_film_frame
 from phosphene.rendering.recipes import RECIPES, Recipe, choice
-from phosphene.rendering.render import is_film_frame
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 QUICK = Recipe("quick", "", (16,), 2, choice("pixels", low=0.3, high=0.7), choice("rms", rate=2.0))
@@ -287,9 +287,9 @@ def test_a_channel_out_of_range_is_found_before_any_step(model: ph.Model) -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"batch": 0}, "batch is 'auto' or a whole number"),
-        ({"batch": True}, "batch is 'auto' or a whole number"),
-        ({"batch": "all"}, "batch is 'auto' or a whole number"),
+        ({"batch": 0}, "batch, unless 'auto', is a whole number of at least 1"),
+        ({"batch": True}, "batch, unless 'auto', is a whole number of at least 1"),
+        ({"batch": "all"}, "batch, unless 'auto', is a whole number of at least 1"),
         ({"film": -1}, "film is a whole number"),
         ({"precision": "fp64"}, "precision is fp32, bf16 or auto"),
         ({"size": 0}, "at least 1 px"),

@@ -225,4 +225,4 @@ def test_a_number_of_either_sign_by_hand() -> None:
     for least in (0.0, 0.25, 1.0):
         share = 2 * torch.rand((), generator=generator, dtype=torch.float64).item() - 1
         expected = math.copysign(6 * (least + (1 - least) * abs(share)), share)
-        assert drawn.either_way(6.0, least).tolist() == pytest.approx([expected])
+        assert drawn.signed_uniform(6.0, least).tolist() == pytest.approx([expected])

@@ -1,6 +1,6 @@
 """Colour: three uncorrelated channels to RGB and back.
 
-Optimising RGB directly spends the first steps on what all natural pictures share, that their colours rise and fall
+Optimising RGB directly spends the first steps on a property of all natural pictures: red, green and blue rise and fall
 together (Olah et al. 2017). The matrix was measured over 1,000 natural photos by `bench/natural_statistics.py`: column
 k is the RGB change of one standard deviation along the k-th principal colour (light, blue-yellow, green-magenta).
 """
@@ -20,20 +20,15 @@ UNCORRELATED_TO_RGB = (
 MATRIX = DeviceConstant(torch.tensor(UNCORRELATED_TO_RGB, dtype=torch.float64))
 
 
-def matrix(like: Tensor) -> Tensor:
-    """Return the (3, 3) matrix from uncorrelated channels to RGB, in the device and dtype of `like`."""
-    return MATRIX.like(like)
-
-
 def correlate(channels: Tensor) -> Tensor:
-    """Turn (n, 3, h, w) uncorrelated channels into RGB logits; any other number of channels is left as it is."""
+    """Return (n, 3, h, w) uncorrelated channels as RGB logits; any other number of channels stays as it is."""
     if channels.shape[1] != 3:
         return channels
-    return torch.einsum("cd,ndhw->nchw", matrix(channels), channels)
+    return torch.einsum("cd,ndhw->nchw", MATRIX.like(channels), channels)
 
 
 def decorrelate(logits: Tensor) -> Tensor:
     """Undo `correlate`."""
     if logits.shape[1] != 3:
         return logits
-    return torch.einsum("dc,nchw->ndhw", torch.linalg.inv(matrix(logits)), logits)
+    return torch.einsum("dc,nchw->ndhw", torch.linalg.inv(MATRIX.like(logits)), logits)

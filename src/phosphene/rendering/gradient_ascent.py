@@ -1,12 +1,12 @@
-"""The climb: one batch of images up the gradient of an objective. The plain loop, on a page."""
+"""Gradient ascent: one batch of images up the gradient of an objective. The plain loop, on a page."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,15 @@ from phosphene.rendering.relu_gradients import LeakyReluGradients
 from phosphene.rendering.step_rules import STEP_RULES, State, StepRule
 from phosphene.rendering.transforms import TRANSFORMS, RandomDraws, Transform
 
-
-class ReadActivations(Protocol):
-    """What runs the network: image (b, c, h, w), items (b,) -> what the objective scores."""
-
-    def __call__(self, image: Tensor, items: Tensor) -> Acts: ...
-
-
+ReadActivations = Callable[[Tensor, Tensor], Acts]  # runs the network: image (b, c, h, w), items (b,) -> activations
 Shape = tuple[int, int, int]  # (c, h, w)
 
 
 class Frame(NamedTuple):
-    """One moment of a climb: `image` (b, c, h, w) before step `step` of `steps`, and its scores (b,) under transforms.
+    """One step of an ascent: `image` (b, c, h, w) before step `step` of `steps`, and its scores (b,) under transforms.
 
-    `items` says which pictures of the objective the rows are. The last frame, `step == steps`, is the finished image
-    with the scores that it has as it is.
+    `items` are the indices of the rows among the objective's pictures. The last frame, `step == steps`, holds the
+    finished image and its scores without transforms.
     """
 
     step: int
@@ -46,7 +40,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class StartImage:
-    """What images start from: a photo (1, c, h, w), whose shape they keep, or nothing, for noise.
+    """What images start from: a photo (1, c, h, w), whose proportions they keep, or noise if there is none.
 
     `sides` are the proportions (height, width) of the noise, by default a square's.
     """
@@ -62,45 +56,47 @@ class StartImage:
         return self.channels, max(1, round(height * size / short)), max(1, round(width * size / short))
 
     def start(
-        self, size: int, before: Tensor | None, blur: int, draws: RandomDraws
+        self, size: int, previous: Tensor | None, blur: int, draws: RandomDraws
     ) -> tuple[Shape, Tensor | RandomDraws]:
-        """Return the shape at a scale and what to start from: noise, the photo, or the last scale's image enlarged.
+        """Return the shape at a scale and its start: noise, the photo, or the previous scale's image enlarged.
 
-        Over a photo, only what the last scale added to it is enlarged, so that the photo keeps its detail.
+        Over a photo, only what the previous scale added to it is enlarged, so that the photo keeps its detail.
         """
         shape = self.shape(size)
-        if before is None and self.photo is None:
-            return shape, draws
         if self.photo is None:
-            assert before is not None
-            return shape, box_blur(resize(before, shape), blur)
+            return shape, draws if previous is None else box_blur(resize(previous, shape), blur)
         photo = self.photo.expand(len(draws.generators), -1, -1, -1)
         at_scale = resize(photo, shape)
-        if before is None:
+        if previous is None:
             return shape, at_scale
-        added = before - resize(photo, (shape[0], *before.shape[-2:])).to(before)
-        return shape, at_scale.to(before) + box_blur(resize(added, shape), blur)
+        added = previous - resize(photo, (shape[0], *previous.shape[-2:])).to(previous)
+        return shape, at_scale.to(previous) + box_blur(resize(added, shape), blur)
 
 
 @dataclass(frozen=True)
 class AscentPlan:
-    """Everything that decides what the pictures become, beside the network.
+    """Everything besides the network that determines the pictures.
 
-    `layers` are the paths that the objective's addresses stand for; `like` has the network's device and dtype. The
-    first `exact` steps are computed as the network is, those after them in bfloat16; None: all as it is. In the first
-    `leaky` steps gradients pass rectifiers that give 0; see `leaky`.
+    `layers` are the paths of the objective's addresses; `prototype_tensor` has the network's device and dtype. The
+    first `full_precision_steps` run in the network's own dtype and the others in bfloat16; None: all in its own. In
+    the first `leaky_steps`, gradients also pass rectifiers that return 0; see `relu_gradients.py`.
     """
 
     objective: Objective
     recipe: Recipe
-    base: StartImage
+    start_image: StartImage
     layers: tuple[str, ...]
-    like: Tensor
-    exact: int | None = None
-    leaky: int = 0
+    prototype_tensor: Tensor
+    full_precision_steps: int | None = None
+    leaky_steps: int = 0
 
-    def draws(self, items: Sequence[int]) -> RandomDraws:
-        """Return the random numbers of some pictures: the same whichever others are rendered with them."""
+    @property
+    def total_steps(self) -> int:
+        """The number of steps over all scales."""
+        return len(self.recipe.sizes) * self.recipe.steps
+
+    def random_draws(self, items: Sequence[int]) -> RandomDraws:
+        """Return the random numbers of the given pictures; they do not depend on the rest of the batch."""
         return RandomDraws([self.picture_seed(self.objective.names[item]) for item in items])
 
     def transforms(self) -> list[Transform]:
@@ -108,19 +104,23 @@ class AscentPlan:
         return [TRANSFORMS[name](**dict(options)) for name, options in self.recipe.transforms]
 
     def parameterization(self, shape: Shape, start: Tensor | RandomDraws) -> Parameterization:
-        """Return what is optimised for images of a shape."""
+        """Return the recipe's parameterization of images of a shape."""
         name, options = self.recipe.parameterization
         count = len(start.generators) if isinstance(start, RandomDraws) else len(start)
-        return PARAMETERIZATIONS[name]((count, *shape), start, self.like, **dict(options))
+        return PARAMETERIZATIONS[name]((count, *shape), start, self.prototype_tensor, **dict(options))
 
     def step_rule(self) -> StepRule:
         """Return the recipe's step rule."""
         name, options = self.recipe.step_rule
         return STEP_RULES[name](**dict(options))
 
-    def is_exact(self, step: int) -> bool:
-        """Return whether a step, counted over all scales, is computed as the network is."""
-        return self.exact is None or step < self.exact
+    def is_bf16(self, step: int) -> bool:
+        """Return whether a step, counted over all scales, runs in bfloat16."""
+        return self.full_precision_steps is not None and step >= self.full_precision_steps
+
+    def with_weight_decay(self, gradient: Tensor, tensor: Tensor) -> Tensor:
+        """Return the gradient with respect to the optimised tensor, less its weight decay."""
+        return gradient - self.recipe.weight_decay * tensor.detach() if self.recipe.weight_decay else gradient
 
     def picture_seed(self, name: str) -> int:
         """Return the seed of one picture's random numbers."""
@@ -129,70 +129,69 @@ class AscentPlan:
 
 
 def ascend(read: ReadActivations, plan: AscentPlan, items: Sequence[int]) -> Iterator[Frame]:
-    """Yield the frames of one batch while its images climb: the render loop."""
-    recipe, draws, transforms, rule = plan.recipe, plan.draws(items), plan.transforms(), plan.step_rule()
-    rows = torch.tensor(items, device=plan.like.device)
-    total, done, image = len(recipe.sizes) * recipe.steps, 0, None
+    """Yield the frames of one batch during its ascent: the render loop."""
+    recipe, draws, transforms, rule = plan.recipe, plan.random_draws(items), plan.transforms(), plan.step_rule()
+    rows = torch.tensor(items, device=plan.prototype_tensor.device)
+    done, image = 0, None
     for size in recipe.sizes:
-        shape, start = plan.base.start(size, image, recipe.blur, draws)
+        shape, start = plan.start_image.start(size, image, recipe.blur, draws)
         current = plan.parameterization(shape, start)
         state: State = None
         for step in range(recipe.steps):
-            image = current.image()
-            seen = image
+            image = transformed = current.image()
             for transform in transforms:
-                seen = transform(seen, draws)
-            with LeakyReluGradients() if done < plan.leaky else nullcontext():
-                scores = score(read, plan.objective, image, seen, rows, plan.is_exact(done))
-            yield Frame(done, total, rows, scores.detach(), image.detach())
-            update, state = rule(ascent_direction(scores, current.tensor, recipe.weight_decay), state)
+                transformed = transform(transformed, draws)
+            with LeakyReluGradients() if done < plan.leaky_steps else nullcontext():
+                scores = score(read, plan.objective, image, transformed, rows, plan.is_bf16(done))
+            yield Frame(done, plan.total_steps, rows, scores.detach(), image.detach())
+            # of the sum: each image's gradient is exactly what it would be alone
+            gradient = torch.autograd.grad(scores.sum(), current.tensor)[0]
+            update, state = rule(plan.with_weight_decay(gradient, current.tensor), state)
             with torch.no_grad():
-                current.tensor.add_(recipe.pace(step) * update)
+                current.tensor.add_(recipe.cooldown_factor(step) * update)
             done += 1
         image = current.image().detach()
-    assert image is not None
-    yield Frame(total, total, rows, clean_scores(read, plan.objective, image, rows), image)
+    yield finished_frame(read, plan, rows, image)
 
 
 def score(
-    read: ReadActivations, objective: Objective, image: Tensor, seen: Tensor, items: Tensor, exact: bool
+    read: ReadActivations, objective: Objective, image: Tensor, transformed: Tensor, items: Tensor, bf16: bool
 ) -> Tensor:
-    """Return the scores (b,) of images of which the network sees `seen`, in bfloat16 unless `exact`."""
-    if exact:
-        acts = read(seen, items)
+    """Return the scores (b,) of images, which the network sees `transformed`, in bfloat16 or in its own dtype."""
+    if bf16:
+        with torch.autocast(transformed.device.type, torch.bfloat16):
+            acts: Acts = {address: act.to(transformed.dtype) for address, act in read(transformed, items).items()}
     else:
-        with torch.autocast(seen.device.type, torch.bfloat16):
-            acts = {address: act.to(seen.dtype) for address, act in read(seen, items).items()}
-    need_gradient(acts)
+        acts = read(transformed, items)
+    check_gradient_flows(acts)
     return objective.score(acts, image, items)
 
 
-def ascent_direction(scores: Tensor, tensor: Tensor, weight_decay: float) -> Tensor:
-    """Return the gradient of scores with respect to what is optimised, less the weight decay."""
-    # of the sum, so that each image's gradient is exactly what it is alone
-    gradient = torch.autograd.grad(scores.sum(), tensor)[0]
-    return gradient - weight_decay * tensor.detach() if weight_decay else gradient
-
-
-def need_gradient(acts: Acts) -> None:
-    """Refuse layers that no gradient leads back from."""
+def check_gradient_flows(acts: Acts) -> None:
+    """Refuse layers from which no gradient flows back to the image."""
     for address, act in acts.items():
         if not act.requires_grad:
-            where = repr(address) if address != "" else "the network's output"
+            name = repr(address) if address != "" else "the network's output"
             raise LayerRefused(
-                f"no gradient flows from {where} back to the image: the network cuts it off before; "
+                f"no gradient flows from {name} back to the image: the network cuts it off before; "
                 "take away its torch.no_grad() or detach(), or choose an earlier layer"
             )
 
 
+def finished_frame(read: ReadActivations, plan: AscentPlan, rows: Tensor, image: Tensor | None) -> Frame:
+    """Return the last frame of an ascent: the finished image, scored without transforms."""
+    assert image is not None  # a recipe has at least one step
+    return Frame(plan.total_steps, plan.total_steps, rows, clean_scores(read, plan.objective, image, rows), image)
+
+
 def clean_scores(read: ReadActivations, objective: Objective, image: Tensor, items: Tensor) -> Tensor:
-    """Return the scores of finished images as they are, without transforms."""
+    """Return the scores of images without transforms, in the network's own dtype."""
     with torch.no_grad():
         return objective.score(read(image, items), image, items)
 
 
 def resize(image: Tensor, shape: Shape) -> Tensor:
-    """Return images at another size, bicubic as R3 has it; smoothed first where they shrink."""
+    """Return images at another size, bicubic as in R3, and smoothed first if they shrink."""
     shrinks = shape[-1] < image.shape[-1]
     return F.interpolate(image, shape[-2:], mode="bicubic", align_corners=False, antialias=shrinks)
 

@@ -1,11 +1,11 @@
 """Objectives: what a picture is to excite, as values that can be added, subtracted and scaled.
 
-An objective asks for `n` pictures. It is scored on a batch that shows some of them: `items` (b,) says which picture
-each row of the batch is, `acts` maps every address in `layers` to that layer's output for the batch, `image` is the
-batch (b, c, h, w) in [0, 1] before random transforms. The score is (b,), and row k depends on row k alone.
+An objective describes `n` pictures. It scores a batch of them: `items` (b,) holds the picture's index of each row of
+the batch, `acts` maps every address in `layers` to that layer's output for the batch, `image` is the batch (b, c, h, w)
+in [0, 1] before random transforms. The score is (b,), and row k depends on row k alone.
 
-Where an objective reads no more of a layer than one number an item, `reads` says which; then `acts` may hold that
-number, (b,), in place of the layer's output (see `shortcuts.py`).
+If an objective reads only one number an item of a layer, `scalar_reads` describes it; then `acts` may hold that number,
+(b,), in place of the layer's output (see `engine/forward.py`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ OUTPUT = ""  # the address of what the whole network returns
 
 
 class ScalarRead(NamedTuple):
-    """The one number an item that an objective reads of a layer, `channels` by item.
+    """The one number that an objective reads of a layer for each item, from its channel of `channels`.
 
-    It is the channel's mean where `mean`, else its value at `position` (row, column), by default the map's centre.
+    It is the channel's mean if `mean`, else its value at `position` (row, column), by default the map's centre.
     """
 
     channels: tuple[int, ...]
@@ -42,8 +42,8 @@ class ScalarRead(NamedTuple):
 class Objective:
     """A score for each of `n` pictures; see the module's text.
 
-    `spec` says in JSON terms what it is; `names` says of each picture what it shows, such as `filter_12`; `reads` what
-    it reads of those layers of which it reads one number an item.
+    `spec` describes it in JSON terms; `names` holds what each picture shows, such as `filter_12`; `scalar_reads` covers
+    the layers of which it reads one number an item.
     """
 
     layers: tuple[Address, ...]
@@ -51,7 +51,7 @@ class Objective:
     score: Score = field(repr=False, compare=False)
     spec: Mapping[str, Any]
     names: tuple[str, ...]
-    reads: Mapping[Address, ScalarRead] = field(default_factory=dict, compare=False)
+    scalar_reads: Mapping[Address, ScalarRead] = field(default_factory=dict, compare=False)
 
     def __add__(self, other: Objective | float) -> Objective:
         return add(self, other)
@@ -81,50 +81,50 @@ class Objective:
     __rmul__ = __mul__
 
 
-def add(one: Objective, other: Objective | float) -> Objective:
+def add(left: Objective, right: Objective | float) -> Objective:
     """Return the sum of two objectives, or of an objective and a number; an objective of one picture fits any other."""
-    if not isinstance(other, Objective):
-        number = finite_number(other, "to an objective another objective or a number is added")
+    if not isinstance(right, Objective):
+        number = finite_number(right, "to an objective another objective or a number is added")
         return replace(
-            one,
-            score=lambda acts, image, items: one.score(acts, image, items) + number,
-            spec={"sum": [one.spec, number]},
+            left,
+            score=lambda acts, image, items: left.score(acts, image, items) + number,
+            spec={"sum": [left.spec, number]},
         )
-    if one.n != other.n and 1 not in (one.n, other.n):
-        raise InvalidRequest(f"an objective for {one.n} pictures cannot be added to one for {other.n}")
+    if left.n != right.n and 1 not in (left.n, right.n):
+        raise InvalidRequest(f"an objective for {left.n} pictures cannot be added to one for {right.n}")
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         # an objective of one picture has only an item 0
-        first, second = (items if part.n > 1 else torch.zeros_like(items) for part in (one, other))
-        return one.score(acts, image, first) + other.score(acts, image, second)
+        left_items, right_items = (items if term.n > 1 else torch.zeros_like(items) for term in (left, right))
+        return left.score(acts, image, left_items) + right.score(acts, image, right_items)
 
-    # what the pictures show is said by the part that has most of them, and never by a regulariser if it can be helped
-    naming = max(one, other, key=lambda part: (part.n, bool(part.layers)))
+    # the term with the most pictures names them; of two with as many, the one that is no regulariser
+    naming = max(left, right, key=lambda term: (term.n, bool(term.layers)))
     return Objective(
-        layers=tuple(dict.fromkeys(one.layers + other.layers)),
+        layers=tuple(dict.fromkeys(left.layers + right.layers)),
         n=naming.n,
         score=score,
-        spec={"sum": [one.spec, other.spec]},
+        spec={"sum": [left.spec, right.spec]},
         names=naming.names,
-        reads=reads_of_sum(one, other, naming.n),
+        scalar_reads=scalar_reads_of_sum(left, right, naming.n),
     )
 
 
-def reads_of_sum(one: Objective, other: Objective, n: int) -> dict[Address, ScalarRead]:
-    """Return what a sum reads of each layer of which it reads one number an item: both parts the same, or one of them.
+def scalar_reads_of_sum(left: Objective, right: Objective, n: int) -> dict[Address, ScalarRead]:
+    """Return the scalar reads of the layers that only one term reads, or that both read alike.
 
-    An objective of one picture reads the same for every item of the other.
+    An objective of one picture reads the same for every item of the sum.
     """
-    found: dict[Address, ScalarRead] = {}
-    for part, rest in ((one, other), (other, one)):
-        for layer, reads in part.reads.items():
-            if layer not in rest.layers or rest.reads.get(layer) == reads:
-                found[layer] = reads._replace(channels=reads.channels * (n if part.n < n else 1))
-    return found
+    scalar_reads: dict[Address, ScalarRead] = {}
+    for term, partner in ((left, right), (right, left)):
+        for layer, read in term.scalar_reads.items():
+            if layer not in partner.layers or partner.scalar_reads.get(layer) == read:
+                scalar_reads[layer] = read._replace(channels=read.channels * (n if term.n < n else 1))
+    return scalar_reads
 
 
-def need_map(act: Tensor, layer: Address, highest: int) -> None:
-    """Refuse an output that is no feature map (b, c, h, w) with at least `highest` + 1 channels."""
+def check_map(act: Tensor, layer: Address, highest: int) -> None:
+    """Refuse an output that is not a feature map (b, c, h, w) with at least `highest` + 1 channels."""
     if act.dim() != 4:
         raise LayerRefused(
             f"{layer!r} returns {tuple(act.shape[1:])} numbers a picture, not a map of channels; "
@@ -135,7 +135,7 @@ def need_map(act: Tensor, layer: Address, highest: int) -> None:
 
 
 def pick(act: Tensor, channels: DeviceConstant, items: Tensor) -> Tensor:
-    """Return, for each row of (b, c, ...), the channel that its item follows, (b, ...)."""
+    """Return for each row of (b, c, ...) the channel of its item, (b, ...)."""
     return act[torch.arange(len(act), device=act.device), channels.on(act.device)[items]]
 
 
@@ -146,42 +146,41 @@ def channel(layer: Address, channels: int | Iterable[int]) -> Objective:
         >>> channel("features.10", range(64)).n
         64
     """
-    listed = indices(channels, "channel")
-    chosen = DeviceConstant(torch.tensor(listed))
-
-    def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
-        if acts[layer].dim() == 1:
-            return acts[layer]
-        need_map(acts[layer], layer, max(listed))
-        # one axis after the other: both at once would round otherwise for a batch of one large map
-        return pick(acts[layer], chosen, items).mean(-1).mean(-1)
-
-    spec = {"objective": "channel", "layer": layer, "channels": listed}
-    reads = {layer: ScalarRead(tuple(listed), mean=True)}
-    return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed), reads)
+    numbers = indices(channels, "channel")
+    spec = {"objective": "channel", "layer": layer, "channels": numbers}
+    return scalar_objective(layer, ScalarRead(tuple(numbers), mean=True), spec)
 
 
 def neuron(layer: Address, channels: int | Iterable[int], position: tuple[int, int] | None = None) -> Objective:
     """Excite single neurons: the value of the channel at `position` (row, column), by default the map's centre."""
-    listed = indices(channels, "channel")
+    numbers = indices(channels, "channel")
     if position is not None and len(indices(position, "row or column")) != 2:
         raise InvalidRequest(f"a position in a map is (row, column), not {position}")
-    chosen = DeviceConstant(torch.tensor(listed))
+    spec = {"objective": "neuron", "layer": layer, "channels": numbers, "position": position and list(position)}
+    return scalar_objective(layer, ScalarRead(tuple(numbers), mean=False, position=position), spec)
+
+
+def scalar_objective(layer: Address, read: ScalarRead, spec: Mapping[str, Any]) -> Objective:
+    """Return the objective whose score is one number of a layer for each item."""
+    constant = DeviceConstant(torch.tensor(read.channels))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
-        if acts[layer].dim() == 1:
-            return acts[layer]
-        need_map(acts[layer], layer, max(listed))
-        row, column = position_in(acts[layer], layer, position)
-        return pick(acts[layer][..., row, column], chosen, items)
+        act = acts[layer]
+        if act.dim() == 1:
+            return act
+        check_map(act, layer, max(read.channels))
+        if read.mean:
+            # one axis after the other: both at once would round differently for a batch of one large map
+            return pick(act, constant, items).mean(-1).mean(-1)
+        row, column = position_in(act, layer, read.position)
+        return pick(act[..., row, column], constant, items)
 
-    spec = {"objective": "neuron", "layer": layer, "channels": listed, "position": position and list(position)}
-    reads = {layer: ScalarRead(tuple(listed), mean=False, position=position)}
-    return Objective((layer,), len(listed), score, spec, tuple(f"filter_{one}" for one in listed), reads)
+    names = tuple(f"filter_{channel}" for channel in read.channels)
+    return Objective((layer,), len(names), score, spec, names, {layer: read})
 
 
 def position_in(act: Tensor, layer: Address, position: tuple[int, int] | None) -> tuple[int, int]:
-    """Return a position (row, column) of a map (b, c, h, w), by default its centre; refuse one that it has not."""
+    """Return a position (row, column) of a map (b, c, h, w), by default its centre; refuse one outside the map."""
     height, width = act.shape[-2:]
     row, column = position or (height // 2, width // 2)
     if not (0 <= row < height and 0 <= column < width):
@@ -190,9 +189,9 @@ def position_in(act: Tensor, layer: Address, position: tuple[int, int] | None) -
 
 
 def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:
-    """Excite a mixture of channels: the mean over (h, w) of the dot product with a vector (c,), or one a row of (n, c).
+    """Excite a mixture of channels: the mean over (h, w) of the dot product with a vector (c,), or each row of (n, c).
 
-    The vector is divided by its length, so that scores of different directions compare.
+    The vector is divided by its length, so that scores of different directions can be compared.
     """
     rows = torch.as_tensor(vectors, dtype=torch.float64)
     rows = rows[None] if rows.dim() == 1 else rows
@@ -202,41 +201,41 @@ def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         act = acts[layer]
-        need_map(act, layer, 0)
+        check_map(act, layer, 0)
         if act.shape[1] != rows.shape[1]:
             raise InvalidRequest(f"{layer!r} has {act.shape[1]} channels, the direction has {rows.shape[1]}")
-        along: Tensor = act.mean((-2, -1)) * unit.like(act)[items.to(act.device)]
-        return along.sum(1)
+        products: Tensor = act.mean((-2, -1)) * unit.like(act)[items.to(act.device)]
+        return products.sum(1)
 
     spec = {"objective": "direction", "layer": layer, "vectors": rows.tolist()}
-    return Objective((layer,), len(rows), score, spec, tuple(f"direction_{one}" for one in range(len(rows))))
+    return Objective((layer,), len(rows), score, spec, tuple(f"direction_{index}" for index in range(len(rows))))
 
 
 def logit(classes: int | Iterable[int], layer: Address = OUTPUT) -> Objective:
     """Excite classes: the class's entry of a layer that returns (b, classes), by default of the network's output."""
-    listed = indices(classes, "class")
-    chosen = DeviceConstant(torch.tensor(listed))
-    shown = "the network" if layer == OUTPUT else repr(layer)
+    numbers = indices(classes, "class")
+    constant = DeviceConstant(torch.tensor(numbers))
+    subject = "the network" if layer == OUTPUT else repr(layer)
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         act = acts[layer]
         if act.dim() != 2:
             raise LayerRefused(
-                f"{shown} returns {tuple(act.shape[1:])} a picture, not one number a class; "
+                f"{subject} returns {tuple(act.shape[1:])} a picture, not one number a class; "
                 "use the objective 'channel' for maps"
             )
-        if max(listed) >= act.shape[1]:
+        if max(numbers) >= act.shape[1]:
             raise ChannelNotFound(
-                f"{shown} has {act.shape[1]} classes, 0 to {act.shape[1] - 1}; there is no {max(listed)}"
+                f"{subject} has {act.shape[1]} classes, 0 to {act.shape[1] - 1}; there is no {max(numbers)}"
             )
-        return pick(act, chosen, items)
+        return pick(act, constant, items)
 
-    spec = {"objective": "logit", "layer": layer, "classes": listed}
-    return Objective((layer,), len(listed), score, spec, tuple(f"class_{one}" for one in listed))
+    spec = {"objective": "logit", "layer": layer, "classes": numbers}
+    return Objective((layer,), len(numbers), score, spec, tuple(f"class_{number}" for number in numbers))
 
 
 def layer(layer: Address) -> Objective:
-    """Excite whatever a layer sees already: the mean of its squares (DeepDream, Mordvintsev et al. 2015)."""
+    """Excite whatever a layer already sees: the mean of its squares (DeepDream, Mordvintsev et al. 2015)."""
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
         return acts[layer].square().flatten(1).mean(1)
@@ -245,7 +244,7 @@ def layer(layer: Address) -> Objective:
 
 
 def regulariser(name: str, measure: Callable[[Tensor], Tensor]) -> Objective:
-    """Return an objective of the image alone, one that fits any number of pictures."""
+    """Return an objective of the image alone, which fits any number of pictures."""
     return Objective((), 1, lambda acts, image, items: measure(image), {"objective": name}, (name,))
 
 
@@ -253,8 +252,8 @@ def total_variation() -> Objective:
     """The mean absolute difference of neighbouring pixels, down plus right; subtract some for smoother pictures."""
 
     def measure(image: Tensor) -> Tensor:
-        down = image.diff(dim=-2).abs().flatten(1).mean(1)
-        return down + image.diff(dim=-1).abs().flatten(1).mean(1)
+        vertical = image.diff(dim=-2).abs().flatten(1).mean(1)
+        return vertical + image.diff(dim=-1).abs().flatten(1).mean(1)
 
     return regulariser("total_variation", measure)
 
@@ -267,15 +266,3 @@ def l1() -> Objective:
 def l2() -> Objective:
     """The mean squared distance of the pixels from mid-grey, 0.5."""
     return regulariser("l2", lambda image: (image - 0.5).square().flatten(1).mean(1))
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "channel": channel,
-    "neuron": neuron,
-    "direction": direction,
-    "logit": logit,
-    "layer": layer,
-    "total_variation": total_variation,
-    "l1": l1,
-    "l2": l2,
-}

@@ -1,7 +1,7 @@
 """Parameterizations: the tensors that are optimised and the image they stand for.
 
-Each is a function of the image's shape (n, c, h, w), where to start, and options; it returns a `Parameterization`.
-`start` is either an image (n, c, h, w) in [0, 1] to begin from, or the `Draws` to make a random start from.
+Each is a function of the image's shape (n, c, h, w), a start, and options; it returns a `Parameterization`. `start` is
+either an image (n, c, h, w) in [0, 1], or the `RandomDraws` for a random start. `like` has the device and dtype.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Shape = tuple[int, int, int, int]
 Start = Tensor | RandomDraws
 
 
-def units(unit: str, channels: int) -> tuple[Tensor, Tensor]:
+def offset_and_factor(unit: str, channels: int) -> tuple[Tensor, Tensor]:
     """Return (offset, factor), each (c, 1, 1) float64, with image = offset + factor · tensor, for a pixel unit.
 
-    `byte`: 0..255, as in R1 and R4.2. `imagenet`: standard deviations from ImageNet's mean, as in R3; networks that
-    see other than three channels use 0.5 ± 0.25. `one`: the image itself.
+    `byte`: 0..255, as in R1 and R4.2. `imagenet`: standard deviations from ImageNet's mean, as in R3; 0.5 ± 0.25 for
+    networks of other than three channels. `one`: the image itself.
 
     Raises:
         InvalidRequest: there is no such unit.
@@ -52,8 +52,8 @@ def units(unit: str, channels: int) -> tuple[Tensor, Tensor]:
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
         offset, factor = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     else:
-        step = 1 / 255 if unit == "byte" else 1.0
-        offset, factor = torch.zeros(channels, dtype=torch.float64), torch.full((channels,), step, dtype=torch.float64)
+        scale = 1 / 255 if unit == "byte" else 1.0
+        offset, factor = torch.zeros(channels, dtype=torch.float64), torch.full((channels,), scale, dtype=torch.float64)
     return offset.view(-1, 1, 1), factor.view(-1, 1, 1)
 
 
@@ -68,9 +68,9 @@ def pixels(
 ) -> Parameterization:
     """The pixels themselves, starting uniform in [low, high) of [0, 1], rounded down to whole bytes if `whole`.
 
-    The optimised tensor counts in `unit`, which is what a step size refers to. Values are not held inside [0, 1].
+    The optimised tensor, and so the step size, counts in `unit`. Values are not clipped to [0, 1].
     """
-    offset, factor = (number.to(like) for number in units(unit, shape[1]))
+    offset, factor = (number.to(like) for number in offset_and_factor(unit, shape[1]))
     if isinstance(start, RandomDraws):
         image = start.uniform(low * 255, high * 255, shape[1:])
         image = (image.floor() if whole else image) / 255
@@ -81,15 +81,15 @@ def pixels(
 
 
 def frequencies(height: int, width: int) -> Tensor:
-    """Return the distance of each bin of a real Fourier transform from zero, (h, w // 2 + 1), in cycles a pixel."""
-    down = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
-    right = torch.fft.rfftfreq(width, dtype=torch.float64)[None]
-    squared: Tensor = down**2 + right**2
+    """Return the frequency of each bin of a real Fourier transform, (h, w // 2 + 1), in cycles a pixel."""
+    vertical = torch.fft.fftfreq(height, dtype=torch.float64)[:, None]
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64)[None]
+    squared: Tensor = vertical**2 + horizontal**2
     return squared.sqrt()
 
 
 def to_logits(image: Tensor) -> Tensor:
-    """Return what `sigmoid` takes back to `image`, with black and white kept 0.2 % away from infinity."""
+    """Return the inverse of `sigmoid`, with black and white kept 0.2 % away from infinity."""
     return image.clamp(0.002, 0.998).logit()
 
 
@@ -98,10 +98,10 @@ def fourier(
 ) -> Parameterization:
     """Fourier coefficients of uncorrelated colours, each scaled by 1 / frequency^decay, through a sigmoid.
 
-    The scaling makes all frequencies learn at the rate that natural pictures use them (Olah et al. 2017,
-    "Preconditioning and parameterization"). A `cutoff` in cycles a pixel damps the finest detail, which resampling
-    would lose: halved at that frequency, by 1 / (1 + (frequency / cutoff)^4). Random starts have coefficients of
-    standard deviation `deviation`.
+    The scaling gives every frequency a learning rate in proportion to its strength in natural pictures (Olah et al.
+    2017, "Preconditioning and parameterization"). A `cutoff` in cycles a pixel damps the finest detail, which
+    resampling would lose: halved at that frequency, by 1 / (1 + (frequency / cutoff)^4). Random starts have
+    coefficients of standard deviation `deviation`.
     """
     _, channels, height, width = shape
     frequency = frequencies(height, width)
@@ -133,37 +133,37 @@ def natural_spectrum() -> Tensor:
 def natural_magnitude(channels: int, height: int, width: int) -> Tensor:
     """Return the natural spectrum for an image of that size, (c, h, w // 2 + 1), for `norm="ortho"`.
 
-    Read off bilinearly at the frequencies of that size. For other than three channels every channel gets the spectrum
-    of light.
+    It is interpolated bilinearly at the frequencies of that size. For other than three channels, every channel gets
+    the spectrum of light.
     """
     spectrum = natural_spectrum().clone()
-    # the file has no mean; slower waves than it holds get the strength of its slowest, not less
+    # the file has no mean; waves slower than its slowest get the strength of these, not less
     spectrum[:, 0, 0] = (spectrum[:, 0, 1] + spectrum[:, 1, 0]) / 2
     spectrum = spectrum if channels == 3 else spectrum[:1].expand(channels, -1, -1)
     rows, columns = spectrum.shape[1:]
     centred = torch.fft.fftshift(spectrum, dim=1)[None]
     # -1 to 1 over the rows -rows/2 ... rows/2 - 1 and the columns 0 ... columns - 1, in cycles per `rows` pixels
-    down = (torch.fft.fftfreq(height, dtype=torch.float64) * rows + rows / 2) * 2 / (rows - 1) - 1
-    right = torch.fft.rfftfreq(width, dtype=torch.float64) * rows * 2 / (columns - 1) - 1
-    places = torch.stack(torch.meshgrid(down, right, indexing="ij")[::-1], -1)[None]
-    magnitude = F.grid_sample(centred, places, padding_mode="border", align_corners=True)[0]
-    magnitude = with_edges(magnitude, width, lambda edge, mirrored: (edge + mirrored) / 2)
-    magnitude[:, 0, 0] = 0.0  # the mean is not the spectrum's to decide
+    vertical = (torch.fft.fftfreq(height, dtype=torch.float64) * rows + rows / 2) * 2 / (rows - 1) - 1
+    horizontal = torch.fft.rfftfreq(width, dtype=torch.float64) * rows * 2 / (columns - 1) - 1
+    grid = torch.stack(torch.meshgrid(vertical, horizontal, indexing="ij")[::-1], -1)[None]
+    magnitude = F.grid_sample(centred, grid, padding_mode="border", align_corners=True)[0]
+    magnitude = merge_mirrored_columns(magnitude, width, lambda column, mirrored: (column + mirrored) / 2)
+    magnitude[:, 0, 0] = 0.0  # the spectrum does not set the mean
     return magnitude
 
 
-def with_edges(spectrum: Tensor, width: int, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return (..., h, w // 2 + 1) with the columns that are their own mirror image merged with it.
+def merge_mirrored_columns(spectrum: Tensor, width: int, merge: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return (..., h, w // 2 + 1) with the columns that mirror themselves merged with their mirror image.
 
-    Of a real picture's spectrum, the columns of horizontal frequency 0 and, for an even width, w / 2 hold every number
-    twice: row -k is the conjugate of row k. What breaks that is dropped by the inverse transform without a word.
+    In a real picture's spectrum, the columns of horizontal frequency 0 and, for an even width, w / 2 hold every number
+    twice: row -k is the conjugate of row k. The inverse transform silently drops anything else.
     """
-    own = [0, width // 2] if width % 2 == 0 else [0]
+    self_mirrored = [0, width // 2] if width % 2 == 0 else [0]
     columns = list(spectrum.unbind(-1))
-    edge = torch.stack([columns[place] for place in own], -1)
-    mirrored = edge.flip(-2).roll(1, -2)
-    for place, column in zip(own, merge(edge, mirrored).unbind(-1), strict=True):
-        columns[place] = column
+    originals = torch.stack([columns[index] for index in self_mirrored], -1)
+    mirrored = originals.flip(-2).roll(1, -2)
+    for index, merged in zip(self_mirrored, merge(originals, mirrored).unbind(-1), strict=True):
+        columns[index] = merged
     return torch.stack(columns, -1)
 
 
@@ -173,7 +173,7 @@ def maco(shape: Shape, start: Start, like: Tensor) -> Parameterization:
     magnitude = natural_magnitude(channels, height, width).to(like)
 
     def image() -> Tensor:
-        phase = with_edges(tensor, width, lambda edge, mirrored: (edge - mirrored) / 2)
+        phase = merge_mirrored_columns(tensor, width, lambda column, mirrored: (column - mirrored) / 2)
         spectrum = torch.polar(magnitude.expand_as(phase), phase)
         return torch.sigmoid(correlate(torch.fft.irfft2(spectrum, s=(height, width), norm="ortho")))
 

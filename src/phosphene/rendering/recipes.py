@@ -1,7 +1,7 @@
 """Recipes: named, frozen sets of settings, names and numbers only, that make one kind of picture.
 
-A recipe round-trips through JSON, and its digest identifies it. Options of parts are tuples of (name, value) pairs, so
-that a recipe can be hashed and two recipes compared.
+A recipe round-trips through JSON, and its digest identifies it. The options of its parts are tuples of (name, value)
+pairs, so that recipes can be hashed and compared.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ Choice = tuple[str, tuple[tuple[str, Any], ...]]
 
 
 def choice(name: str, **options: Any) -> Choice:
-    """Return a named part with its options, as a recipe holds it."""
+    """Return a part of a recipe: its name and its options."""
     return name, tuple(sorted(options.items()))
 
 
-def check_options(registry: Mapping[str, Callable[..., Any]], chosen: Choice, *given: str) -> None:
-    """Refuse options that a part does not have, and a part that lacks one; `given` are arguments it gets elsewhere."""
-    name, options = chosen
+def check_options(registry: Mapping[str, Callable[..., Any]], part: Choice, *arguments: str) -> None:
+    """Refuse options that a part does not have, and a part that lacks one; `arguments` are passed to it elsewhere."""
+    name, options = part
     signature = inspect.signature(registry[name])
     try:
-        signature.bind(*given, **dict(options))
+        signature.bind(*arguments, **dict(options))
     except TypeError as error:
-        known = [one for one in signature.parameters if one not in given]
-        raise InvalidRequest(f"the part {name!r} of a recipe: {error}; its options are {', '.join(known)}") from error
+        names = [parameter for parameter in signature.parameters if parameter not in arguments]
+        raise InvalidRequest(f"the part {name!r} of a recipe: {error}; its options are {', '.join(names)}") from error
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a picture is made.
 
-    `sizes` are the sides in pixels that the picture has one after the other (one entry: a single scale), `steps` the
-    number of steps at each. `display` brings the result to 0..1: `clip`; `stretch` its minimum..maximum; `standardise`
+    `sizes` are the sides of the picture in pixels, scale by scale (one entry: a single scale), `steps` the number of
+    steps at each. `display` maps the result to 0..1: `clip`; `stretch` from its minimum..maximum; `standardise`
     (subtract mean, divide by standard deviation + 1e-5, × 0.1, + 0.5, clip; R4.2). `blur` is the side of the box filter
     that R3 may use after each enlargement. `weight_decay` times the tensor is subtracted from every gradient.
-    `cooldown` is the share of the steps at each scale, the last ones, over which updates shrink evenly to nothing.
+    `cooldown` is the share of the last steps at each scale over which updates shrink evenly to nothing.
     """
 
     name: str
@@ -64,9 +64,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = (*self.sizes, self.steps, self.blur, self.seed)
-        if any(isinstance(number, bool) or not isinstance(number, int) for number in whole):
-            raise InvalidRequest(f"sizes, steps, blur and seed of a recipe are whole numbers, not {whole}")
+        numbers = (*self.sizes, self.steps, self.blur, self.seed)
+        if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+            raise InvalidRequest(f"sizes, steps, blur and seed of a recipe are whole numbers, not {numbers}")
         if not self.sizes or min(self.sizes) < 1 or self.steps < 1:
             raise InvalidRequest(f"a recipe needs sizes and steps of at least 1, not {self.sizes} and {self.steps}")
         if self.seed < 0 or self.blur < 0:
@@ -75,13 +75,13 @@ class Recipe:
             raise InvalidRequest(f"a blur of {self.blur} px is too wide for a picture of {min(self.sizes)} px")
         if not 0 <= self.cooldown <= 1:
             raise InvalidRequest(f"the cooldown of a recipe is a share of its steps, 0 to 1, not {self.cooldown}")
-        known: tuple[tuple[str, Any], ...] = (
+        parts: tuple[tuple[str, Any], ...] = (
             (self.parameterization[0], PARAMETERIZATIONS),
             (self.step_rule[0], STEP_RULES),
             (self.display, DISPLAYS),
             *((transform[0], TRANSFORMS) for transform in self.transforms),
         )
-        for name, registry in known:
+        for name, registry in parts:
             if name not in registry:
                 raise InvalidRequest(f"a recipe has no part {name!r}; there are {', '.join(registry)}")
         check_options(PARAMETERIZATIONS, self.parameterization, "shape", "start", "like")
@@ -100,7 +100,7 @@ class Recipe:
         if size is not None and size != self.size:
             if size < 1:
                 raise InvalidRequest(f"a picture is at least 1 px wide, not {size}")
-            sizes = tuple(max(1, round(one * size / self.size)) for one in self.sizes)
+            sizes = tuple(max(1, round(side * size / self.size)) for side in self.sizes)
         return dataclasses.replace(
             self,
             sizes=sizes,
@@ -108,8 +108,8 @@ class Recipe:
             seed=self.seed if seed is None else seed,
         )
 
-    def pace(self, step: int) -> float:
-        """Return what the update of a step, counted from 0 at each scale, is multiplied by: 1 until the cooldown."""
+    def cooldown_factor(self, step: int) -> float:
+        """Return the factor of a step's update, counted from 0 at each scale: 1 until the cooldown."""
         return min(1.0, (self.steps - step) / (self.cooldown * self.steps)) if self.cooldown else 1.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,14 +132,14 @@ class Recipe:
             fields["sizes"] = tuple(fields["sizes"])
             for name in ("parameterization", "step_rule"):
                 fields[name] = frozen(fields[name])
-            fields["transforms"] = tuple(frozen(one) for one in fields["transforms"])
+            fields["transforms"] = tuple(frozen(transform) for transform in fields["transforms"])
             return cls(**fields)
         except (json.JSONDecodeError, TypeError, KeyError, ValueError) as error:
             raise InvalidRequest(f"this is not the JSON of a recipe: {error}") from error
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the settings, without name and source: equal digests make equal pictures."""
+        """The SHA-256 of the settings without name and source: equal digests make equal pictures."""
         fields = dataclasses.asdict(self)
         del fields["name"], fields["source"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -147,11 +147,11 @@ class Recipe:
 
 def frozen(value: Any) -> Any:
     """Return nested lists as nested tuples."""
-    return tuple(frozen(one) for one in value) if isinstance(value, list) else value
+    return tuple(frozen(entry) for entry in value) if isinstance(value, list) else value
 
 
 def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
-    """Return `count` sizes, each the one before times `factor`, truncated to an integer."""
+    """Return `count` sizes, each the previous one times `factor`, truncated to an integer."""
     sizes = [first]
     while len(sizes) < count:
         sizes.append(int(sizes[-1] * factor))
@@ -159,7 +159,7 @@ def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
 
 
 AFFINE = choice("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
-SMALL_AFFINE = choice("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)  # fewer steps average over fewer moves
+SMALL_AFFINE = choice("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)  # for fewer steps
 FOURIER = choice("fourier", decay=1.3, cutoff=0.55)
 ADAM = {"betas": (0.25, 0.9), "window": 3}
 
@@ -246,10 +246,10 @@ DEFAULT = "fourier"
 
 
 def find_recipe(name: str | Recipe) -> Recipe:
-    """Return the recipe of that name.
+    """Return the recipe of a name.
 
     Raises:
-        RecipeNotFound: there is none.
+        RecipeNotFound: there is no such recipe.
     """
     if isinstance(name, Recipe):
         return name

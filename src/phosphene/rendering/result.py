@@ -1,4 +1,4 @@
-"""The result of rendering: pictures, their scores, and what made them."""
+"""The result of rendering: pictures, their scores, and the request that made them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Rendered:
 
     Attributes:
         images: (n, c, h, w) as optimised, before the recipe's display rule; floating, on the CPU.
-        scores: (n,) score of each image as it is, without transforms.
+        scores: (n,) score of each image, without transforms.
         start_scores: (n,) score of each starting image.
         history: (steps, n) scores under the transforms, step by step.
         dead: (n,) whether the picture never left its starting score, or has no contrast.
         names: what each picture shows, such as `filter_12`.
         spec: model, layers, objective, recipe and versions that made them, in JSON terms.
-        moments: images (n, c, h, w) along the way, if a film was asked for.
+        moments: images (n, c, h, w) of the film, if one was requested.
     """
 
     images: Tensor
@@ -50,22 +50,22 @@ class Rendered:
 
     def displayed(self, images: Tensor | None = None) -> Tensor:
         """Return the images (n, c, h, w) as shown: uint8 after the recipe's display rule."""
-        chosen = self.images if images is None else images
-        return display.to_bytes(display.DISPLAYS[self.spec["recipe"]["display"]](chosen))
+        images = self.images if images is None else images
+        return display.to_bytes(display.DISPLAYS[self.spec["recipe"]["display"]](images))
 
     @cached_property
     def pictures(self) -> list[display.Picture]:
         """The pictures as PIL images, a dead filter's too, uncrossed."""
-        return [grid.picture(one) for one in self.displayed()]
+        return [grid.picture(image) for image in self.displayed()]
 
     def grid(self, columns: int | None = None, images: Tensor | None = None) -> display.Picture:
         """Return all pictures on one sheet with 5 black pixels between them; dead filters are darkened and crossed."""
-        pictures = self.pictures if images is None else [grid.picture(one) for one in self.displayed(images)]
-        tiles = [grid.cross_out(one) if dead else one for one, dead in zip(pictures, self.dead, strict=True)]
+        pictures = self.pictures if images is None else [grid.picture(image) for image in self.displayed(images)]
+        tiles = [grid.cross_out(tile) if dead else tile for tile, dead in zip(pictures, self.dead, strict=True)]
         return grid.grid(tiles, columns)
 
     def metadata(self, index: int) -> dict[str, Any]:
-        """Return what the file of one picture carries about itself; `channel` where it shows a filter or a class."""
+        """Return the metadata of one picture's file; `channel` is None if it shows neither a filter nor a class."""
         noun, _, number = self.names[index].rpartition("_")
         return {
             **self.spec,
@@ -83,13 +83,13 @@ class Rendered:
         Raises:
             OutputRefused: the folder cannot be written.
         """
-        where = Path(folder)
+        directory = Path(folder)
         prefix = file_prefix(self.spec["layers"])
         pictures = [
-            write_file(where / f"{prefix}_{name}.png", encode.png(one, self.metadata(index)))
-            for index, (name, one) in enumerate(zip(self.names, self.pictures, strict=True))
+            write_file(directory / f"{prefix}_{name}.png", encode.png(picture, self.metadata(index)))
+            for index, (name, picture) in enumerate(zip(self.names, self.pictures, strict=True))
         ]
-        sheet = write_file(where / "grid.png", encode.png(self.grid(columns), self.spec))
+        sheet = write_file(directory / "grid.png", encode.png(self.grid(columns), self.spec))
         entries = [
             {
                 "file": path.name,
@@ -100,18 +100,18 @@ class Rendered:
             }
             for index, path in enumerate(pictures)
         ]
-        manifest = write_manifest(where / "manifest.json", {**self.spec, "pictures": entries, "grid": "grid.png"})
+        manifest = write_manifest(directory / "manifest.json", {**self.spec, "pictures": entries, "grid": "grid.png"})
         return [*pictures, sheet, manifest]
 
     def save_film(self, path: str | Path) -> Path:
-        """Write the moments of the climb as an animated GIF of grids.
+        """Write the moments of the ascent as an animated GIF of grids.
 
         Raises:
             InvalidRequest: no moments were kept.
         """
         if not self.moments:
             raise InvalidRequest("there are no moments to show; render with film=24")
-        return write_file(Path(path), encode.gif([self.grid(images=one) for one in self.moments]))
+        return write_file(Path(path), encode.gif([self.grid(images=images) for images in self.moments]))
 
     def _repr_png_(self) -> bytes:
         return encode.png(self.grid(), self.spec)

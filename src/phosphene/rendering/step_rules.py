@@ -1,7 +1,7 @@
 """Step rules: how a gradient becomes an update, `rule(gradient, state) -> (update, state)`.
 
 The gradient is that of the score, so an update is ADDED. Every statistic is taken per image: gradients are (n, ...) and
-row k never looks at another row. A rule keeps its memory in `state`, which is None at the start of each scale.
+row k never depends on another row. A rule keeps its `state` between steps; it is None at the start of each scale.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ StepRule = Callable[[Tensor, State], tuple[Tensor, State]]
 def image_mean(values: Tensor) -> Tensor:
     """Return the mean of each image, (n, 1, ...), one axis after the other.
 
-    A mean over all axes at once is split over threads where the batch is one image, and then it rounds otherwise.
+    A mean over all axes at once is split over threads if the batch is one image, and then it rounds differently.
     """
     for axis in range(values.dim() - 1, 0, -1):
         values = values.mean(axis, keepdim=True)
@@ -48,35 +48,35 @@ def rms_step(rate: float, epsilon: float = 1e-5) -> StepRule:
     return lambda g, state: (rate * g / (root_mean_square(g) + epsilon), state)
 
 
-def neighbours(square: Tensor, window: int) -> Tensor:
-    """Return the mean over the `window` × `window` places around each, (n, c, h, w) or (n, c, h, w, 2).
+def window_mean(values: Tensor, window: int) -> Tensor:
+    """Return the mean over the `window` × `window` entries around each, (n, c, h, w) or (n, c, h, w, 2).
 
-    Of the latter, coefficients of a spectrum, real and imaginary parts count together. What lies outside is left out.
+    The latter are coefficients of a spectrum, whose real and imaginary parts count together. Only entries inside count.
     """
-    planes = (square[..., 0] + square[..., 1]) / 2 if square.dim() == 5 else square
+    planes = (values[..., 0] + values[..., 1]) / 2 if values.dim() == 5 else values
     mean = F.avg_pool2d(planes, window, stride=1, padding=window // 2, count_include_pad=False)
-    return mean[..., None] if square.dim() == 5 else mean
+    return mean[..., None] if values.dim() == 5 else mean
 
 
 def adam(rate: float, betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-8, window: int = 1) -> StepRule:
-    """Adam (Kingma & Ba, ICLR 2015, algorithm 1), climbing.
+    """Adam (Kingma & Ba, ICLR 2015, algorithm 1), as ascent.
 
-    A `window` above 1, an odd number, divides by the geometric mean of the root mean square that each place has and of
-    the one that the window around it has: a second moment over a few steps is a rough estimate, and the places next
-    to it are others of about the same.
+    With a `window` above 1, an odd number, it divides by the geometric mean of each entry's root mean square and that
+    of the window around it: a second moment over a few steps is a rough estimate, and neighbouring entries are further
+    estimates of about the same.
     """
     if window < 1 or window % 2 == 0:
         raise InvalidRequest(f"the window of a step rule is an odd number of places, not {window}")
 
     def rule(gradient: Tensor, state: State) -> tuple[Tensor, State]:
-        past = state or {"count": 0, "mean": zeros_like(gradient), "square": zeros_like(gradient)}
-        count = past["count"] + 1
-        mean = betas[0] * past["mean"] + (1 - betas[0]) * gradient
-        square = betas[1] * past["square"] + (1 - betas[1]) * gradient.square()
-        typical = (square / (1 - betas[1] ** count)).sqrt()
+        state = state or {"count": 0, "mean": zeros_like(gradient), "square": zeros_like(gradient)}
+        count = state["count"] + 1
+        mean = betas[0] * state["mean"] + (1 - betas[0]) * gradient
+        square = betas[1] * state["square"] + (1 - betas[1]) * gradient.square()
+        rms = (square / (1 - betas[1] ** count)).sqrt()
         if window > 1:
-            typical = (typical * neighbours(typical.square(), window).sqrt()).sqrt()
-        update = rate * (mean / (1 - betas[0] ** count)) / (typical + epsilon)
+            rms = (rms * window_mean(rms.square(), window).sqrt()).sqrt()
+        update = rate * (mean / (1 - betas[0] ** count)) / (rms + epsilon)
         return update, {"count": count, "mean": mean, "square": square}
 
     return rule
@@ -85,7 +85,7 @@ def adam(rate: float, betas: tuple[float, float] = (0.9, 0.999), epsilon: float 
 def normalised_adam(
     rate: float, betas: tuple[float, float] = (0.5, 0.9), epsilon: float = 1e-8, window: int = 1
 ) -> StepRule:
-    """Adam on the gradient divided by its root mean square, so that every step of an image weighs the same."""
+    """Adam on the gradient divided by its root mean square, so that all steps of an image weigh the same."""
     inner = adam(rate, betas, epsilon, window)
     return lambda g, state: inner(g / (root_mean_square(g) + 1e-30), state)
 

@@ -1,8 +1,8 @@
 """Random transforms of an image while it is optimised: `transform(image, draws) -> image`.
 
-An image that keeps its score under small shifts, turns and scalings shows what the filter answers to, rather than one
-fragile pattern of pixels (Olah et al., "Feature Visualization", Distill 2017). Every image of a batch has a random
-generator of its own, so what is drawn for one filter never depends on which others share its batch.
+An image that keeps its score under small shifts, turns and scalings shows what the filter answers to, rather than a
+fragile pattern of pixels (Olah et al., "Feature Visualization", Distill 2017). Every image of a batch has its own
+random generator, so that its random numbers do not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ class RandomDraws:
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
         """Return (n, *shape) numbers uniform in [low, high), float64 on the CPU."""
-        rows = [torch.rand(shape, generator=one, dtype=torch.float64) for one in self.generators]
+        rows = [torch.rand(shape, generator=generator, dtype=torch.float64) for generator in self.generators]
         return torch.stack(rows) * (high - low) + low
 
-    def either_way(self, most: float, least: float = 0.0) -> Tensor:
-        """Return (n,) numbers of either sign whose size is uniform from `least` to 1 times `most`."""
+    def signed_uniform(self, limit: float, least: float = 0.0) -> Tensor:
+        """Return (n,) numbers of either sign whose size is uniform in [`least` · `limit`, `limit`]."""
         number = self.uniform(-1, 1)
-        return most * number.sign() * (least + (1 - least) * number.abs())
+        return limit * number.sign() * (least + (1 - least) * number.abs())
 
     def normal(self, shape: tuple[int, ...] = ()) -> Tensor:
         """Return (n, *shape) standard normal numbers, float64 on the CPU."""
-        return torch.stack([torch.randn(shape, generator=one, dtype=torch.float64) for one in self.generators])
+        rows = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in self.generators]
+        return torch.stack(rows)
 
 
 def resample(image: Tensor, shift: Tensor, degrees: Tensor, scale: Tensor, padding: str = "reflection") -> Tensor:
     """Return the images shifted, turned about their centre and scaled, in one bilinear resampling.
 
     image (n, c, h, w); shift (n, 2) in pixels, down and right; degrees (n,) counter-clockwise; scale (n,), above 1
-    enlarges. What lies outside the image is mirrored in.
+    enlarges. By default the image is mirrored at its border.
     """
     height, width = image.shape[-2:]
     angle = degrees * (math.pi / 180)
@@ -61,14 +62,14 @@ def resample(image: Tensor, shift: Tensor, degrees: Tensor, scale: Tensor, paddi
 def affine(pixels: float = 0.0, degrees: float = 0.0, scale: float = 0.0, least: float = 0.0) -> Transform:
     """Return a transform that shifts by up to ±`pixels`, turns by up to ±`degrees`, scales by 1 ± `scale`, at once.
 
-    Turns and scalings have at least the share `least` of their full size, either way, so that no step sees an image
-    unmoved: what a network makes of pixels that no resampling has smoothed is worth climbing, and gone when they move.
+    Turns and scalings have at least the share `least` of their full size, so that every step resamples the image:
+    otherwise the ascent exploits sharp pixel patterns, which are lost as soon as they move.
     """
 
     def transform(image: Tensor, draws: RandomDraws) -> Tensor:
         shift = draws.uniform(-pixels, pixels, (2,))
-        turn = draws.either_way(degrees, least)
-        return resample(image, shift, turn, 1 + draws.either_way(scale, least))
+        turn = draws.signed_uniform(degrees, least)
+        return resample(image, shift, turn, 1 + draws.signed_uniform(scale, least))
 
     return transform
 
@@ -79,9 +80,9 @@ def jitter(pixels: int = 8) -> Transform:
     def transform(image: Tensor, draws: RandomDraws) -> Tensor:
         moves = draws.uniform(-pixels, pixels + 1, (2,)).floor().long().to(image.device)
         for axis in (-2, -1):
-            places = torch.arange(image.shape[axis], device=image.device) - moves[:, axis, None]
-            places = places.remainder(image.shape[axis])[:, None]  # (n, 1, h) or (n, 1, w)
-            image = image.gather(axis, places.unsqueeze(-1 if axis == -2 else -2).expand_as(image))
+            indices = torch.arange(image.shape[axis], device=image.device) - moves[:, axis, None]
+            indices = indices.remainder(image.shape[axis])[:, None]  # (n, 1, h) or (n, 1, w)
+            image = image.gather(axis, indices.unsqueeze(-1 if axis == -2 else -2).expand_as(image))
         return image
 
     return transform
@@ -92,8 +93,8 @@ def scale(low: float = 0.9, high: float = 1.1) -> Transform:
 
     def transform(image: Tensor, draws: RandomDraws) -> Tensor:
         factor = draws.uniform(low, high)
-        still = torch.zeros_like(factor)
-        return resample(image, torch.stack([still, still], 1), still, factor)
+        zero = torch.zeros_like(factor)
+        return resample(image, torch.stack([zero, zero], 1), zero, factor)
 
     return transform
 
@@ -113,13 +114,13 @@ def blur(sigma: float = 1.0) -> Transform:
     radius = max(1, math.ceil(3 * sigma))
 
     def transform(image: Tensor, draws: RandomDraws) -> Tensor:
-        at = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
-        kernel = torch.exp(-(at**2) / (2 * sigma**2))
+        offsets = torch.arange(-radius, radius + 1, dtype=image.dtype, device=image.device)
+        kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
         kernel = kernel / kernel.sum()
         channels = image.shape[1]
-        down = kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+        vertical = kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
         padded = F.pad(image, [radius] * 4, mode="reflect")
-        return F.conv2d(F.conv2d(padded, down, groups=channels), down.transpose(2, 3), groups=channels)
+        return F.conv2d(F.conv2d(padded, vertical, groups=channels), vertical.transpose(2, 3), groups=channels)
 
     return transform
 

@@ -66,7 +66,7 @@ def test_a_result_says_how_many_went_at_once(model: ph.Model) -> None:
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "many"])
 def test_what_is_no_number_is_refused(model: ph.Model, wrong: Any) -> None:
-    with pytest.raises(ph.errors.InvalidRequest, match="batch is 'auto' or a whole number of at least 1"):
+    with pytest.raises(ph.errors.InvalidRequest, match="batch, unless 'auto', is a whole number of at least 1"):
         chosen_batch(model, wrong, [".2"], (8, 8))
 
 

@@ -22,7 +22,7 @@ def test_autocast_finds_the_same_numbers(convolution: nn.Conv2d) -> None:
     image, low = torch.rand(2, 3, 9, 9), Bf16Weights([convolution])
     with torch.autocast("cpu", torch.bfloat16):
         known = convolution(image)
-        with low.weights():
+        with low.swapped_in():
             assert convolution.weight.dtype == torch.bfloat16
             made = convolution(image)
     assert made.dtype == torch.bfloat16
@@ -32,26 +32,30 @@ def test_autocast_finds_the_same_numbers(convolution: nn.Conv2d) -> None:
 def test_weights_are_converted_once_and_again_when_they_change(convolution: nn.Conv2d) -> None:
     low, kept = Bf16Weights([convolution]), []
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16), low.weights():
+        with torch.autocast("cpu", torch.bfloat16), low.swapped_in():
             kept.append(convolution.weight)
     assert kept[0] is kept[1]
     convolution.weight.mul_(2)
-    with torch.autocast("cpu", torch.bfloat16), low.weights():
+    with torch.autocast("cpu", torch.bfloat16), low.swapped_in():
         assert torch.equal(convolution.weight, 2 * kept[0])
 
 
 def test_only_where_autocast_asks_for_it(convolution: nn.Conv2d) -> None:
     double, own = nn.Conv2d(3, 8, 3).double(), Own(3, 8, 3)
     low = Bf16Weights([convolution, double, own, nn.ReLU()])
-    with low.weights():
+    with low.swapped_in():
         assert convolution.weight.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16), low.weights():
+    with torch.autocast("cpu", torch.bfloat16), low.swapped_in():
         assert (double.weight.dtype, own.weight.dtype) == (torch.float64, torch.float32)
 
 
 def test_an_error_leaves_the_weights_as_they_were(convolution: nn.Conv2d) -> None:
     weight = convolution.weight
-    with pytest.raises(ZeroDivisionError), torch.autocast("cpu", torch.bfloat16), Bf16Weights([convolution]).weights():
+    with (
+        pytest.raises(ZeroDivisionError),
+        torch.autocast("cpu", torch.bfloat16),
+        Bf16Weights([convolution]).swapped_in(),
+    ):
         raise ZeroDivisionError
     assert convolution.weight is weight
     assert convolution.weight.dtype == torch.float32

@@ -164,13 +164,13 @@ def test_a_repeated_step_asks_the_host_for_nothing(small_net: nn.Sequential, nam
     objective = ph.channel("4", [0, 5]) + ph.direction("4", torch.eye(8)[:2])
     with fast_forward_pass(model, objective, ("folded",)) as (read, _):
         plan = AscentPlan(objective, RULES[name].at(size=24, steps=6), StartImage(3), ("layer",), model.like)
-        draws = plan.draws([0, 1])
-        shape, start = plan.base.start(24, None, 0, draws)
+        draws = plan.random_draws([0, 1])
+        shape, start = plan.start_image.start(24, None, 0, draws)
         steps = GraphedSteps(read, plan, torch.tensor([0, 1]), plan.parameterization(shape, start), draws)
-        steps.begin(True)
+        steps.run()
         with Forbidding():  # type: ignore[no-untyped-call]
-            steps.make()
-    assert steps.number.item() == 2
+            steps.run()
+    assert steps.step_number.item() == 2
 
 
 def test_numbers_drawn_in_advance_are_those_drawn_one_by_one() -> None:

@@ -129,10 +129,10 @@ def test_sums_and_multiples_keep_what_they_read(small_net: nn.Sequential) -> Non
     model = ph.load(small_net, input_size=16)
     image = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     both = ph.channel(".4", [1, 2]) - 0.5 * ph.channel(".0", 3) + ph.total_variation() * 2 - 1
-    assert both.reads == {".4": ScalarRead((1, 2), True), ".0": ScalarRead((3, 3), True)}
+    assert both.scalar_reads == {".4": ScalarRead((1, 2), True), ".0": ScalarRead((3, 3), True)}
     assert_same(model, both, image, {"linear"})
     mixed = ph.channel(".4", [1, 2]) + ph.channel(".4", [2, 1])  # reads two channels of a layer
-    assert mixed.reads == {}
+    assert mixed.scalar_reads == {}
     assert_same(model, mixed, image)
     same = ph.channel(".4", [1, 2]) + 2 * ph.channel(".4", [1, 2])
     assert_same(model, same, image, {"linear", "folded", "subpixel"})

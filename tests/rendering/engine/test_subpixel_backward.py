@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phosphene.rendering.engine.subpixel_backward import few_channel_convolutions, gradient, subpixel, taps
+from phosphene.rendering.engine.subpixel_backward import block_taps, few_channel_convolutions, image_gradient, subpixel
 
 
 def test_the_taps_of_a_block_by_hand() -> None:
     # three weights, padding 1: pixel 0 takes weight 2 from slope -1, 1 from 0, 0 from 1; pixel 1 each one further
-    plain = taps(3, 1, 1, 2)
+    plain = block_taps(3, 1, 1, 2)
     assert (plain.first, plain.step) == (-1, 2)
     assert plain.matrix.nonzero().tolist() == [[0, 0, 2], [0, 1, 1], [0, 2, 0], [1, 0, 3], [1, 1, 2], [1, 2, 1]]
     # every second slope, no padding: pixel 0 takes weight 2 from slope -1 and 0 from slope 0, pixel 1 weight 1 from 0
-    strided = taps(3, 2, 0, 2)
+    strided = block_taps(3, 2, 0, 2)
     assert (strided.first, strided.step) == (-1, 1)
     assert strided.matrix.nonzero().tolist() == [[0, 0, 1], [0, 2, 0], [1, 1, 1]]
 
@@ -27,7 +27,7 @@ def test_a_gradient_by_hand() -> None:
     weight = torch.tensor([[[[2.0, -1.0, 3.0]]]], dtype=torch.float64)
     slope = torch.tensor([[[[1.0, 10.0, 100.0]]]], dtype=torch.float64)
     # pixel i gets weight k of slope i - k: 2, 20 - 1, 200 - 10 + 3, -100 + 30, 300
-    found = gradient(slope, weight, 1, (0, 0), (1, 5))
+    found = image_gradient(slope, weight, 1, (0, 0), (1, 5))
     assert found.flatten().tolist() == [2.0, 19.0, 193.0, -70.0, 300.0]
 
 
@@ -43,7 +43,7 @@ def test_it_is_the_gradient_whatever_the_shapes(channels: int, stride: int) -> N
         made = F.conv2d(image, weight, stride=stride, padding=(padding, 0))
         slope = torch.randn(made.shape, generator=generator, dtype=torch.float64)
         known = torch.autograd.grad(made, image, slope)[0]
-        found = gradient(slope, weight, stride, (padding, 0), (height, width))
+        found = image_gradient(slope, weight, stride, (padding, 0), (height, width))
         torch.testing.assert_close(found, known, rtol=1e-12, atol=1e-12)
 
 

@@ -1,23 +1,23 @@
-"""Less work, same answer: what of a forward pass an objective does not need.
+"""Less work, same answer: the parts of a forward pass that an objective needs.
 
 Four shortcuts, each of them exact, each left out where it does not apply:
 
-- `linear`: the mean of a convolution's channel, or its value at a position, is linear in what the convolution is given.
-  So the convolution itself need not run: the gradient of that number with respect to its input is found once, and the
-  number is the sum of input × gradient.
-- `folded`: batch normalisations are folded into the convolutions before them, and weights lie in memory as the
-  convolutions of a CPU want them (`folding.py`).
-- `subpixel`: on a CPU, a convolution of few channels, such as a network's first, finds the gradient with respect to the
-  picture several pixels at a time (`subpixel.py`).
-- `cropped`: a neuron sees no more than its receptive field, so that only this part of the picture has to go through the
-  network. A crop is tried on noise first, and left out where it gives another value.
+- `linear`: the mean of a convolution's channel, or its value at a position, is linear in the convolution's input. So
+  the convolution need not run: the gradient of that number with respect to the input is computed once, and the number
+  is the sum of input × gradient (`linear_readout.py`).
+- `folded`: batch normalisations are folded into the convolutions before them, and weights lie in memory in the layout
+  that the convolutions of a CPU prefer (`network/batchnorm_folding.py`).
+- `subpixel`: on a CPU, a convolution of few channels, such as a network's first, computes the gradient with respect to
+  the picture several pixels at a time (`subpixel_backward.py`).
+- `cropped`: a neuron sees only its receptive field, so only this part of the picture goes through the network. A crop
+  is tried on noise first, and left out if it gives another value (`receptive_crop.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
@@ -36,64 +36,60 @@ SHORTCUTS = ("linear", "folded", "subpixel", "cropped")
 
 
 class FastForward(NamedTuple):
-    """What reads no more of a network than an objective needs; `taken` says which shortcuts it has found to apply."""
+    """`read` runs only the parts of a network that an objective needs, by the shortcuts in `applied_shortcuts()`."""
 
     read: ReadActivations
-    taken: Callable[[], tuple[str, ...]]
+    applied_shortcuts: Callable[[], tuple[str, ...]]
 
 
 @contextmanager
 def fast_forward_pass(
     model: Model, objective: Objective, shortcuts: Sequence[str] = SHORTCUTS
 ) -> Iterator[FastForward]:
-    """Borrow a network and yield what reads as much of it as an objective needs; see `Model.reading`."""
-    found = {one: model.find(one) for one in objective.reads}
-    # a layer that has not the channels says so itself, when it is scored
-    layers = {one: layer for one, layer in found.items() if max(objective.reads[one].channels) < (layer.channels or 0)}
-    plain = [one for one, layer in layers.items() if "linear" in shortcuts and is_plain(model, layer)]
+    """Borrow a network and yield a forward pass that computes what an objective needs; see `Model.reading`."""
+    layers = scalar_layers(model, objective)
+    modules = {address: model.modules[layer.place.path] for address, layer in layers.items() if "linear" in shortcuts}
+    convolutions = {address: module for address, module in modules.items() if is_plain_convolution(module)}
     folding = model.folding(objective.layers) if "folded" in shortcuts else None
-    left_out = {module_of(model, layers[one]) for one in plain}
-    first = (
-        few_channel_convolutions(one for one in model.modules.values() if one not in left_out)
-        if "subpixel" in shortcuts
-        else []
-    )
-    low = Bf16Weights(model.modules.values())
-    with model.reading(objective.layers, inputs=plain) as borrowed:
+    run_modules = [module for module in model.modules.values() if module not in convolutions.values()]
+    few_channels = few_channel_convolutions(run_modules) if "subpixel" in shortcuts else []
+    bf16_weights = Bf16Weights(model.modules.values())
+    with model.reading(objective.layers, inputs=list(convolutions)) as read_layers:
 
         def read(image: Tensor) -> dict[Address, Tensor]:
-            with folding.folded() if folding else nullcontext(), subpixel(first), low.weights():
-                return borrowed(channels_last_on_cpu(image))
+            with folding.folded() if folding else nullcontext(), subpixel(few_channels), bf16_weights.swapped_in():
+                return read_layers(channels_last_on_cpu(image))
 
-        functionals = {one: LinearReadout(module_of(model, layers[one]), one, objective.reads[one]) for one in plain}
-        cropping = receptive_crop_of(objective, layers, functionals, read) if "cropped" in shortcuts else None
+        readouts = {
+            address: LinearReadout(convolution, address, objective.scalar_reads[address])
+            for address, convolution in convolutions.items()
+        }
+        receptive_crop = receptive_crop_of(objective, layers, readouts, read) if "cropped" in shortcuts else None
 
-        def run(image: Tensor, items: Tensor) -> Acts:
-            if cropping and (crop := cropping.of(image)):
-                act = read(image[..., crop.rows, crop.columns])[cropping.layer]
-                return {cropping.layer: cropping.numbers(act, items, crop.position)}
+        def read_scalars(image: Tensor, items: Tensor) -> Acts:
+            if receptive_crop and (crop := receptive_crop.crop_for(image)):
+                act = read(image[..., crop.rows, crop.columns])[receptive_crop.layer]
+                return {receptive_crop.layer: receptive_crop.neuron_values(act, items, crop.position)}
             acts = read(image)
-            return {one: functionals[one](act, items) if one in functionals else act for one, act in acts.items()}
-
-        def taken() -> tuple[str, ...]:
-            crops = cropping is not None and any(cropping.crops.values())
-            applies = {
-                "linear": bool(functionals),
-                "folded": bool(folding and folding.pairs),
-                "subpixel": bool(first),
-                "cropped": crops,
+            return {
+                address: readouts[address](act, items) if address in readouts else act for address, act in acts.items()
             }
-            return tuple(name for name, one in applies.items() if one)
 
-        yield FastForward(run, taken)
+        def applied_shortcuts() -> tuple[str, ...]:
+            cropped = receptive_crop and any(receptive_crop.crops.values())
+            applied = (readouts, folding and folding.pairs, few_channels, cropped)
+            return tuple(name for name, applies in zip(SHORTCUTS, applied, strict=True) if applies)
+
+        yield FastForward(read_scalars, applied_shortcuts)
 
 
-def module_of(model: Model, layer: Layer) -> Any:
-    """Return the module of a layer."""
-    return model.modules[layer.place.path]
+def scalar_layers(model: Model, objective: Objective) -> dict[Address, Layer]:
+    """Return the layers of an objective's scalar reads, except layers that lack a channel: scoring refuses these."""
+    layers = {address: model.find(address) for address in objective.scalar_reads}
+    highest = {address: max(read.channels) for address, read in objective.scalar_reads.items()}
+    return {address: layer for address, layer in layers.items() if highest[address] < (layer.channels or 0)}
 
 
-def is_plain(model: Model, layer: Layer) -> bool:
-    """Return whether a layer is a convolution of PyTorch's own, which nobody has changed or watches."""
-    module = module_of(model, layer)
+def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is a convolution of PyTorch's own, neither changed nor watched by anybody."""
     return type(module) is nn.Conv2d and not is_patched(module) and not has_hooks(module)

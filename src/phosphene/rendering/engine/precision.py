@@ -1,8 +1,8 @@
-"""The number format in which a network is run while pictures climb.
+"""The number format in which a network runs during gradient ascent.
 
-What a picture becomes is decided in its first steps: with those in float32 it ends as the same picture to the eye,
-where rounding from the start on leads to another (decision 7). So bfloat16 sets in after the first fifth, and scores
-that are kept are always those of the network as it is.
+The first steps decide what a picture becomes: with those in float32 it ends as the same picture to the eye, while
+rounding from the start leads to another (decision 7). So bfloat16 starts after the first fifth, and the scores of
+finished pictures are always those of the network as it is.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from phosphene.errors import InvalidRequest
 from phosphene.network.model import Model
 from phosphene.rendering.recipes import Recipe
 
-FLOAT32_SHARE = 5  # the first one in so many steps of a climb is not in bfloat16
+FLOAT32_DIVISOR = 5  # the first fifth of the steps is not in bfloat16
 FORMATS = ("fp32", "bf16", "auto")
 
 
 def chosen_precision(model: Model, precision: str) -> str:
-    """Return `fp32` or `bf16`, for `auto` the one that suits the network and where it computes.
+    """Return `fp32` or `bf16`; for `auto`, the one that suits the network and its device.
 
-    `auto` is bfloat16 where that is faster and was found to lead to the same pictures: on a processor that multiplies
-    in it, for networks in float32 whose convolutions are dense. Grouped and depthwise ones are slower in it on CPUs,
-    and their pictures differ. It goes by rule, not by timing, so that the same command makes the same pictures.
+    `auto` is bfloat16 where that is faster and leads to the same pictures: on a processor that multiplies in it, for
+    networks in float32 whose convolutions are dense. Grouped and depthwise convolutions are slower in it on CPUs, and
+    their pictures differ. The choice follows this rule, not timing, so that the same command makes the same pictures.
 
     Raises:
         InvalidRequest: there is no such format.
@@ -39,13 +39,13 @@ def chosen_precision(model: Model, precision: str) -> str:
 
 
 def float32_steps(recipe: Recipe, precision: str) -> int | None:
-    """Return how many steps come before bfloat16 sets in, None where it never does."""
-    return None if precision == "fp32" else math.ceil(len(recipe.sizes) * recipe.steps / FLOAT32_SHARE)
+    """Return how many steps come before bfloat16, or None if no step is in bfloat16."""
+    return None if precision == "fp32" else math.ceil(len(recipe.sizes) * recipe.steps / FLOAT32_DIVISOR)
 
 
 def is_dense(model: Model) -> bool:
     """Return whether a network is in float32 and has convolutions, none of them grouped."""
-    groups = [one.groups for one in model.modules.values() if isinstance(one, nn.Conv2d)]
+    groups = [module.groups for module in model.modules.values() if isinstance(module, nn.Conv2d)]
     return model.like.dtype == torch.float32 and set(groups) == {1}
 
 
@@ -53,6 +53,6 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether a device has instructions that multiply in bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    of_cpu: Any = getattr(torch.cpu, "get_capabilities", dict)
-    known = of_cpu() if device.type == "cpu" else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    cpu_capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = cpu_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

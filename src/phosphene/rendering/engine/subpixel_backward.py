@@ -1,9 +1,9 @@
 """The gradient of a convolution with respect to an image of few channels, several pixels at a time.
 
 The last step back to a picture makes three channels out of many, and the convolutions of a CPU fill their vectors with
-channels: most lanes stay empty. So a block of neighbouring pixels is computed as so many more channels, with a kernel
-that holds the kernel of each, and then laid out as pixels: the sub-pixel convolution of Shi et al. 2016
-(arXiv:1609.05158). The stride of the convolution, which otherwise leaves holes, is a part of that.
+channels: most lanes stay empty. So the pixels of a block are computed as additional channels, with a kernel that holds
+the kernel of each pixel, and then laid out as pixels: the sub-pixel convolution of Shi et al. 2016 (arXiv:1609.05158).
+The stride of the convolution, which otherwise leaves holes, is handled in the same way.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LANES = 16  # channels that a vector holds in float32
 
 
 def few_channel_convolutions(modules: Iterable[nn.Module]) -> list[nn.Conv2d]:
-    """Return the convolutions among modules whose gradient is found faster so: on a CPU, of at most four channels."""
-    return [one for one in modules if type(one) is nn.Conv2d and has_few_channels(one)]
+    """Return the convolutions for which this is faster: on a CPU, of at most four input channels."""
+    return [module for module in modules if type(module) is nn.Conv2d and has_few_channels(module)]
 
 
 def has_few_channels(convolution: nn.Conv2d) -> bool:
-    """Return whether a convolution is of the kind that `gradient_kernel` knows, and nobody has changed it."""
+    """Return whether `image_gradient` supports a convolution, which nobody has changed."""
     return (
         convolution.in_channels <= 4
         and convolution.groups == 1
@@ -44,83 +44,85 @@ def has_few_channels(convolution: nn.Conv2d) -> bool:
 
 @contextmanager
 def subpixel(convolutions: Collection[nn.Conv2d]) -> Iterator[None]:
-    """Have convolutions find gradients so inside, and leave them as they were."""
+    """Have convolutions compute their gradients as sub-pixel convolutions inside, and restore them afterwards."""
     try:
-        for one in convolutions:
-            vars(one)["forward"] = partial(forward, one)  # found before the class's own; hooks still run
+        for convolution in convolutions:
+            vars(convolution)["forward"] = partial(forward, convolution)  # comes before the class's; hooks still run
         yield
     finally:
-        for one in convolutions:
-            vars(one).pop("forward", None)
+        for convolution in convolutions:
+            vars(convolution).pop("forward", None)
 
 
 def forward(convolution: nn.Conv2d, input: Tensor) -> Tensor:
-    """Return what the convolution makes of images; the second name is what `nn.Conv2d` calls them."""
-    found: Tensor = SubpixelConv.apply(input, convolution.weight, convolution)
-    return found
+    """Return the convolution of images; `input` is the name in `nn.Conv2d`."""
+    output: Tensor = SubpixelConv.apply(input, convolution.weight, convolution)
+    return output
 
 
 class SubpixelConv(torch.autograd.Function):
-    """A convolution, whose gradient with respect to the image alone is found as a sub-pixel convolution."""
+    """A convolution whose gradient, with respect to the image alone, is computed as a sub-pixel convolution."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, weight: Tensor, convolution: nn.Conv2d) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.convolution, ctx.shape, ctx.dtype = convolution, image.shape, image.dtype
-        made: Tensor = convolution._conv_forward(image, weight, convolution.bias)
-        return made
+        output: Tensor = convolution._conv_forward(image, weight, convolution.bias)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        found = gradient(slope, weight, ctx.convolution.stride[0], ctx.convolution.padding, ctx.shape[-2:])
-        return found.to(ctx.dtype), None, None
+        stride, padding = ctx.convolution.stride[0], ctx.convolution.padding
+        return image_gradient(grad_output, weight, stride, padding, ctx.shape[-2:]).to(ctx.dtype), None, None
 
 
-def gradient(slope: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return the gradient (b, c, h, w) with respect to an image of `size`, given that of what a convolution returned.
+def image_gradient(
+    grad_output: Tensor, weight: Tensor, stride: int, padding: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """Return the gradient (b, c, h, w) with respect to an image of `size`, given that of a convolution's output.
 
-    slope (b, out, oh, ow); weight (out, c, kh, kw).
+    grad_output (b, out, oh, ow); weight (out, c, kh, kw).
     """
-    side = stride * max(1, int(math.sqrt(LANES / weight.shape[1]) / stride))
-    rows, columns = (taps(count, stride, pad, side) for count, pad in zip(weight.shape[-2:], padding, strict=True))
+    block_size = stride * max(1, int(math.sqrt(LANES / weight.shape[1]) / stride))
+    rows, columns = (
+        block_taps(count, stride, pad, block_size) for count, pad in zip(weight.shape[-2:], padding, strict=True)
+    )
     kernel = torch.einsum("rku,slv,ockl->crsouv", rows.matrix.to(weight), columns.matrix.to(weight), weight)
-    kernel = kernel.flatten(0, 2).to(slope.dtype).contiguous(memory_format=torch.channels_last)
+    kernel = kernel.flatten(0, 2).to(grad_output.dtype).contiguous(memory_format=torch.channels_last)
     before = [-rows.first, -columns.first]
-    after = [
-        one.missing(*known)
-        for one, known in zip((rows, columns), zip(size, slope.shape[-2:], strict=True), strict=True)
-    ]
+    after = [rows.missing(size[0], grad_output.shape[-2]), columns.missing(size[1], grad_output.shape[-1])]
     if min(before) < 0 or after[0] > before[0] or after[1] > before[1]:  # a convolution pads both ends alike
-        slope, before = F.pad(slope, [before[1], after[1], before[0], after[0]]), [0, 0]
-    blocks = F.conv2d(slope, kernel, stride=side // stride, padding=before)
-    return F.pixel_shuffle(blocks, side)[..., : size[0], : size[1]]
+        grad_output, before = F.pad(grad_output, [before[1], after[1], before[0], after[0]]), [0, 0]
+    blocks = F.conv2d(grad_output, kernel, stride=block_size // stride, padding=before)
+    return F.pixel_shuffle(blocks, block_size)[..., : size[0], : size[1]]
 
 
-class Taps(NamedTuple):
-    """Along one axis, which weights reach which pixels of a block, and from which slopes; see `taps`."""
+class BlockTaps(NamedTuple):
+    """Which weights connect the pixels of a block with which outputs, along one axis; see `block_taps`."""
 
     matrix: Tensor
     first: int
-    side: int
+    block_size: int
     step: int
 
-    def missing(self, pixels: int, slopes: int) -> int:
-        """Return how many slopes the last block lacks, which are zero."""
-        return (math.ceil(pixels / self.side) - 1) * self.step + self.first + self.matrix.shape[-1] - slopes
+    def missing(self, pixels: int, outputs: int) -> int:
+        """Return how many outputs the last block lacks; their gradients are zero."""
+        return (math.ceil(pixels / self.block_size) - 1) * self.step + self.first + self.matrix.shape[-1] - outputs
 
 
 @cache
-def taps(count: int, stride: int, padding: int, side: int) -> Taps:
-    """Return the taps of a block of `side` pixels, for `count` weights.
+def block_taps(count: int, stride: int, padding: int, block_size: int) -> BlockTaps:
+    """Return the taps of a block of `block_size` pixels, for `count` weights.
 
-    Pixel r takes weight k from the slope at (r + padding − k) / stride, counted from the block's own, where that is
-    whole. The first of these slopes is `first`; `matrix` (side, count, reach) is 1 where r, k and the slope belong
-    together. Blocks are `step` slopes apart.
+    Pixel r takes weight k from the output at (r + padding − k) / stride, counted from the block's own, where that is
+    whole. The first of these outputs is `first`; `matrix` (block_size, count, reach) is 1 where pixel r takes weight k
+    from an output. Blocks are `step` outputs apart.
     """
-    found = [(r, k, r + padding - k) for r in range(side) for k in range(count) if (r + padding - k) % stride == 0]
-    first, last = (pick(at // stride for _, _, at in found) for pick in (min, max))
-    matrix = torch.zeros(side, count, last - first + 1)
-    for r, k, at in found:
-        matrix[r, k, at // stride - first] = 1
-    return Taps(matrix, first, side, side // stride)
+    taps = [(r, k, r + padding - k) for r in range(block_size) for k in range(count) if (r + padding - k) % stride == 0]
+    outputs = [offset // stride for _, _, offset in taps]
+    first = min(outputs)
+    matrix = torch.zeros(block_size, count, max(outputs) - first + 1)
+    for r, k, offset in taps:
+        matrix[r, k, offset // stride - first] = 1
+    return BlockTaps(matrix, first, block_size, block_size // stride)

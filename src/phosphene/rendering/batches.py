@@ -1,0 +1,191 @@
+"""Batches: the pictures of an objective, rendered as many at once as fit the memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phosphene.errors import Interrupted, LayerRefused, OutOfMemory, Unfinished, first_line
+from phosphene.images import display
+from phosphene.network.memory import is_out_of_memory
+from phosphene.rendering.engine.cuda_graph import ascend_with_cuda_graph
+from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, ascend, clean_scores
+from phosphene.rendering.result import Rendered
+
+LEAKY_SHARE = 0.25  # of the steps
+Watch = Callable[[Frame], None]
+
+
+@dataclass(frozen=True)
+class RenderPlan:
+    """A checked request: `batch` pictures at once, `film` moments besides the start, and the result's `spec`."""
+
+    read: ReadActivations
+    ascent: AscentPlan
+    batch: int
+    film: int
+    spec: Mapping[str, Any]
+
+
+class RenderedBatch(NamedTuple):
+    """The results of one batch, on the CPU; `items` are its pictures' indices in the objective, as are `revived`."""
+
+    items: list[int]
+    images: Tensor
+    start_scores: Tensor
+    scores: Tensor
+    history: Tensor
+    moments: list[Tensor]
+    revived: tuple[int, ...] = ()
+
+    @property
+    def unmoved_rows(self) -> list[int]:
+        """The rows whose pictures never left their start."""
+        unmoved = never_moved(self.start_scores, torch.cat([self.history, self.scores[None]]))
+        rows: list[int] = unmoved.nonzero()[:, 0].tolist()
+        return rows
+
+    def with_revived(self, retry: RenderedBatch, rows: Sequence[int]) -> RenderedBatch:
+        """Return this batch with those of its `rows` replaced that left their start in `retry`."""
+        unmoved = retry.unmoved_rows
+        revived = [(row, index) for index, row in enumerate(rows) if index not in unmoved]
+        for row, index in revived:
+            self.images[row], self.scores[row] = retry.images[index], retry.scores[index]
+            self.history[:, row] = retry.history[:, index]
+            for moment, retried in zip(self.moments, retry.moments, strict=True):
+                moment[row] = retried[index]
+        return self._replace(revived=tuple(self.items[row] for row, _ in revived))
+
+
+def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch]:
+    """Return all pictures of an objective in batches; a batch that does not fit the memory is halved.
+
+    Raises:
+        OutOfMemory: not even one picture fits.
+        Interrupted, Unfinished: see `render`.
+    """
+    finished: list[RenderedBatch] = []
+    remaining, at_once = list(range(plan.ascent.objective.n)), plan.batch
+    with keeping_finished(finished, plan):
+        while remaining:
+            items = remaining[:at_once]
+            try:
+                finished.append(retry_unmoved(plan, render_batch(plan, items, watch), watch))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(items) == 1:
+                    raise OutOfMemory(
+                        f"not even one picture of {plan.ascent.recipe.size} px fits the memory; give a smaller size"
+                    ) from error
+                at_once = len(items) // 2
+                # 3: the line that called `render`
+                warnings.warn(
+                    f"out of memory with {len(items)} pictures at once; going on with {at_once}", stacklevel=3
+                )
+                continue
+            remaining = remaining[len(items) :]
+    return finished
+
+
+@contextmanager
+def keeping_finished(finished: Sequence[RenderedBatch], plan: RenderPlan) -> Iterator[None]:
+    """Turn Ctrl-C into `Interrupted`, and errors after a finished batch into `Unfinished`, with what is finished."""
+    count = plan.ascent.objective.n
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        rendered = assemble(finished, plan) if finished else None
+        raise Interrupted(f"stopped with {len(rendered or ())} of {count} done", rendered) from error
+    except Exception as error:
+        if not finished:
+            raise
+        rendered = assemble(finished, plan)
+        raise Unfinished(f"{first_line(error)}; {len(rendered)} of {count} are done", rendered) from error
+
+
+def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_steps: int = 0) -> RenderedBatch:
+    """Render the given pictures at once; see `AscentPlan` for `leaky_steps`."""
+    ascent = replace(plan.ascent, leaky_steps=leaky_steps)
+    loop = ascend_with_cuda_graph if ascent.prototype_tensor.is_cuda and not leaky_steps else ascend
+    history: list[Tensor] = []
+    moments: list[Tensor] = []
+    start_scores = None
+    for frame in loop(plan.read, ascent, items):
+        if start_scores is None:
+            start_scores = clean_scores(plan.read, ascent.objective, frame.image, frame.items)
+            check_finite(start_scores, ascent, items)
+        if frame.step < frame.steps:
+            history.append(frame.scores)
+        if plan.film and is_film_frame(frame, plan.film):
+            moments.append(frame.image.cpu())
+        if watch:
+            watch(frame)
+    assert start_scores is not None
+    # once at the end: reading a value at every step would make a GPU wait
+    check_finite(torch.stack([*history, frame.scores]), ascent, items)
+    return RenderedBatch(
+        items, frame.image.cpu(), start_scores.cpu(), frame.scores.cpu(), torch.stack(history).cpu(), moments
+    )
+
+
+def retry_unmoved(plan: RenderPlan, batch: RenderedBatch, watch: Watch | None) -> RenderedBatch:
+    """Render pictures that never left their start once more, with leaky rectifiers in the first steps."""
+    rows = batch.unmoved_rows
+    if not rows:
+        return batch
+    leaky_steps = max(1, round(LEAKY_SHARE * plan.ascent.total_steps))
+    return batch.with_revived(render_batch(plan, [batch.items[row] for row in rows], watch, leaky_steps), rows)
+
+
+def check_finite(scores: Tensor, ascent: AscentPlan, items: Sequence[int]) -> None:
+    """Refuse scores (..., b) that are NaN or infinite; the message names the layer and the first such picture."""
+    broken = ~scores.isfinite().reshape(-1, len(items)).all(0)
+    if bool(broken.any()):
+        name = ascent.objective.names[items[int(broken.nonzero()[0])]]
+        raise LayerRefused(
+            f"the score of {name} at {', '.join(map(repr, ascent.layers)) or 'the image'} became NaN or infinite: the "
+            "network overflows on such a picture; take another recipe, a smaller rate, or --precision fp32"
+        )
+
+
+def is_film_frame(frame: Frame, moments: int) -> bool:
+    """Return whether a frame is the start or one of `moments` evenly spaced frames, the last of them the finished."""
+    return frame.step * moments // frame.steps > (frame.step - 1) * moments // frame.steps
+
+
+def assemble(batches: Sequence[RenderedBatch], plan: RenderPlan) -> Rendered:
+    """Return batches as one result."""
+    images, start_scores, scores = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "start_scores", "scores")
+    )
+    history = torch.cat([batch.history for batch in batches], 1)
+    displayed = display.DISPLAYS[plan.spec["recipe"]["display"]](images)
+    names = plan.ascent.objective.names
+    revived = [names[item] for batch in batches for item in batch.revived]
+    return Rendered(
+        images=images,
+        scores=scores,
+        start_scores=start_scores,
+        history=history,
+        dead=never_moved(start_scores, torch.cat([history, scores[None]])) | without_contrast(displayed),
+        names=tuple(names[item] for batch in batches for item in batch.items),
+        spec={**plan.spec, "woken": revived} if revived else plan.spec,
+        moments=tuple(torch.cat(moments) for moments in zip(*(batch.moments for batch in batches), strict=False)),
+    )
+
+
+def never_moved(start_scores: Tensor, scores: Tensor) -> Tensor:
+    """Return for each picture whether its scores (steps, n) all equal its starting score (n,), within rounding."""
+    return ((scores - start_scores).abs() <= 1e-6 * start_scores.abs()).all(0)
+
+
+def without_contrast(displayed: Tensor) -> Tensor:
+    """Return for each displayed image (n, c, h, w) in [0, 1] whether all its values are within two bytes."""
+    return displayed.flatten(1).amax(1) - displayed.flatten(1).amin(1) < 2 / 255
