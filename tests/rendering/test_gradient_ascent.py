@@ -105,8 +105,8 @@ def test_pictures_differ_by_seed_layer_and_channel_and_by_nothing_else(model: ph
         start(ph.channel("0", 2)),
         start(ph.channel("4", 2), 1),
     ]
-    for index, one in enumerate(starts):
-        assert not any(torch.equal(one, other) for other in starts[:index])
+    for index, start_image in enumerate(starts):
+        assert not any(torch.equal(start_image, earlier) for earlier in starts[:index])
 
 
 def test_weight_decay_pulls_the_tensor_towards_zero() -> None:
@@ -126,11 +126,11 @@ def test_frames_tell_the_whole_climb(model: ph.Model) -> None:
     recipe = dataclasses.replace(RECIPES["multi-scale"], sizes=(12, 16), steps=2)
     frames: list[ph.Frame] = []
     pictures = ph.render(model, ph.channel("4", [2, 7, 1]), recipe, batch=2, watch=frames.append)
-    assert [(one.step, one.steps) for one in frames] == [(step, 4) for step in range(5)] * 2
-    assert [one.items.tolist() for one in frames] == [[0, 1]] * 5 + [[2]] * 5
-    assert [one.image.shape[-1] for one in frames[:5]] == [12, 12, 16, 16, 16]
+    assert [(frame.step, frame.steps) for frame in frames] == [(step, 4) for step in range(5)] * 2
+    assert [frame.items.tolist() for frame in frames] == [[0, 1]] * 5 + [[2]] * 5
+    assert [frame.image.shape[-1] for frame in frames[:5]] == [12, 12, 16, 16, 16]
     assert torch.equal(frames[4].image, pictures.images[:2])
-    assert torch.equal(torch.stack([one.scores for one in frames[:4]]), pictures.history[:, :2])
+    assert torch.equal(torch.stack([frame.scores for frame in frames[:4]]), pictures.history[:, :2])
     assert torch.equal(torch.cat([frames[4].scores, frames[9].scores]), pictures.scores)
     for frame in frames[:2]:
         acts = model.module[:5](frame.image)  # type: ignore[index]

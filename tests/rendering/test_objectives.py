@@ -31,8 +31,8 @@ ACTS: dict[str | int, Tensor] = {"map": MAP, "vector": VECTOR, "": VECTOR, 3: MA
 def scores(objective: Objective, items: list[int] | None = None) -> list[float]:
     """Return the scores of the two rows above as the given items of an objective, by default its first two."""
     chosen = torch.tensor(items if items is not None else [0, 1 % objective.n])
-    found: list[float] = objective.score(ACTS, IMAGE, chosen).tolist()
-    return found
+    row_scores: list[float] = objective.score(ACTS, IMAGE, chosen).tolist()
+    return row_scores
 
 
 def test_values_by_hand() -> None:
@@ -76,10 +76,10 @@ LAWS: dict[str, tuple[Objective, Objective]] = {
 
 @pytest.mark.parametrize("law", LAWS)
 def test_arithmetic_means_what_arithmetic_means(law: str) -> None:
-    one, other = LAWS[law]
-    assert one.n == other.n
-    for items in ([0, 1 % one.n], [1 % one.n, 0]):
-        assert scores(one, items) == pytest.approx(scores(other, items), rel=1e-12)
+    left, right = LAWS[law]
+    assert left.n == right.n
+    for items in ([0, 1 % left.n], [1 % left.n, 0]):
+        assert scores(left, items) == pytest.approx(scores(right, items), rel=1e-12)
 
 
 def test_a_number_shifts_and_a_factor_scales() -> None:
@@ -107,11 +107,11 @@ def test_names_are_of_what_the_pictures_show() -> None:
 
 
 def test_each_row_depends_on_itself_alone() -> None:
-    every = ph.channel("map", [0, 1]) + ph.layer("map") - ph.total_variation() + ph.direction("map", [1.0, 2.0, 3.0])
-    both = every.score(ACTS, IMAGE, torch.tensor([0, 1]))
+    mixture = ph.channel("map", [0, 1]) + ph.layer("map") - ph.total_variation() + ph.direction("map", [1.0, 2.0, 3.0])
+    both = mixture.score(ACTS, IMAGE, torch.tensor([0, 1]))
     for row in range(2):
         acts = {address: act[row : row + 1] for address, act in ACTS.items()}
-        assert every.score(acts, IMAGE[row : row + 1], torch.tensor([row])).item() == both[row].item()
+        assert mixture.score(acts, IMAGE[row : row + 1], torch.tensor([row])).item() == both[row].item()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_whole_numbers_of_numpy_and_torch_are_channels() -> None:
     expected = ph.channel("map", [2, 0]).spec
     assert ph.channel("map", np.array([2, 0])).spec == expected
     assert ph.channel("map", torch.tensor([2, 0])).spec == expected
-    assert ph.channel("map", (one for one in (2, 0))).spec == expected
+    assert ph.channel("map", (number for number in (2, 0))).spec == expected
 
 
 @pytest.mark.parametrize("wrong", [[], -1, [0, -2], True, [True], 1.0, [0.5], "3", None, [[0]], np.array([0.5])])
@@ -159,7 +159,7 @@ def anything(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: ph.channel("map", [0, 1]) + ph.logit([0, 1, 2]), "for 2 pictures cannot be added to one for 3"),
         (lambda: anything(ph.channel("map", 0)) * ph.l2(), "multiplied by a number, not by another objective"),
@@ -173,13 +173,13 @@ def anything(value: Any) -> Any:
         (lambda: ph.neuron("map", 0, (-1, 0)), "a row or column is a whole number of at least 0, not -1"),
     ],
 )
-def test_wrong_requests_are_refused_at_once(make: Callable[[], object], said: str) -> None:
-    with pytest.raises(InvalidRequest, match=said):
+def test_wrong_requests_are_refused_at_once(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
         make()
 
 
 @pytest.mark.parametrize(
-    ("objective", "error", "said"),
+    ("objective", "error", "message"),
     [
         (ph.channel("map", [0, 3]), ChannelNotFound, "'map' has 3 channels, 0 to 2; there is no 3"),
         (ph.neuron("map", 64), ChannelNotFound, "'map' has 3 channels, 0 to 2; there is no 64"),
@@ -192,8 +192,8 @@ def test_wrong_requests_are_refused_at_once(make: Callable[[], object], said: st
         (ph.direction("map", [1.0, 1.0]), InvalidRequest, "'map' has 3 channels, the direction has 2"),
     ],
 )
-def test_what_does_not_fit_the_layer_is_refused(objective: Objective, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_what_does_not_fit_the_layer_is_refused(objective: Objective, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         scores(objective)
 
 

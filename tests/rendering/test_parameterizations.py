@@ -183,9 +183,9 @@ def test_the_spectrum_ships_with_the_package() -> None:
     assert spectrum[:, 0, 0].tolist() == [0.0] * 3
     assert int((spectrum > 0).sum()) == 3 * (128 * 65 - 1)
     # natural pictures: amplitude falls about as 1 / frequency, and light varies more than colour
-    for one, other in ((4, 8), (8, 16), (16, 32)):
-        assert 1.5 < (light[0, one] / light[0, other]).item() < 3.5
-        assert 1.5 < (light[one, 0] / light[other, 0]).item() < 3.5
+    for slow, fast in ((4, 8), (8, 16), (16, 32)):
+        assert 1.5 < (light[0, slow] / light[0, fast]).item() < 3.5
+        assert 1.5 < (light[slow, 0] / light[fast, 0]).item() < 3.5
     assert bool((light[1:40, 1:40].mean() > spectrum[1:, 1:40, 1:40].mean((1, 2))).all())
 
 
@@ -200,10 +200,10 @@ def test_the_magnitude_at_its_own_size_is_the_spectrum_itself() -> None:
 def test_a_frequency_has_the_same_magnitude_at_every_size(height: int, width: int) -> None:
     spectrum, magnitude = natural_spectrum(), natural_magnitude(3, height, width)
     for down, right in ((0.25, 0.125), (0.125, 0.25), (-0.25, 0.375), (0.25, 0.25)):
-        own = (int(down * height) % height, int(right * width))
+        scaled = (int(down * height) % height, int(right * width))
         stored = (int(down * 128) % 128, int(right * 128))
         if down * height == int(down * height) and right * width == int(right * width):
-            assert magnitude[:, *own].tolist() == pytest.approx(spectrum[:, *stored].tolist(), rel=1e-9)
+            assert magnitude[:, *scaled].tolist() == pytest.approx(spectrum[:, *stored].tolist(), rel=1e-9)
 
 
 def test_waves_slower_than_the_stored_ones_are_not_weaker() -> None:
@@ -219,8 +219,8 @@ def test_maco_keeps_the_magnitude_exactly_while_phases_change(shape: tuple[int, 
     magnitude = natural_magnitude(*shape[1:])
 
     def spectrum(image: Tensor) -> Tensor:
-        found: Tensor = torch.fft.rfft2(logits(image), norm="ortho")
-        return found
+        coefficients: Tensor = torch.fft.rfft2(logits(image), norm="ortho")
+        return coefficients
 
     first = spectrum(start.image())
     gradient = torch.autograd.grad(start.image().square().sum(), start.tensor)[0]
@@ -238,9 +238,9 @@ def test_maco_keeps_the_magnitude_exactly_while_phases_change(shape: tuple[int, 
 def test_maco_takes_the_phases_of_the_image_it_starts_from(shape: tuple[int, int, int, int]) -> None:
     photo = photo_like(*shape[1:])
     wanted = torch.fft.rfft2(logits(photo), norm="ortho")
-    found = torch.fft.rfft2(logits(maco(shape, photo, LIKE).image()), norm="ortho")
+    coefficients = torch.fft.rfft2(logits(maco(shape, photo, LIKE).image()), norm="ortho")
     inside = (..., slice(None), slice(1, (shape[3] - 1) // 2 + 1))
-    difference = (found[inside] / found[inside].abs()) - (wanted[inside] / wanted[inside].abs())
+    difference = (coefficients[inside] / coefficients[inside].abs()) - (wanted[inside] / wanted[inside].abs())
     assert difference.abs().max().item() < 1e-7
 
 

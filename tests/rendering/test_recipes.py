@@ -73,8 +73,8 @@ def test_growing_cuts_to_whole_pixels() -> None:
 
 def test_recipes_are_found_by_name_or_used_as_they_are() -> None:
     assert find_recipe(DEFAULT).name == DEFAULT
-    own = RECIPES["rms"].at(steps=2)
-    assert find_recipe(own) is own
+    custom = RECIPES["rms"].at(steps=2)
+    assert find_recipe(custom) is custom
     with pytest.raises(RecipeNotFound, match=r"no recipe 'forier'; did you mean one of: fourier"):
         find_recipe("forier")
 
@@ -90,7 +90,7 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"sizes": ()}, "sizes and steps of at least 1"),
         ({"sizes": (0,)}, "sizes and steps of at least 1"),
@@ -116,9 +116,9 @@ PLAIN: dict[str, Any] = {
         ({"transforms": (choice("jitter", pixel=3),)}, r"'jitter'.*'pixel'; its options are pixels"),
     ],
 )
-def test_what_no_recipe_can_be_is_refused_at_once(change: dict[str, Any], said: str) -> None:
+def test_what_no_recipe_can_be_is_refused_at_once(change: dict[str, Any], message: str) -> None:
     assert Recipe(**{**PLAIN, "blur": 15}).size == 8
-    with pytest.raises(InvalidRequest, match=said):
+    with pytest.raises(InvalidRequest, match=message):
         Recipe(**{**PLAIN, **change})
 
 

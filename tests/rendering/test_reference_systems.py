@@ -78,8 +78,8 @@ def built_in_vgg19() -> tuple[ph.Model, str, Features]:
 
 @pytest.fixture(params=[small_network, built_in_vgg19], ids=["small", "vgg19"], scope="module")
 def network(request: pytest.FixtureRequest) -> tuple[ph.Model, str, Features]:
-    found: tuple[ph.Model, str, Features] = request.param()
-    return found
+    network: tuple[ph.Model, str, Features] = request.param()
+    return network
 
 
 def rendered(
@@ -113,8 +113,8 @@ def test_r1_is_reproduced(network: tuple[ph.Model, str, Features], recipe: str) 
     assert float(result.scores[0]) == pytest.approx(features(x / 255)[0, 3].mean().item(), rel=1e-9)
 
     stretched = ((x - x.min()) / (x.max() - x.min()))[0]
-    shown = display.DISPLAYS["stretch"](result.images)[0]
-    assert float((shown - stretched).abs().max()) < 1e-9
+    displayed = display.DISPLAYS["stretch"](result.images)[0]
+    assert float((displayed - stretched).abs().max()) < 1e-9
     assert np.array_equal(np.asarray(result.pictures[0]), np.rint(stretched.permute(1, 2, 0).numpy() * 255))
 
 
@@ -169,8 +169,8 @@ def test_r4_filter_patterns_are_reproduced(network: tuple[ph.Model, str, Feature
     pattern = x[0].permute(1, 2, 0).numpy()
     pattern = (pattern - pattern.mean()) / (pattern.std() + 1e-5) * 0.1 + 0.5
     pattern = np.clip(pattern, 0, 1)
-    shown = display.DISPLAYS["standardise"](result.images)[0].permute(1, 2, 0).numpy()
-    assert np.abs(shown - pattern).max() < 1e-9
+    displayed = display.DISPLAYS["standardise"](result.images)[0].permute(1, 2, 0).numpy()
+    assert np.abs(displayed - pattern).max() < 1e-9
     # the original cuts the fraction off (astype("uint8")); phosphene rounds, so a byte is the same or one more
     ours, cut = np.asarray(result.pictures[0]).astype(int), (pattern * 255).astype("uint8").astype(int)
     assert np.array_equal(ours, np.rint(pattern * 255))

@@ -28,8 +28,8 @@ def pictures(small_net: nn.Sequential) -> Rendered:
 
 def metadata_of(path: Path) -> dict[str, Any]:
     with Image.open(path) as opened:
-        found: dict[str, Any] = json.loads(opened.text[METADATA])  # type: ignore[attr-defined]
-        return found
+        metadata: dict[str, Any] = json.loads(opened.text[METADATA])  # type: ignore[attr-defined]
+        return metadata
 
 
 def hand_made(display: str, images: torch.Tensor, dead: list[bool], layers: list[str]) -> Rendered:
@@ -60,27 +60,34 @@ def test_saving_writes_a_file_a_filter_the_grid_and_the_manifest_last(pictures: 
 def test_every_png_says_how_it_was_made(pictures: Rendered, tmp_path: Path) -> None:
     written = pictures.save(tmp_path)
     for index, (path, channel) in enumerate(zip(written[:3], (6, 0, 3), strict=True)):
-        said = metadata_of(path)
-        assert (said["model"], said["layer"], said["channel"], said["seed"]) == ("Sequential", ".4", channel, 5)
-        assert said["picture"] == f"filter_{channel}"
-        assert said["score"] == pictures.scores[index].item()
-        assert said["dead"] is False
-        recipe = {key: value for key, value in said["recipe"].items() if key != "digest"}
+        metadata = metadata_of(path)
+        assert (metadata["model"], metadata["layer"], metadata["channel"], metadata["seed"]) == (
+            "Sequential",
+            ".4",
+            channel,
+            5,
+        )
+        assert metadata["picture"] == f"filter_{channel}"
+        assert metadata["score"] == pictures.scores[index].item()
+        assert metadata["dead"] is False
+        recipe = {key: value for key, value in metadata["recipe"].items() if key != "digest"}
         again = ph.Recipe.from_json(json.dumps(recipe))
         assert again == ph.RECIPES["fast"].at(size=16, steps=3, seed=5)
-        assert said["recipe"]["digest"] == again.digest
+        assert metadata["recipe"]["digest"] == again.digest
     grid = metadata_of(written[3])
     assert grid["objective"] == {"objective": "channel", "layer": "4", "channels": [6, 0, 3]}
-    assert (grid["recipe"], grid["fingerprint"]) == (said["recipe"], said["fingerprint"])
+    assert (grid["recipe"], grid["fingerprint"]) == (metadata["recipe"], metadata["fingerprint"])
 
 
 def test_the_manifest_lists_every_file_with_its_scores(pictures: Rendered, tmp_path: Path) -> None:
     pictures.save(tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["grid"] == "grid.png"
-    assert [one["file"] for one in manifest["pictures"]] == [f"layer_.4_filter_{one}.png" for one in (6, 0, 3)]
-    assert [one["score"] for one in manifest["pictures"]] == pictures.scores.tolist()
-    assert [one["start_score"] for one in manifest["pictures"]] == pictures.start_scores.tolist()
+    assert [entry["file"] for entry in manifest["pictures"]] == [
+        f"layer_.4_filter_{channel}.png" for channel in (6, 0, 3)
+    ]
+    assert [entry["score"] for entry in manifest["pictures"]] == pictures.scores.tolist()
+    assert [entry["start_score"] for entry in manifest["pictures"]] == pictures.start_scores.tolist()
     assert {key: manifest[key] for key in pictures.spec} == json.loads(json.dumps(dict(pictures.spec)))
 
 
@@ -92,8 +99,10 @@ def test_a_folder_that_cannot_be_written_is_refused(pictures: Rendered, tmp_path
 
 def test_the_display_rule_is_the_recipes() -> None:
     images = torch.tensor([[[[-0.5, 0.0], [0.5, 1.5]]]])
-    shown = {name: hand_made(name, images, [False], ["a"]).displayed()[0, 0].tolist() for name in ("clip", "stretch")}
-    assert shown == {"clip": [[0, 0], [128, 255]], "stretch": [[0, 64], [128, 255]]}
+    displayed = {
+        name: hand_made(name, images, [False], ["a"]).displayed()[0, 0].tolist() for name in ("clip", "stretch")
+    }
+    assert displayed == {"clip": [[0, 0], [128, 255]], "stretch": [[0, 64], [128, 255]]}
 
 
 def test_dead_pictures_are_crossed_in_the_grid_and_plain_alone() -> None:

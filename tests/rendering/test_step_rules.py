@@ -29,11 +29,11 @@ GRADIENT = torch.tensor([[[[4.0, -2.0], [0.0, -6.0]]], [[[-1.0, -3.0], [-2.0, -2
 def updates(rule: StepRule, gradients: list[Tensor]) -> list[Tensor]:
     """Return what a rule makes of gradients that come one after the other."""
     state: State = None
-    found = []
+    outputs = []
     for gradient in gradients:
         update, state = rule(gradient, state)
-        found.append(update)
-    return found
+        outputs.append(update)
+    return outputs
 
 
 def test_max_divides_by_the_signed_maximum() -> None:
@@ -90,10 +90,13 @@ def test_adam_is_torchs_adam_climbing(betas: tuple[float, float]) -> None:
 
 def test_normalised_adam_is_adam_of_each_images_gradient_at_unit_size() -> None:
     gradients = random_gradients(5)
-    unit = [torch.stack([one / one.square().mean().sqrt() for one in gradient]) for gradient in gradients]
+    unit = [torch.stack([image / image.square().mean().sqrt() for image in gradient]) for gradient in gradients]
     ours = updates(normalised_adam(0.05), gradients)
     expected = updates(adam(0.05, (0.5, 0.9)), unit)
-    assert all(torch.allclose(one, other, rtol=1e-10, atol=0) for one, other in zip(ours, expected, strict=True))
+    assert all(
+        torch.allclose(update, expected_update, rtol=1e-10, atol=0)
+        for update, expected_update in zip(ours, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 6, 4, 2), (2, 3, 6, 4), (1, 2, 1, 2)])
@@ -106,11 +109,11 @@ def test_adam_with_a_window_divides_by_what_is_typical_around(shape: tuple[int, 
     ):
         mean = 0.5 * mean + 0.5 * gradient.numpy()
         square = 0.8 * square + 0.2 * gradient.numpy() ** 2
-        own = square / (1 - 0.8**count)
+        mean_square = square / (1 - 0.8**count)
         for place in np.ndindex(*shape):
             image, channel, row, column = place[:4]
-            around = own[image, channel, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].mean()
-            typical = (own[place] * around) ** 0.25
+            around = mean_square[image, channel, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].mean()
+            typical = (mean_square[place] * around) ** 0.25
             expected = 0.3 * mean[place] / (1 - 0.5**count) / (typical + 1e-8)
             assert update[place].item() == pytest.approx(expected, rel=1e-12)
 
@@ -130,7 +133,9 @@ def test_an_image_steps_alone_exactly_as_in_a_batch(name: str, shape: tuple[int,
     together = updates(rule, gradients)
     for rows in (slice(0, 1), slice(3, 4), slice(1, 3)):
         alone = updates(rule, [gradient[rows] for gradient in gradients])
-        assert all(torch.equal(one, other[rows]) for one, other in zip(alone, together, strict=True))
+        assert all(
+            torch.equal(update, batch_update[rows]) for update, batch_update in zip(alone, together, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", STEP_RULES)

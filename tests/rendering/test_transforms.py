@@ -40,7 +40,7 @@ def measured(transformed: Tensor) -> list[tuple[float, float, float, float]]:
     height, width = transformed.shape[-2:]
     to = coordinates(1, height, width)[0]
     middle = (slice(height // 3, height - height // 3), slice(width // 3, width - width // 3))
-    found = []
+    measurements = []
     for image in transformed:
         design = torch.stack([*(axis[middle].flatten() for axis in to), torch.ones_like(to[0][middle].flatten())], 1)
         sources = torch.stack([axis[middle].flatten() for axis in image], 1)
@@ -51,8 +51,8 @@ def measured(transformed: Tensor) -> list[tuple[float, float, float, float]]:
         down, right = (-forth @ offset).tolist()
         (yy, yx), (xy, xx) = forth.tolist()
         assert (yy, yx) == (pytest.approx(xx), pytest.approx(-xy))  # a turn and a scaling, no shear
-        found.append((down, right, math.degrees(math.atan2(xy, xx)), math.hypot(xx, xy)))
-    return found
+        measurements.append((down, right, math.degrees(math.atan2(xy, xx)), math.hypot(xx, xy)))
+    return measurements
 
 
 def test_a_shift_by_whole_pixels_moves_down_and_right_and_mirrors_the_rest_in() -> None:
@@ -109,13 +109,13 @@ def test_shift_turn_and_scaling_together_on_any_shape(height: int, width: int) -
 
 def test_affine_draws_within_its_limits_and_all_of_them() -> None:
     out = affine(pixels=3.0, degrees=10.0, scale=0.1)(coordinates(200, 30, 36), RandomDraws(range(200)))
-    found = np.array(measured(out))
-    for column, low, high in zip(found.T, (-3, -3, -10, 0.9), (3, 3, 10, 1.1), strict=True):
+    moves = np.array(measured(out))
+    for column, low, high in zip(moves.T, (-3, -3, -10, 0.9), (3, 3, 10, 1.1), strict=True):
         span = high - low
         assert low <= column.min() < low + 0.05 * span
         assert high - 0.05 * span < column.max() <= high
         assert abs(column.mean() - (low + high) / 2) < 0.1 * span
-    assert abs(np.corrcoef(found.T) - np.eye(4)).max() < 0.25  # drawn independently of each other
+    assert abs(np.corrcoef(moves.T) - np.eye(4)).max() < 0.25  # drawn independently of each other
 
 
 def test_affine_moves_at_least_by_the_share_it_is_told() -> None:
@@ -124,8 +124,8 @@ def test_affine_moves_at_least_by_the_share_it_is_told() -> None:
         np.array(measured(transform(coordinates(400, 30, 36), RandomDraws(range(400))))), [2, 3], 1
     )
     assert abs(shift).min() < 0.1  # shifts are of any size
-    for found, most in ((turn, 8.0), (factor - 1, 0.1)):
-        size, positive = abs(found), float((found > 0).mean())
+    for values, most in ((turn, 8.0), (factor - 1, 0.1)):
+        size, positive = abs(values), float((values > 0).mean())
         assert 0.5 * most <= size.min() < 0.52 * most
         assert 0.98 * most < size.max() <= most
         assert size.mean() == pytest.approx(0.75 * most, rel=0.02)
@@ -148,12 +148,12 @@ def test_jitter_rolls_by_whole_pixels() -> None:
     image = noise(1, 2, 7, 9).expand(300, -1, -1, -1)
     out = jitter(2)(image, RandomDraws(range(300)))
     moves = set()
-    for one in out:
+    for picture in out:
         fitting = [
             (down, right)
             for down in range(-3, 4)
             for right in range(-3, 4)
-            if torch.equal(one, image[0].roll((down, right), (-2, -1)))
+            if torch.equal(picture, image[0].roll((down, right), (-2, -1)))
         ]
         assert len(fitting) == 1
         moves.add(fitting[0])

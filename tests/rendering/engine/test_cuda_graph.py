@@ -42,11 +42,11 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         written = [
-            one
-            for one, argument in zip(args, func._schema.arguments, strict=False)
+            tensor
+            for tensor, argument in zip(args, func._schema.arguments, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
-        self.before += [(one, one.detach().clone()) for one in written]
+        self.before += [(tensor, tensor.detach().clone()) for tensor in written]
         output = func(*args, **kwargs)
         self.made.append((func, args, kwargs, output))
         return output
@@ -55,7 +55,9 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for func, args, kwargs, output in self.made:
                 new = func(*args, **kwargs)
-                olds, news = (list(one) if isinstance(one, list | tuple) else [one] for one in (output, new))
+                olds, news = (
+                    list(outputs) if isinstance(outputs, list | tuple) else [outputs] for outputs in (output, new)
+                )
                 for old, value in zip(olds, news, strict=True):
                     if isinstance(old, Tensor) and old.data_ptr() != value.data_ptr():
                         old.detach().copy_(value)
@@ -78,11 +80,11 @@ def frames(
 
 
 def assert_same(ours: list[Frame], plain: list[Frame], tolerance: float) -> None:
-    assert [(one.step, one.steps) for one in ours] == [(one.step, one.steps) for one in plain]
-    for one, other in zip(ours, plain, strict=True):
-        assert torch.equal(one.items, other.items)
-        torch.testing.assert_close(one.scores, other.scores, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(one.image, other.image, rtol=tolerance, atol=tolerance)
+    assert [(frame.step, frame.steps) for frame in ours] == [(frame.step, frame.steps) for frame in plain]
+    for frame, plain_frame in zip(ours, plain, strict=True):
+        assert torch.equal(frame.items, plain_frame.items)
+        torch.testing.assert_close(frame.scores, plain_frame.scores, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(frame.image, plain_frame.image, rtol=tolerance, atol=tolerance)
 
 
 RULES = {
@@ -145,8 +147,8 @@ def test_each_number_format_and_scale_is_captured_on_its_own(small_net: nn.Seque
     plain = frames(model, objective, recipe, ascend, exact=3)
     # in float32 the two agree to rounding; from there on bfloat16 may turn that into its own rounding
     assert_same([*low[:3]], [*plain[:3]], 1e-5)
-    for one, other in zip(low, plain, strict=True):
-        torch.testing.assert_close(one.scores, other.scores, rtol=0.02, atol=0.02)
+    for frame, plain_frame in zip(low, plain, strict=True):
+        torch.testing.assert_close(frame.scores, plain_frame.scores, rtol=0.02, atol=0.02)
 
 
 class Forbidding(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -28,11 +28,11 @@ def test_auto_is_bfloat16_for_dense_networks_alone() -> None:
     assert chosen_precision(handle(nn.Flatten(), nn.Linear(768, 2)), "auto") == "fp32"
 
 
-@pytest.mark.parametrize("known", [{}, {"avx512_bf16": False, "amx_bf16": False}])
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": False, "amx_bf16": False}])
 def test_auto_is_float32_where_the_processor_would_only_imitate_it(
-    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool]
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool]
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert chosen_precision(handle(nn.Conv2d(3, 4, 3)), "auto") == "fp32"
     assert chosen_precision(handle(nn.Conv2d(3, 4, 3)), "bf16") == "bf16"
 

@@ -25,10 +25,10 @@ def test_the_taps_of_a_block_by_hand() -> None:
 
 def test_a_gradient_by_hand() -> None:
     weight = torch.tensor([[[[2.0, -1.0, 3.0]]]], dtype=torch.float64)
-    slope = torch.tensor([[[[1.0, 10.0, 100.0]]]], dtype=torch.float64)
+    grad_output = torch.tensor([[[[1.0, 10.0, 100.0]]]], dtype=torch.float64)
     # pixel i gets weight k of slope i - k: 2, 20 - 1, 200 - 10 + 3, -100 + 30, 300
-    found = image_gradient(slope, weight, 1, (0, 0), (1, 5))
-    assert found.flatten().tolist() == [2.0, 19.0, 193.0, -70.0, 300.0]
+    gradient = image_gradient(grad_output, weight, 1, (0, 0), (1, 5))
+    assert gradient.flatten().tolist() == [2.0, 19.0, 193.0, -70.0, 300.0]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -40,32 +40,32 @@ def test_it_is_the_gradient_whatever_the_shapes(channels: int, stride: int) -> N
             continue
         weight = torch.randn(5, channels, side, max(1, side - 1), generator=generator, dtype=torch.float64)
         image = torch.zeros(2, channels, height, width, dtype=torch.float64, requires_grad=True)
-        made = F.conv2d(image, weight, stride=stride, padding=(padding, 0))
-        slope = torch.randn(made.shape, generator=generator, dtype=torch.float64)
-        known = torch.autograd.grad(made, image, slope)[0]
-        found = image_gradient(slope, weight, stride, (padding, 0), (height, width))
-        torch.testing.assert_close(found, known, rtol=1e-12, atol=1e-12)
+        output = F.conv2d(image, weight, stride=stride, padding=(padding, 0))
+        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        expected = torch.autograd.grad(output, image, grad_output)[0]
+        gradient = image_gradient(grad_output, weight, stride, (padding, 0), (height, width))
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_values_are_the_convolutions_own_and_low_precision_is_only_rounding() -> None:
     convolution = nn.Conv2d(3, 32, 3, padding=1).requires_grad_(False)
     image = torch.rand(2, 3, 20, 20, requires_grad=True)
     plain = convolution(image)
-    known = torch.autograd.grad(plain.square().sum(), image)[0]
+    expected = torch.autograd.grad(plain.square().sum(), image)[0]
     with subpixel(few_channel_convolutions([convolution])):
-        made = convolution(image)
-        assert torch.equal(made, plain)
-        torch.testing.assert_close(torch.autograd.grad(made.square().sum(), image)[0], known, rtol=1e-5, atol=1e-5)
+        output = convolution(image)
+        assert torch.equal(output, plain)
+        torch.testing.assert_close(torch.autograd.grad(output.square().sum(), image)[0], expected, rtol=1e-5, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             low = convolution(image)
         assert low.dtype == torch.bfloat16
-        slope = torch.autograd.grad(low.float().square().sum(), image)[0]
-        assert slope.dtype == torch.float32
-        assert float((slope - known).abs().max() / known.abs().max()) < 0.02
+        gradient = torch.autograd.grad(low.float().square().sum(), image)[0]
+        assert gradient.dtype == torch.float32
+        assert float((gradient - expected).abs().max() / expected.abs().max()) < 0.02
     assert "forward" not in vars(convolution)
 
 
-class Own(nn.Conv2d):
+class SubclassedConv(nn.Conv2d):
     """A class of the user's, which may do otherwise."""
 
 
@@ -78,7 +78,7 @@ def test_only_convolutions_that_it_knows_are_changed() -> None:
         nn.Conv2d(3, 8, 3, stride=(1, 2)),
         nn.Conv2d(3, 8, 3, padding="same"),
         nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
-        Own(3, 8, 3),
+        SubclassedConv(3, 8, 3),
         nn.ReLU(),
     ]
     patched = nn.Conv2d(3, 8, 3)

@@ -1,0 +1,219 @@
+"""Batches: stops, memory, overflow and films; dead filters are marked in the result, the manifest and the grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import phosphene as ph
+from phosphene.images.grid import DEAD
+from phosphene.rendering.batches import is_film_frame, never_moved, without_contrast
+from phosphene.rendering.recipes import RECIPES, Recipe, choice
+
+Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+QUICK = Recipe("quick", "", (16,), 2, choice("pixels", low=0.3, high=0.7), choice("rms", rate=2.0))
+
+
+@pytest.fixture
+def model(small_net: nn.Sequential) -> ph.Model:
+    return ph.load(small_net, input_size=32)
+
+
+# --- stops
+
+
+def test_ctrl_c_keeps_the_batches_that_are_done(model: ph.Model) -> None:
+    def interrupt(frame: ph.Frame) -> None:
+        if frame.items.tolist() == [4, 5] and frame.step == 1:
+            raise KeyboardInterrupt
+
+    objective = ph.channel("4", [7, 6, 5, 4, 3, 2, 1])
+    with pytest.raises(ph.errors.Interrupted, match="4 of 7 done") as stopped:
+        ph.render(model, objective, QUICK, batch=2, watch=interrupt)
+    finished = stopped.value.finished
+    assert isinstance(finished, ph.Rendered)
+    assert finished.names == ("filter_7", "filter_6", "filter_5", "filter_4")
+    whole = ph.render(model, objective, QUICK, batch=2)
+    assert torch.equal(finished.images, whole.images[:4])
+    assert torch.equal(finished.history, whole.history[:, :4])
+
+
+def test_ctrl_c_in_the_first_batch_leaves_nothing(model: ph.Model) -> None:
+    def interrupt(frame: ph.Frame) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(ph.errors.Interrupted, match="0 of 1 done") as stopped:
+        ph.render(model, ph.channel("4", 0), QUICK, watch=interrupt)
+    assert stopped.value.finished is None
+
+
+# --- memory
+
+
+def narrow(limit: int, error: type[Exception] = torch.OutOfMemoryError) -> Callable[[ph.Frame], None]:
+    """Return a watcher that runs out of memory in the middle of batches larger than `limit`."""
+
+    def watch(frame: ph.Frame) -> None:
+        if len(frame.items) > limit and frame.step == 1:
+            raise error("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    return watch
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_pictures_are_the_same(model: ph.Model) -> None:
+    objective = ph.channel("4", range(7))
+    plain = ph.render(model, objective, "fast", size=16, steps=3, film=2)
+    with pytest.warns(UserWarning, match="out of memory with") as warnings_seen:
+        halved = ph.render(model, objective, "fast", size=16, steps=3, film=2, batch=7, watch=narrow(2))
+    assert [str(warning.message) for warning in warnings_seen] == [
+        "out of memory with 7 pictures at once; going on with 3",
+        "out of memory with 3 pictures at once; going on with 1",
+    ]
+    assert {warning.filename for warning in warnings_seen} == {__file__}
+    assert torch.equal(plain.images, halved.images)
+    assert torch.equal(plain.scores, halved.scores)
+    assert torch.equal(plain.history, halved.history)
+    assert all(
+        torch.equal(moment, halved_moment) for moment, halved_moment in zip(plain.moments, halved.moments, strict=True)
+    )
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_one_picture_that_does_not_fit_is_an_error_of_its_own(
+    model: ph.Model, small_net: nn.Sequential, untouched: Untouched, error: type[Exception]
+) -> None:
+    with untouched(small_net), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ph.errors.OutOfMemory, match="not even one picture of 16 px fits"):
+            ph.render(model, ph.channel("4", range(4)), QUICK, watch=narrow(0, error))
+
+
+# --- overflow
+
+
+class Overflowing(nn.Module):
+    """Doubles 1,200 times where its input exceeds `limit` anywhere: to infinity."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1).double()
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.eye(3, dtype=torch.float64)[:2, :, None, None])
+            self.conv.bias.zero_()  # type: ignore[union-attr]
+        self.tail = nn.Identity()
+        self.limit = limit
+
+    def forward(self, image: Tensor) -> Tensor:
+        act = self.conv(image)
+        result: Tensor = self.tail(torch.where(act.detach().amax() > self.limit, act * 1e200 * 1e200, act))
+        return result
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.505, 0.515])
+def test_a_score_that_overflows_is_an_error_with_the_layers_name(limit: float, untouched: Untouched) -> None:
+    net = Overflowing(limit)  # from the start, on the way, and only in the finished picture
+    frames: list[ph.Frame] = []
+    recipe = Recipe("test", "", (4,), 2, choice("pixels", low=0.5, high=0.5), choice("rms", rate=2.0))
+    with untouched(net), pytest.raises(ph.errors.LayerRefused, match="the score of filter_1 at 'tail' became NaN"):
+        ph.render(ph.load(net, input_size=4), ph.channel("tail", 1), recipe, watch=frames.append)
+    assert len(frames) == (0 if limit == 0.1 else 3)
+
+
+# --- films
+
+
+def test_a_film_keeps_the_start_and_evenly_spread_moments(model: ph.Model) -> None:
+    frames: list[ph.Frame] = []
+    pictures = ph.render(model, ph.channel("4", [0, 1]), "rms", size=16, steps=9, film=3, watch=frames.append)
+    assert [frame.step for frame in frames if is_film_frame(frame, 3)] == [0, 3, 6, 9]
+    assert [torch.equal(pictures.moments[k], frames[3 * k].image) for k in range(4)] == [True] * 4
+    pictures = ph.render(model, ph.channel("4", 0), "rms", size=16, steps=3, film=50)
+    assert len(pictures.moments) == 4
+    assert not ph.render(model, ph.channel("4", 0), "rms", size=16, steps=1).moments
+
+
+# --- dead filters
+
+
+@pytest.fixture
+def dead_net() -> nn.Sequential:
+    """Return a convolution whose channel 1 has so low a bias that no picture in 0..1 gets it through the ReLU."""
+    convolution = nn.Conv2d(3, 3, 3, padding=1).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        convolution.weight.copy_(0.3 * torch.randn(3, 3, 3, 3, generator=generator, dtype=torch.float64))
+        convolution.bias.copy_(torch.tensor([0.0, -100.0, 0.0]))  # type: ignore[union-attr]
+    return nn.Sequential(convolution, nn.ReLU(inplace=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"dream"}))
+def test_a_dead_filter_is_marked_after_the_relu_and_followed_uphill_before_it(
+    dead_net: nn.Sequential, name: str
+) -> None:
+    model = ph.load(dead_net, input_size=32)
+    recipe = RECIPES[name].at(steps=4)
+    recipe = dataclasses.replace(recipe, sizes=(12, 16) if len(recipe.sizes) > 1 else (16,))
+    after = ph.render(model, ph.channel("1", range(3)), recipe)
+    assert after.dead.tolist() == [False, True, False]
+    assert after.scores[1] == after.start_scores[1] == 0
+    before = ph.render(model, ph.channel("0", range(3)), recipe)
+    assert before.dead.tolist() == [False] * 3
+    # the mean of a bare convolution is the picture's mean over again, which maco fixes
+    assert name == "maco" or before.scores[1] > before.start_scores[1]
+
+
+def test_a_dead_filter_is_crossed_in_the_grid_and_named_in_the_manifest(
+    dead_net: nn.Sequential, tmp_path: Path
+) -> None:
+    pictures = ph.render(ph.load(dead_net, input_size=32), ph.channel("1", range(3)), QUICK)
+    pictures.save(tmp_path, columns=3)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [entry["dead"] for entry in manifest["pictures"]] == [False, True, False]
+    sheet = np.asarray(pictures.grid(3).convert("RGB"))
+    tiles = [sheet[:, 21 * index : 21 * index + 16] for index in range(3)]
+    on_the_diagonal = [all((tile[k, k] == DEAD).all() for k in range(16)) for tile in tiles]
+    assert on_the_diagonal == [False, True, False]
+    assert np.array_equal(tiles[0], np.asarray(pictures.pictures[0]))
+
+
+def test_a_picture_without_contrast_is_dead() -> None:
+    # a filter of one pixel that likes brightness: the clipped picture is white all over
+    net = nn.Sequential(nn.Conv2d(3, 1, 1)).double()
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)  # type: ignore[operator]
+    recipe = dataclasses.replace(QUICK, step_rule=choice("rms", rate=400.0))
+    pictures = ph.render(ph.load(net, input_size=16), ph.channel("0", 0), recipe)
+    assert bool(pictures.scores[0] > pictures.start_scores[0])
+    assert pictures.dead.tolist() == [True]
+    assert bool((pictures.displayed() == 255).all())
+
+
+def test_contrast_is_what_is_shown_of_it() -> None:
+    flat, faint, clear = torch.full((3, 1, 2, 2), 0.5).unbind()
+    faint, clear = faint.clone(), clear.clone()
+    faint[0, 0, 0] += 1.9 / 255
+    clear[0, 0, 0] += 2.1 / 255
+    assert without_contrast(torch.stack([flat, faint, clear])).tolist() == [True, True, False]
+
+
+def test_the_first_max_steps_are_not_falsely_dead(small_net: nn.Sequential) -> None:
+    model = ph.load(small_net, input_size=32)
+    # R1's start spans one byte; after one step of 2 bytes the bare picture has hardly more, but it is shown stretched
+    pictures = ph.render(model, ph.channel("4", range(8)), "max-step", size=32, steps=1)
+    assert not bool(pictures.dead.any())
+    # the signed maximum may turn a step downhill; that filter has left its start all the same
+    scores = torch.tensor([[1.0, 0.0, 2.0], [0.5, 0.0, 2.0], [1.0, 0.0, 2.0 + 1e-6]])
+    assert never_moved(torch.tensor([1.0, 0.0, 2.0]), scores).tolist() == [False, True, True]
+
+
+def test_a_small_score_that_moves_is_not_dead() -> None:
+    assert never_moved(torch.tensor([1e-9]), torch.tensor([[1.1e-9]])).tolist() == [False]
