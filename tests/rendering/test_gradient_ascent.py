@@ -1,4 +1,4 @@
-"""The climb: gradients, batches, schedules of sizes."""
+"""Gradient ascent: gradients, batches, schedules of sizes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_weight_decay_pulls_the_tensor_towards_zero() -> None:
     assert pictures.images.tolist() == [[[[pytest.approx(-0.5)] * 2] * 2]]
 
 
-def test_frames_tell_the_whole_climb(model: ph.Model) -> None:
+def test_frames_cover_the_whole_ascent(model: ph.Model) -> None:
     recipe = dataclasses.replace(RECIPES["multi-scale"], sizes=(12, 16), steps=2)
     frames: list[ph.Frame] = []
     pictures = ph.render(model, ph.channel("4", [2, 7, 1]), recipe, batch=2, watch=frames.append)
@@ -164,7 +164,7 @@ def test_a_network_without_gradient_is_refused(small_net: nn.Sequential) -> None
         ph.render(model, ph.logit(0, OUTPUT), "fast", size=16)
 
 
-def test_base_keeps_the_proportions_of_a_photo() -> None:
+def test_a_start_image_keeps_the_proportions_of_a_photo() -> None:
     assert StartImage(3).shape(20) == (3, 20, 20)
     assert StartImage(3, torch.zeros(1, 3, 40, 60)).shape(20) == (3, 20, 30)
     assert StartImage(1, sides=(64, 32)).shape(32) == (1, 64, 32)
@@ -173,14 +173,14 @@ def test_base_keeps_the_proportions_of_a_photo() -> None:
 def test_over_a_photo_only_what_was_added_is_enlarged() -> None:
     generator = torch.Generator().manual_seed(0)
     photo = torch.rand(1, 3, 24, 36, generator=generator, dtype=torch.float64)
-    base, draws = StartImage(3, photo), RandomDraws([0])
-    _, first = base.start(12, None, 0, draws)
+    start_image, draws = StartImage(3, photo), RandomDraws([0])
+    _, first = start_image.start(12, None, 0, draws)
     assert isinstance(first, Tensor)
     assert torch.equal(first, resize(photo, (3, 12, 18)))
-    _, untouched = base.start(24, first, 0, draws)
+    _, untouched = start_image.start(24, first, 0, draws)
     assert isinstance(untouched, Tensor)
     assert torch.allclose(untouched, photo, atol=1e-14)  # with nothing added, the photo in full detail
-    _, brighter = base.start(24, first + 0.25, 0, draws)
+    _, brighter = start_image.start(24, first + 0.25, 0, draws)
     assert isinstance(brighter, Tensor)
     assert torch.allclose(brighter, photo + 0.25, atol=1e-12)
 

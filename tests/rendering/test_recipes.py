@@ -58,10 +58,10 @@ def test_at_scales_a_whole_schedule() -> None:
     assert recipe.at(size=1).sizes == (1,) * 12
 
 
-def test_the_pace_falls_evenly_over_the_cooldown() -> None:
+def test_updates_shrink_evenly_over_the_cooldown() -> None:
     recipe = RECIPES["fourier"].at(steps=8)
-    paces = {0.0: [1.0] * 8, 0.5: [1.0] * 5 + [0.75, 0.5, 0.25], 1.0: [1 - step / 8 for step in range(8)]}
-    for cooldown, expected in paces.items():
+    factors = {0.0: [1.0] * 8, 0.5: [1.0] * 5 + [0.75, 0.5, 0.25], 1.0: [1 - step / 8 for step in range(8)]}
+    for cooldown, expected in factors.items():
         chosen = dataclasses.replace(recipe, cooldown=cooldown)
         assert [chosen.cooldown_factor(step) for step in range(8)] == expected
 

@@ -1,4 +1,4 @@
-"""Gradients through rectifiers that give 0: the values stay, the gradient goes on, and sleeping filters wake."""
+"""Gradients through rectifiers that give 0: the values stay, the gradient goes on, and dead filters revive."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_other_functions_are_left_alone() -> None:
     assert torch.equal(silent, expected)
 
 
-def sleeping() -> nn.Sequential:
+def dead_filter_net() -> nn.Sequential:
     """Return a network whose filter 1 sees, in faint noise, only what a ReLU has cut off; 0 and 2 see the rest."""
     first, second = nn.Conv2d(3, 3, 3, padding=1).double(), nn.Conv2d(3, 3, 1, groups=3).double()
     generator = torch.Generator().manual_seed(1)
@@ -68,8 +68,8 @@ def sleeping() -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU6(inplace=True), second).eval()
 
 
-def test_a_filter_that_sees_only_zeros_at_the_start_is_woken_and_the_others_stay_as_they_are() -> None:
-    model = ph.load(sleeping(), input_size=24)
+def test_a_filter_that_sees_only_zeros_at_the_start_is_revived_and_the_others_stay_as_they_are() -> None:
+    model = ph.load(dead_filter_net(), input_size=24)
     drawn = ph.render(model, ph.channel("2", range(3)), "fast", size=24, steps=24)
     assert drawn.start_scores[1] == 0
     assert drawn.scores[1] > 0.1
@@ -81,8 +81,8 @@ def test_a_filter_that_sees_only_zeros_at_the_start_is_woken_and_the_others_stay
     assert torch.allclose(drawn.images[[0, 2]], alone.images, atol=1e-12, rtol=0)
 
 
-def test_a_woken_picture_has_its_own_film_and_history() -> None:
-    model = ph.load(sleeping(), input_size=24)
+def test_a_revived_picture_has_its_own_film_and_history() -> None:
+    model = ph.load(dead_filter_net(), input_size=24)
     drawn = ph.render(model, ph.channel("2", range(3)), "fast", size=24, steps=24, film=4)
     assert torch.equal(drawn.moments[-1], drawn.images)
     first = model.module.get_submodule("0")
@@ -93,8 +93,8 @@ def test_a_woken_picture_has_its_own_film_and_history() -> None:
     assert drawn.history.shape == (24, 3)
 
 
-def test_what_cannot_be_woken_stays_dead() -> None:
-    net = sleeping()
+def test_what_cannot_be_revived_stays_dead() -> None:
+    net = dead_filter_net()
     with torch.no_grad():
         cast(Tensor, net[0].bias)[1] = -1000
     drawn = ph.render(ph.load(net, input_size=24), ph.channel("2", range(3)), "fast", size=24, steps=8)

@@ -264,7 +264,7 @@ def test_the_global_random_state_decides_nothing(model: ph.Model) -> None:
     assert torch.equal(pictures.images, ph.render(model, ph.channel("4", 0), "fast", size=16, steps=3).images)
 
 
-def test_bf16_climbs_in_low_precision_and_scores_as_the_network_is(small_net: nn.Sequential) -> None:
+def test_bf16_steps_in_low_precision_and_scores_as_the_network_is(small_net: nn.Sequential) -> None:
     net = small_net.float()
     model = ph.load(net, input_size=32)
     seen: list[torch.dtype] = []

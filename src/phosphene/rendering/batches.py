@@ -96,7 +96,7 @@ def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch
 
 @contextmanager
 def keeping_finished(finished: Sequence[RenderedBatch], plan: RenderPlan) -> Iterator[None]:
-    """Turn Ctrl-C into `Interrupted`, and errors after a finished batch into `Unfinished`, with what is finished."""
+    """Raise `Interrupted` on Ctrl-C, and `Unfinished` on errors after a finished batch; both hold the finished ones."""
     count = plan.ascent.objective.n
     try:
         yield

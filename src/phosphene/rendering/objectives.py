@@ -24,7 +24,7 @@ from phosphene.network.device_constant import DeviceConstant
 Address = str | int
 Acts = Mapping[Address, Tensor]
 Score = Callable[[Acts, Tensor, Tensor], Tensor]
-OUTPUT = ""  # the address of what the whole network returns
+OUTPUT = ""  # the address of the network's output
 
 
 class ScalarRead(NamedTuple):

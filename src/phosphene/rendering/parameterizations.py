@@ -44,7 +44,7 @@ def offset_and_factor(unit: str, channels: int) -> tuple[Tensor, Tensor]:
     networks of other than three channels. `one`: the image itself.
 
     Raises:
-        InvalidRequest: there is no such unit.
+        InvalidRequest: `unit` is none of these.
     """
     if unit not in ("byte", "imagenet", "one"):
         raise InvalidRequest(f"pixels are counted in the unit byte, imagenet or one, not {unit!r}")

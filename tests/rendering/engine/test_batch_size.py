@@ -1,4 +1,4 @@
-"""How many pictures climb at once: what the memory holds."""
+"""How many pictures are rendered at once: as many as fit the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The climb on a GPU: the same frames as the plain loop, from steps that can be captured.
+"""Gradient ascent on a GPU: the same frames as the plain loop, from steps that can be captured.
 
 Where there is no GPU, `Recording` stands in for its graphs: it notes the operations of one step with the memory that
 they read and write, undoes what they did, and repeats them without running any Python of the step. So a number that

@@ -1,1 +1,1 @@
-"""What makes rendering fast without changing what it computes."""
+"""The fast engine: less work for the same pictures."""

@@ -14,7 +14,7 @@ from phosphene.network.model import Model
 
 BATCH_SIZES = {"cpu": 8}
 DEFAULT_BATCH = 64
-PEAK_FACTOR = 3  # peak memory of a step over its maps: with their gradients, and what an operation works in
+PEAK_FACTOR = 3  # peak memory of a step over that of its maps: gradients and workspace on top
 MEMORY_SHARE = 0.8  # of the free memory that may be used
 
 

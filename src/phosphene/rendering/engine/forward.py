@@ -91,5 +91,5 @@ def scalar_layers(model: Model, objective: Objective) -> dict[Address, Layer]:
 
 
 def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Return whether a module is a convolution of PyTorch's own, neither changed nor watched by anybody."""
+    """Return whether a module is PyTorch's own convolution, unpatched and without hooks."""
     return type(module) is nn.Conv2d and not is_patched(module) and not has_hooks(module)

@@ -29,7 +29,7 @@ def chosen_precision(model: Model, precision: str) -> str:
     their pictures differ. The choice follows this rule, not timing, so that the same command makes the same pictures.
 
     Raises:
-        InvalidRequest: there is no such format.
+        InvalidRequest: `precision` is none of these.
     """
     if precision not in FORMATS:
         raise InvalidRequest(f"precision is fp32, bf16 or auto, not {precision!r}")

@@ -29,7 +29,7 @@ def few_channel_convolutions(modules: Iterable[nn.Module]) -> list[nn.Conv2d]:
 
 
 def has_few_channels(convolution: nn.Conv2d) -> bool:
-    """Return whether `image_gradient` supports a convolution, which nobody has changed."""
+    """Return whether `image_gradient` supports a convolution, and its `forward` is PyTorch's own."""
     return (
         convolution.in_channels <= 4
         and convolution.groups == 1
