@@ -65,7 +65,7 @@ def test_values_are_the_convolutions_own_and_low_precision_is_only_rounding() ->
     assert "forward" not in vars(convolution)
 
 
-class SubclassedConv(nn.Conv2d):
+class CustomConv(nn.Conv2d):
     """A class of the user's, which may do otherwise."""
 
 
@@ -78,7 +78,7 @@ def test_only_convolutions_that_it_knows_are_changed() -> None:
         nn.Conv2d(3, 8, 3, stride=(1, 2)),
         nn.Conv2d(3, 8, 3, padding="same"),
         nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
-        SubclassedConv(3, 8, 3),
+        CustomConv(3, 8, 3),
         nn.ReLU(),
     ]
     patched = nn.Conv2d(3, 8, 3)
