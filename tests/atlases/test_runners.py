@@ -151,7 +151,7 @@ def test_what_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, error
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("phosphene.atlases.runners.pool.work", fails)
+    monkeypatch.setattr("phosphene.atlases.runners.pool.render_job", fails)
     assert try_job(tiny_model(), JOBS[0]) == Outcome(JOBS[0], error=text)
 
 
@@ -160,7 +160,7 @@ def test_being_stopped_is_no_failure(monkeypatch: pytest.MonkeyPatch, kind: type
     def stopped(*_: Any) -> None:
         raise kind("stopped")
 
-    monkeypatch.setattr("phosphene.atlases.runners.pool.work", stopped)
+    monkeypatch.setattr("phosphene.atlases.runners.pool.render_job", stopped)
     with pytest.raises(kind):
         try_job(tiny_model(), JOBS[0])
 

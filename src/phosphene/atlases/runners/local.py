@@ -46,8 +46,8 @@ line = select.poll()
 line.register({line}, 0)  # no event but the end
 threading.Thread(target=lambda: line.poll() and os._exit(1), daemon=True).start()
 sys.path[:] = {path}
-from phosphene.atlases.runners.local import serve
-serve{arguments}
+from phosphene.atlases.runners.local import worker_main
+worker_main{arguments}
 """
 
 
