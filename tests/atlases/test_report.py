@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from phosphene.atlases import report
-from phosphene.atlases import report_page as page
+from phosphene.atlases.verdict_text import ORDER
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused
 from phosphene.evidence.collect import Evidence, PhotoStatistics
@@ -195,7 +195,7 @@ def test_all_verdicts_are_in_the_csv_as_they_are_in_the_store(store: Store) -> N
 def test_the_page_shows_each_picture_with_its_verdict_and_figures(store: Store) -> None:
     add_atlas(store, [add_layer(store)])
     text, parsed, _ = shown(store)
-    tiles = [one for one in parsed.all("figure") if one["class"] in page.ORDER]
+    tiles = [one for one in parsed.all("figure") if one["class"] in ORDER]
     assert [one["class"] for one in tiles] == ["vivid", "weak", "unstable", "dead"]
     assert tiles[1]["title"] == (
         "filter 5: weak; score -0.25, excitation 0.1, stability 0.8, retrieval 2, own 3, agreement 0.5"
@@ -249,31 +249,6 @@ def test_an_atlas_of_which_nothing_came_says_so(store: Store) -> None:
     assert "0 of 4, of 0 layers" in text
     assert "Nothing is there of block1" in text
     assert len(rows) == 1
-
-
-def test_bars_and_histograms_are_drawn_to_scale() -> None:
-    bar = Page(page.bar({"vivid": 3, "unstable": 0, "weak": 0, "dead": 1})).all("rect")
-    assert [(one["class"], float(one["x"]), float(one["width"])) for one in bar] == [("vivid", 0, 75), ("dead", 75, 25)]
-    axis = page.Axis("stability", 0, 1.2, logarithmic=False)
-    some = [Verdict(0, "", verdict, 0, 1, figure, 1, 1, 1) for verdict, figure in (("vivid", 0.62), ("vivid", 0.64))]
-    some += [Verdict(0, "", "unstable", 0, 1, figure, 1, 1, 1) for figure in (-7.0, 0.61)]
-    blocks = Page(page.histogram(axis, some, 0.6)).all("rect")
-    # bins of 0.05 are 10 wide; what lies outside is in the first or last
-    assert [(one["class"], float(one["x"]), float(one["height"])) for one in blocks] == [
-        ("unstable", 0.5, 21.3),
-        ("vivid", 120.5, 42.7),
-        ("unstable", 120.5, 21.3),
-    ]
-    assert page.Axis("excitation", 0.25, 4, logarithmic=True).place(1) == 0.5
-    assert page.Axis("excitation", 0.25, 4, logarithmic=True).place(-3) == 0
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "text"),
-    [(0, 10, "0 %"), (1, 2000, "under 1 %"), (1999, 2000, "over 99 %"), (1, 3, "33 %"), (5, 5, "100 %"), (0, 0, "0 %")],
-)
-def test_a_share_that_is_not_all_or_nothing_does_not_round_to_it(count: int, total: int, text: str) -> None:
-    assert page.share(count, total) == text
 
 
 # --- what comes from outside
@@ -361,8 +336,8 @@ def test_an_entry_that_is_gone_or_damaged_is_named(store: Store, tmp_path: Path)
 
 
 def test_of_too_many_filters_the_largest_layers_show_less() -> None:
-    assert report.filters_per_layer([10, 20, 30], most=60) == [10, 20, 30]
-    assert report.filters_per_layer([1000, 20, 1000], most=701) == [340, 20, 340]
+    assert report.filters_per_layer([10, 20, 30], total=60) == [10, 20, 30]
+    assert report.filters_per_layer([1000, 20, 1000], total=701) == [340, 20, 340]
     assert report.filters_per_layer([]) == []
 
 
