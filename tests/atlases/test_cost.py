@@ -17,7 +17,7 @@ def test_seconds_and_bytes_are_those_of_the_jobs_that_are_missing(monkeypatch: p
         count = len(job.channels)
         return 1 + job.recipe.steps * count * (0.5 if job.layer == ".0" else 2.0), 100 * count
 
-    monkeypatch.setattr("phosphene.atlases.cost.timed", timed)
+    monkeypatch.setattr("phosphene.atlases.cost.time_job", timed)
     plan = tiny_atlas(tiny_model(), steps=50)
     whole = estimate(plan)
     # two pictures are measured: (1 s + 50 steps · 2 · 0.5 s) / 2, and (1 s + 50 · 2 · 2) / 2
@@ -37,7 +37,7 @@ def test_between_the_measured_jobs_lies_what_lies_between(monkeypatch: pytest.Mo
         measured.append(job.channels[0])
         return float(job.channels[0]), 10.0
 
-    monkeypatch.setattr("phosphene.atlases.cost.measured", fake)
+    monkeypatch.setattr("phosphene.atlases.cost.measure_job", fake)
     monkeypatch.setattr("phosphene.atlases.cost.SAMPLES", 3)
     plan = tiny_atlas(tiny_model(), layers=1, per_job=1)  # eight jobs, of which the 0th, 4th and 7th are measured
     assert estimate(plan).seconds == pytest.approx(0 + 1 + 2 + 3 + 4 + 5 + 6 + 7)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from phosphene.atlases import entries
 from phosphene.atlases.entries import SavedPicture, kernels_of, saved, strip_of
-from phosphene.atlases.render_job import JobFilm
+from phosphene.atlases.job_film import JobFilm
 from phosphene.atlases.report import report
 from phosphene.atlases.run import run
 from phosphene.atlases.verdicts import Verdict

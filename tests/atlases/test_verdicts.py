@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from phosphene.atlases import verdicts
-from phosphene.atlases.verdicts import MOVES, Verdict, judge, moves, verdict_of
+from phosphene.atlases.verdicts import MOVES, Verdict, judge, moves, verdict_name
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
 from phosphene.network.model import Model
 from phosphene.rendering.transforms import resample
@@ -27,9 +27,9 @@ class Photos:
     maximum: Tensor
 
 
-def photos(mean: list[float], std: list[float], maximum: list[float]) -> Photos:
+def in_bytes(mean: list[float], std: list[float], maximum: list[float]) -> Photos:
     """Return statistics given in bytes, as if the pictures of `plain` were measured in 0..255."""
-    return Photos(*(torch.tensor(one, dtype=torch.float64) / 255 for one in (mean, std, maximum)))
+    return Photos(*(torch.tensor(values, dtype=torch.float64) / 255 for values in (mean, std, maximum)))
 
 
 def looking(channels: int, after: nn.Module | None = None, bias: float = 0.0) -> Model:
@@ -57,16 +57,16 @@ def noise(count: int, channels: int = 3, side: int = 16) -> Tensor:
 
 def test_every_figure_of_three_pictures_on_paper() -> None:
     pictures = plain([200, 10, 10], [220, 100, 10], [30, 40, 50])
-    found = judge(
+    judged = judge(
         looking(3),
         "0",
         pictures,
         [0, 1, 2],
-        statistics=photos([50, 50, 50], [10, 25, 5], [100, 150, 75]),
-        seconds=plain([125, 0, 0], [0, 150, 0], [0, 0, 60]),
+        photos=in_bytes([50, 50, 50], [10, 25, 5], [100, 150, 75]),
+        second_seed=plain([125, 0, 0], [0, 150, 0], [0, 0, 60]),
     )
     # retrieval: 220 > 200 in channel 0. own: deviations from the photos are (15, -1.6, -8), (17, 2, -8), (-2, -.4, 0)
-    assert found == (
+    assert judged == (
         Verdict(0, "filter_0", "vivid", 0.78431, 3.0, 1.0, retrieval=2, own=1, agreement=0.5),
         Verdict(1, "filter_1", "weak", 0.39216, 0.5, 1.0, retrieval=1, own=2, agreement=0.5),
         Verdict(2, "filter_2", "weak", 0.19608, 0.0, None, retrieval=1, own=1, agreement=0.0),
@@ -74,38 +74,38 @@ def test_every_figure_of_three_pictures_on_paper() -> None:
 
 
 def test_channels_may_be_any_and_repeat() -> None:
-    found = judge(
-        looking(3), "0", plain([9, 80, 7], [9, 90, 7]), [1, 1], statistics=photos([0, 40, 0], [1] * 3, [9, 60, 9])
+    judged = judge(
+        looking(3), "0", plain([9, 80, 7], [9, 90, 7]), [1, 1], photos=in_bytes([0, 40, 0], [1] * 3, [9, 60, 9])
     )
-    assert [one.excitation for one in found] == [2.0, 2.5]
-    assert [one.retrieval for one in found] == [2, 1]
-    assert [one.own for one in found] == [1, 1]
+    assert [verdict.excitation for verdict in judged] == [2.0, 2.5]
+    assert [verdict.retrieval for verdict in judged] == [2, 1]
+    assert [verdict.own for verdict in judged] == [1, 1]
 
 
 def test_without_photos_the_base_is_a_grey_picture() -> None:
-    found = judge(looking(1), "0", plain([255], [0]), [0, 0], seconds=plain([153], [255]))
+    judged = judge(looking(1), "0", plain([255], [0]), [0, 0], second_seed=plain([153], [255]))
     # grey is 127.5: the first picture gains 127.5, its second 25.5; the other one only loses
-    assert (found[0].verdict, found[0].stability, found[0].agreement) == ("unstable", 1.0, 0.2)
-    assert (found[1].verdict, found[1].stability, found[1].agreement) == ("weak", None, 0.0)
-    assert {(one.excitation, one.own) for one in found} == {(None, None)}
+    assert (judged[0].verdict, judged[0].stability, judged[0].agreement) == ("unstable", 1.0, 0.2)
+    assert (judged[1].verdict, judged[1].stability, judged[1].agreement) == ("weak", None, 0.0)
+    assert {(verdict.excitation, verdict.own) for verdict in judged} == {(None, None)}
 
 
 def test_a_channel_that_no_photo_tells_from_another_has_no_excitation_and_no_rank_but_a_verdict() -> None:
-    known = photos([50, 50], [10, 0], [100, 50])
-    found = judge(looking(2), "0", plain([70, 200], [60, 80]), [1, 0], statistics=known)
-    assert (found[0].excitation, found[0].own, found[0].verdict) == (None, None, "vivid")
-    assert (found[1].excitation, found[1].own) == (0.2, 1)  # the channel without a deviation outranks nobody
+    photos = in_bytes([50, 50], [10, 0], [100, 50])
+    judged = judge(looking(2), "0", plain([70, 200], [60, 80]), [1, 0], photos=photos)
+    assert (judged[0].excitation, judged[0].own, judged[0].verdict) == (None, None, "vivid")
+    assert (judged[1].excitation, judged[1].own) == (0.2, 1)  # the channel without a deviation outranks nobody
 
 
 def test_a_channel_that_no_photo_could_be_seen_in_is_judged_as_without_photos() -> None:
     nothing = float("nan")
-    (found,) = judge(looking(2), "0", plain([250, 9]), [0], statistics=photos([nothing, 5], [nothing, 1], [nothing, 9]))
-    assert found == Verdict(0, "filter_0", "vivid", 0.98039, None, 1.0, 1, None, None)
+    (judged,) = judge(looking(2), "0", plain([250, 9]), [0], photos=in_bytes([nothing, 5], [nothing, 1], [nothing, 9]))
+    assert judged == Verdict(0, "filter_0", "vivid", 0.98039, None, 1.0, 1, None, None)
 
 
 def test_a_picture_that_changes_nothing_is_dead_and_so_is_what_the_render_calls_so() -> None:
     fires, never = looking(1, nn.ReLU()), looking(1, nn.ReLU(), bias=-10.0)
-    grey = judge(never, "1", plain([255]), [0], statistics=photos([50], [10], [80]))[0]
+    grey = judge(never, "1", plain([255]), [0], photos=in_bytes([50], [10], [80]))[0]
     assert (grey.verdict, grey.excitation) == ("dead", -1.6667)
     assert judge(never, "1", plain([255]), [0])[0] == Verdict(0, "filter_0", "dead", 0.0, None, None, 1, None, None)
     assert judge(fires, "1", plain([255]), [0])[0].verdict == "vivid"
@@ -129,17 +129,17 @@ def test_a_picture_that_changes_nothing_is_dead_and_so_is_what_the_render_calls_
 def test_the_verdict_follows_from_the_figures(
     figures: tuple[float, float | None, float | None, float | None], verdict: str
 ) -> None:
-    assert verdict_of(False, *figures) == verdict
-    assert verdict_of(True, *figures) == "dead"
+    assert verdict_name(False, *figures) == verdict
+    assert verdict_name(True, *figures) == "dead"
 
 
 def test_what_most_other_pictures_do_better_is_weak() -> None:
-    found = judge(looking(1), "0", plain([200], [210], [220], [230]), [0, 0, 0, 0])
-    assert [one.retrieval for one in found] == [4, 3, 2, 1]
-    assert [one.verdict for one in found] == ["weak", "vivid", "vivid", "vivid"]  # 3 of 4 do better, 2 of 4, …
-    known = photos([10, 10, 10], [1, 1, 1], [20, 20, 20])
-    assert judge(looking(3), "0", plain([30, 40, 50]), [0], statistics=known)[0].verdict == "weak"
-    assert judge(looking(3), "0", plain([30, 40, 20]), [0], statistics=known)[0].verdict == "vivid"
+    judged = judge(looking(1), "0", plain([200], [210], [220], [230]), [0, 0, 0, 0])
+    assert [verdict.retrieval for verdict in judged] == [4, 3, 2, 1]
+    assert [verdict.verdict for verdict in judged] == ["weak", "vivid", "vivid", "vivid"]  # 3 of 4 do better, 2 of 4, …
+    photos = in_bytes([10, 10, 10], [1, 1, 1], [20, 20, 20])
+    assert judge(looking(3), "0", plain([30, 40, 50]), [0], photos=photos)[0].verdict == "weak"
+    assert judge(looking(3), "0", plain([30, 40, 20]), [0], photos=photos)[0].verdict == "vivid"
 
 
 # --- moves
@@ -171,22 +171,22 @@ def test_figures_equal_a_plain_loop(small_net: nn.Sequential) -> None:
         with torch.no_grad():
             return float(front(image[None])[0, channel].mean())
 
-    table = torch.tensor([[score(one, channel) for channel in range(8)] for one in samples], dtype=torch.float64)
-    known = Photos(table.mean(0), table.std(0), table.amax(0))
-    found = judge(model, "4", pictures, channels, statistics=known)
-    for picture, channel, verdict in zip(pictures, channels, found, strict=True):
+    table = torch.tensor([[score(image, channel) for channel in range(8)] for image in samples], dtype=torch.float64)
+    photos = Photos(table.mean(0), table.std(0), table.amax(0))
+    judged = judge(model, "4", pictures, channels, photos=photos)
+    for picture, channel, verdict in zip(pictures, channels, judged, strict=True):
         image = picture.double() / 255
-        mine, mean = score(image, channel), float(known.mean[channel])
+        mine, mean = score(image, channel), float(photos.mean[channel])
         moved = [score(move(image[None])[0], channel) for move in moves()]
-        z = [(score(image, one) - float(known.mean[one])) / float(known.std[one]) for one in range(8)]
-        others = [score(one.double() / 255, channel) for one in pictures]
+        z = [(score(image, c) - float(photos.mean[c])) / float(photos.std[c]) for c in range(8)]
+        scores = [score(shown.double() / 255, channel) for shown in pictures]
         assert verdict.score == pytest.approx(mine, rel=1e-4)
-        assert verdict.excitation == pytest.approx((mine - mean) / (float(known.maximum[channel]) - mean), rel=1e-4)
+        assert verdict.excitation == pytest.approx((mine - mean) / (float(photos.maximum[channel]) - mean), rel=1e-4)
         if mine > mean:
             assert verdict.stability == pytest.approx((sum(moved) / MOVES - mean) / (mine - mean), rel=1e-4)
         else:
             assert verdict.stability is None
-        assert verdict.retrieval == sorted(others, reverse=True).index(mine) + 1
+        assert verdict.retrieval == sorted(scores, reverse=True).index(mine) + 1
         assert verdict.own == sorted(z, reverse=True).index(z[channel]) + 1
 
 
@@ -194,13 +194,13 @@ def test_moves_are_small_and_always_the_same() -> None:
     picture = noise(1).double()
     first, again = ([move(picture) for move in moves()] for _ in range(2))
     assert len(first) == MOVES
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert all(torch.equal(moved, repeated) for moved, repeated in zip(first, again, strict=True))
     dot = torch.zeros(1, 1, 33, 33, dtype=torch.float64)
     dot[..., 16, 16] = 1
     line = torch.arange(33, dtype=torch.float64) - 16
     for move in moves():
         seen = move(dot)
-        down, right = ((seen.sum(one) * line).sum() / seen.sum() for one in ((0, 1, 3), (0, 1, 2)))
+        down, right = ((seen.sum(axes) * line).sum() / seen.sum() for axes in ((0, 1, 3), (0, 1, 2)))
         assert abs(float(down)) <= 4
         assert abs(float(right)) <= 4
         assert abs(float(down)) + abs(float(right)) > 0.1
@@ -230,10 +230,10 @@ def test_batches_change_nothing_and_bound_what_is_held(
     model = Model(module=nn.Sequential(counting, *small_net), name="net", input_size=(16, 16))
     layer = model.find("5").path
     pictures, channels = noise(7), [0, 1, 2, 3, 4, 5, 6]
-    whole = judge(model, layer, pictures, channels, seconds=pictures.flip(0))
+    whole = judge(model, layer, pictures, channels, second_seed=pictures.flip(0))
     counting.seen.clear()
     monkeypatch.setattr(verdicts, "AT_ONCE", 3)
-    assert judge(model, layer, pictures, channels, seconds=pictures.flip(0)) == whole
+    assert judge(model, layer, pictures, channels, second_seed=pictures.flip(0)) == whole
     assert max(counting.seen) == 3
     assert sum(counting.seen) == 7 * (1 + MOVES + 1) + 1  # the picture, its moves, the second seed's, and grey
 
@@ -257,11 +257,11 @@ def changed(**arguments: Any) -> dict[str, Any]:
         (changed(pictures=torch.rand(2, 2, 6, 6)), InvalidRequest, "as saved, uint8"),
         (changed(pictures=plain([1, 2])[:0], channels=[]), InvalidRequest, "at least 1"),
         (changed(channels=[0]), InvalidRequest, "2 pictures"),
-        (changed(dead=torch.tensor([True])), InvalidRequest, "1 signs of death"),
+        (changed(dead=torch.tensor([True])), InvalidRequest, "1 values of `dead`"),
         (changed(channels=[0, 2]), ChannelNotFound, "no channel 2 in .0: it has 0 to 1"),
         (changed(channels=[-1, 1]), ChannelNotFound, "no channel -1"),
-        (changed(seconds=plain([1, 2])), InvalidRequest, "from another seed"),
-        (changed(statistics=photos([1], [1], [1])), InvalidRequest, "same network and layer"),
+        (changed(second_seed=plain([1, 2])), InvalidRequest, "from another seed"),
+        (changed(photos=in_bytes([1], [1], [1])), InvalidRequest, "same network and layer"),
         (changed(layer="flat"), LayerRefused, "returns no map"),
     ],
 )

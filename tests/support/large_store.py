@@ -1,7 +1,7 @@
-"""Stores of any number of filters, made quickly: what an atlas writes, with pictures that nobody climbed.
+"""Stores of any number of filters, made quickly: complete atlases whose pictures were not rendered.
 
-The plan, the entries, the evidence and the verdicts are the real ones; only `work` is replaced, by pictures that are
-drawn from a few waves, and by what a network would have measured on them.
+The plan, the entries, the evidence and the verdicts are the real ones; only `render_job` is replaced, by pictures of a
+few waves and by measurements that a network could have made on them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phosphene.atlases.job_film import JobFilm, film_tile
 from phosphene.atlases.plan import Job, atlas
-from phosphene.atlases.render_job import JobFilm, files_of, manifest_of, shrunk, with_film
+from phosphene.atlases.render_job import files_of, manifest_of, with_film
 from phosphene.atlases.run import Summary, run
 from phosphene.atlases.runners.pool import Outcome
-from phosphene.atlases.verdicts import Measured
+from phosphene.atlases.verdicts import Measurements
 from phosphene.images.display import DISPLAYS
 from phosphene.images.grid import picture
 from phosphene.network.loading import load
@@ -70,8 +71,8 @@ def waves(numbers: Iterable[int], size: int) -> Tensor:
     return torch.stack(made).clamp(0, 1)
 
 
-class Painter:
-    """A runner that draws its pictures at once instead of climbing to them."""
+class PaintingRunner:
+    """A runner that draws its pictures instead of optimising them."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -82,11 +83,11 @@ class Painter:
 
 
 def painted(model: Model, job: Job, size: int) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Return a job's files and manifest; see `work.work`."""
+    """Return a job's files and manifest; see `render_job`."""
     count = len(job.channels)
     images = waves(job.channels, size)
     start = torch.full((count,), 0.1)
-    scores = torch.tensor([0.0 if one % 17 == 3 else 2.0 + one % 7 for one in job.channels])
+    scores = torch.tensor([0.0 if number % 17 == 3 else 2.0 + number % 7 for number in job.channels])
     spec = {
         "recipe": {**job.recipe.as_dict(), "digest": job.recipe.digest},
         "size": [size, size],
@@ -99,19 +100,19 @@ def painted(model: Model, job: Job, size: int) -> tuple[dict[str, bytes], dict[s
     film = JobFilm(DISPLAYS[job.recipe.display])
     film.steps = job.recipe.steps
     grey = picture(torch.full((3, size, size), 128, dtype=torch.uint8))
-    tiles = dict(enumerate(shrunk(one) for one in rendered.displayed()))
+    tiles = dict(enumerate(film_tile(image) for image in rendered.displayed()))
     film.moments = {step: dict.fromkeys(range(count), grey) if step == 0 else tiles for step in MOMENTS}
-    measured = measured_on(model.find(job.layer).channels or 0, job.channels, scores)
-    return with_film(film.sheet(rendered), files_of(job, rendered, measured), manifest_of(job, rendered))
+    measurements = measurements_of(model.find(job.layer).channels or 0, job.channels, scores)
+    return with_film(film.sheet(rendered), files_of(job, rendered, measurements), manifest_of(job, rendered))
 
 
-def measured_on(channels: int, shown: Sequence[int], scores: Tensor) -> Measured:
+def measurements_of(width: int, channels: Sequence[int], scores: Tensor) -> Measurements:
     """Return what a layer could have made of pictures: each filter answers most to its own, some unsteadily."""
-    generator = torch.Generator().manual_seed(shown[0])
-    plain = 0.1 * torch.rand(len(shown), channels, generator=generator)
-    plain[torch.arange(len(shown)), torch.tensor(shown)] = scores
-    steady = torch.tensor([0.3 if one % 11 == 5 else 0.9 for one in shown])
-    return Measured(plain, scores * steady, None, torch.zeros(channels))
+    generator = torch.Generator().manual_seed(channels[0])
+    plain = 0.1 * torch.rand(len(channels), width, generator=generator)
+    plain[torch.arange(len(channels)), torch.tensor(channels)] = scores
+    steady = torch.tensor([0.3 if number % 11 == 5 else 0.9 for number in channels])
+    return Measurements(plain, scores * steady, None, torch.zeros(width))
 
 
 class Snapshots:
@@ -140,12 +141,12 @@ def generated(
     """
     plan = atlas(load(network, input_size=64), recipe="fast", size=size, per_job=per_job, precision="fp32")
     with unsynced():
-        return run(plan, str(store), Painter(size), Snapshots() if photos else None)
+        return run(plan, str(store), PaintingRunner(size), Snapshots() if photos else None)
 
 
 @contextmanager
 def unsynced() -> Iterator[None]:
-    """Do not wait for the disk after each file: what is written here is lost with the machine at no harm."""
+    """Do not wait for the disk after each file, since these stores need not survive a crash."""
     before = os.fsync
     os.fsync = lambda fd: None
     try:

@@ -1,4 +1,4 @@
-"""What an atlas will cost: how many jobs, how long, how many bytes, by a short measurement."""
+"""What an atlas will cost: its jobs, seconds and bytes, from a few short renders."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from phosphene.atlases.plan import Atlas, Job
 from phosphene.atlases.render_job import render_job
 from phosphene.network.model import Model
 
-SAMPLES = 6  # layers that are measured, spread evenly over those that have jobs to do
-STEPS = (2, 8)  # of the measured climbs; their difference leaves out what goes before the first step
-REPEATS = 2  # of which the faster counts, since nothing makes a climb faster than it is
-PICTURES = 2  # in a measured climb on a CPU, where a step takes as long as its pictures together
+SAMPLES = 6  # jobs that are measured, spread evenly over the unfinished ones
+STEPS = (2, 8)  # of the timed renders; their difference leaves out the time before the first step
+REPEATS = 2  # of a timed render; the faster one counts, since noise only makes a render slower
+PICTURES = 2  # of a timed render on a CPU, where the time of a step is proportional to its pictures
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be done for an atlas.
+    """The cost of the rest of an atlas.
 
     Attributes:
         jobs, filters: of the whole atlas; `missing`: jobs that are not in the store yet.
@@ -36,34 +36,37 @@ class Estimate:
 
 
 def estimate(atlas: Atlas, done: Collection[str] = ()) -> Estimate:
-    """Return what an atlas costs, of whose jobs those in `done` are there.
+    """Return the cost of an atlas, without the jobs whose digests are in `done`.
 
-    A few steps of a few layers are measured; the others, which lie between them, are taken to cost what lies between.
+    A few jobs are measured, with a few steps; the cost of the jobs between them is interpolated.
     """
-    todo = [job for job in atlas.jobs if job.digest not in done]
-    costs = dict(zip(todo, per_picture(atlas.model, todo), strict=True))
+    missing = [job for job in atlas.jobs if job.digest not in done]
+    costs = dict(zip(missing, costs_per_picture(atlas.model, missing), strict=True))
     seconds = float(sum(len(job.channels) * cost[0] for job, cost in costs.items()))
     size = sum(len(job.channels) * cost[1] for job, cost in costs.items())
-    return Estimate(len(atlas.jobs), atlas.filters, len(todo), seconds, round(size))
+    return Estimate(len(atlas.jobs), atlas.filters, len(missing), seconds, round(size))
 
 
-def per_picture(model: Model, jobs: list[Job]) -> list[tuple[float, float]]:
-    """Return for each job the seconds and bytes of one picture, measured at some and interpolated between them."""
+def costs_per_picture(model: Model, jobs: list[Job]) -> list[tuple[float, float]]:
+    """Return for each job the seconds and bytes of one picture, measured for some jobs and interpolated for others."""
     if not jobs:
         return []
     last = len(jobs) - 1
-    places = sorted({round(last * number / (SAMPLES - 1)) for number in range(SAMPLES)})
-    seconds, sizes = zip(*(measured(model, jobs[place]) for place in places), strict=True)
-    numbers = range(len(jobs))
-    return list(zip(np.interp(numbers, places, seconds), np.interp(numbers, places, sizes), strict=True))
+    sampled = sorted({round(last * number / (SAMPLES - 1)) for number in range(SAMPLES)})
+    seconds, sizes = zip(*(measure_job(model, jobs[index]) for index in sampled), strict=True)
+    indices = range(len(jobs))
+    return list(zip(np.interp(indices, sampled, seconds), np.interp(indices, sampled, sizes), strict=True))
 
 
-def measured(model: Model, job: Job) -> tuple[float, float]:
-    """Return the seconds and bytes of one picture of a job, from two short climbs."""
+def measure_job(model: Model, job: Job) -> tuple[float, float]:
+    """Return the seconds and bytes of one picture of a job, from renders of two short lengths."""
     channels = job.channels[:PICTURES] if model.like.device.type == "cpu" else job.channels
-    _, size = timed(model, replace(job, channels=channels, recipe=job.recipe.at(steps=1)))  # what is done only once
+    _, size = time_job(model, replace(job, channels=channels, recipe=job.recipe.at(steps=1)))  # a warm-up as well
     few, many = (
-        min(timed(model, replace(job, channels=channels, recipe=job.recipe.at(steps=steps)))[0] for _ in range(REPEATS))
+        min(
+            time_job(model, replace(job, channels=channels, recipe=job.recipe.at(steps=steps)))[0]
+            for _ in range(REPEATS)
+        )
         for steps in STEPS
     )
     step = max(0.0, many - few) / (STEPS[1] - STEPS[0])
@@ -71,8 +74,8 @@ def measured(model: Model, job: Job) -> tuple[float, float]:
     return seconds / len(channels), size / len(channels)
 
 
-def timed(model: Model, job: Job) -> tuple[float, int]:
-    """Return how many seconds a job takes, and how many bytes it makes."""
-    begun = time.perf_counter()
+def time_job(model: Model, job: Job) -> tuple[float, int]:
+    """Return how many seconds a job takes, and how many bytes its files have."""
+    start = time.perf_counter()
     files, _ = render_job(model, job)
-    return time.perf_counter() - begun, sum(map(len, files.values()))
+    return time.perf_counter() - start, sum(map(len, files.values()))

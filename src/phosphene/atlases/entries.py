@@ -1,7 +1,7 @@
-"""What an atlas writes beside its jobs: an entry a layer, with its sheet and verdicts, and one of the whole.
+"""The entries that an atlas writes beside its jobs: one for each layer, with sheets and verdicts, and one of itself.
 
-An entry is named after what was planned. Where jobs have failed it tells what there is, and is replaced when they are
-done.
+The name of an entry follows from the plan. If jobs have failed, the entry holds the rest of the layer, and is replaced
+once they are done.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load
 
 from phosphene.atlases.plan import Atlas, Job
-from phosphene.atlases.render_job import FIGURES, MEASURES
+from phosphene.atlases.render_job import MEASURES_FILE, SCORES_FILE
 from phosphene.atlases.verdicts import (
     THRESHOLDS,
     VERDICTS,
     LayerStatistics,
-    Measured,
+    Measurements,
     Verdict,
-    need_finite,
-    of_own,
+    check_finite,
+    pick_channels,
     verdicts,
 )
 from phosphene.errors import LayerRefused, WeightsRefused
@@ -37,13 +37,12 @@ from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 from phosphene.storage.store import Store, digest_of
 
-ENTRY_VERSION = (
-    2  # part of an entry's name: goes up by one when it holds more than before, so that old stores get new ones
-)
+# part of an entry's name: goes up by one when entries hold more than before, so that old stores get new ones
+ENTRY_VERSION = 2
 
 
 class SavedPicture(NamedTuple):
-    """A picture as it was saved, and what its job says of it."""
+    """A picture as it was saved, the digest of its job, and its row in the job's manifest."""
 
     image: Picture
     job: str
@@ -64,7 +63,7 @@ def atlas_digest(plan: Atlas, evidence: Evidence | None) -> str:
 
 
 def layer_facts(layer: Layer) -> dict[str, Any]:
-    """Return what is known of a layer, in JSON terms."""
+    """Return what the entries say of a layer, in JSON terms."""
     return {key: value for key, value in asdict(layer).items() if key != "place"}
 
 
@@ -72,105 +71,106 @@ def write_layer(
     store: Store,
     plan: Atlas,
     layer: Layer,
-    there: AbstractSet[str],
+    done: AbstractSet[str],
     evidence: Evidence | None = None,
 ) -> None:
-    """Write a layer's entry, from those of its jobs that are `there`: its sheets, kernels, and a verdict a filter."""
+    """Write a layer's entry from its finished jobs, whose digests are in `done`: sheets, kernels and verdicts."""
     jobs = plan.jobs_of(layer)
-    pictures = [one for job in jobs if job.digest in there for one in saved(store, job)]
+    pictures = [picture for job in jobs if job.digest in done for picture in saved(store, job)]
     if not pictures:
         return
-    missing = [job.digest for job in plan.jobs if job.layer == layer.path and job.digest not in there]
-    channels = [one.entry["channel"] for one in pictures]
-    made = list(sprite_sheets([one.image for one in pictures], channels))
+    digests = [job.digest for job in plan.jobs if job.layer == layer.path]
+    channels = [picture.entry["channel"] for picture in pictures]
+    sheets = list(sprite_sheets([picture.image for picture in pictures], channels))
     statistics = evidence[layer.path] if evidence else None
-    judgements, remark = layer_verdicts(store, plan, layer, there, statistics)
-    sights = {"strip": strip_of(pictures, judgements), "kernels": kernels_of(plan.model, layer, channels)}
-    extra = {name: one for name, one in sights.items() if one}
+    judged, remark = layer_verdicts(store, plan, layer, done, statistics)
+    optional = {"strip": strip_of(pictures, judged), "kernels": kernels_of(plan.model, layer, channels)}
+    extra = {name: sheet for name, sheet in optional.items() if sheet}
     manifest = {
         "model": plan.model.name,
         "fingerprint": jobs[0].fingerprint,
         "layer": layer_facts(layer),
-        "jobs": [job.digest for job in plan.jobs if job.layer == layer.path],
-        "missing": missing,
+        "jobs": digests,
+        "missing": [digest for digest in digests if digest not in done],
         "evidence": evidence.digest if evidence else None,
-        "sheets": [one.facts for one in made],
-        **{name: one.facts for name, one in extra.items()},
-        "pictures": [{"job": one.job, **one.entry} for one in pictures],
+        "sheets": [sheet.facts for sheet in sheets],
+        **{name: sheet.facts for name, sheet in extra.items()},
+        "pictures": [{"job": picture.job, **picture.entry} for picture in pictures],
         "thresholds": asdict(THRESHOLDS),
-        "verdicts": [asdict(one) for one in judgements],
+        "verdicts": [asdict(verdict) for verdict in judged],
         "remark": remark,
     }
-    files = {one.name: one.content for one in (*made, *extra.values())}
+    files = {sheet.name: sheet.content for sheet in (*sheets, *extra.values())}
     store.put("layers", layer_digest(plan, layer, evidence), files, manifest)
 
 
-def strip_of(pictures: Sequence[SavedPicture], judgements: Sequence[Verdict]) -> SpriteSheet:
-    """Return some of a layer's pictures in a row: of the vivid ones, or of all where none is."""
-    vivid = [one for one, judgement in zip(pictures, judgements, strict=False) if judgement.verdict == "vivid"]
-    some = vivid or pictures
-    return preview_strip([one.image for one in some], [one.entry["channel"] for one in some])
+def strip_of(pictures: Sequence[SavedPicture], judged: Sequence[Verdict]) -> SpriteSheet:
+    """Return a strip of a layer's vivid pictures, or of all if none is vivid."""
+    vivid = [picture for picture, verdict in zip(pictures, judged, strict=False) if verdict.verdict == "vivid"]
+    chosen = vivid or pictures
+    return preview_strip([picture.image for picture in chosen], [picture.entry["channel"] for picture in chosen])
 
 
 def kernels_of(model: Model, layer: Layer, channels: Sequence[int]) -> SpriteSheet | None:
-    """Return the kernels of a layer's filters as `kernels.png` (see `Kernels.pixels`); None where it has none."""
+    """Return the kernels of a layer's filters as `kernels.png` (see `Kernels.pixels`), None if it has none."""
     try:
-        found = kernels(model, layer.path)
+        weights = kernels(model, layer.path)
     except (LayerRefused, WeightsRefused):
         return None
-    if len(found) != layer.channels:  # such as of a transposed convolution in groups, whose filters share kernels
+    if len(weights) != layer.channels:  # such as of a transposed convolution in groups, whose filters share kernels
         return None
-    image, facts = found.pixels(channels)
-    told = {"model": model.name, "fingerprint": model.fingerprint, "layer": layer.path, "channels": list(channels)}
-    return SpriteSheet("kernels.png", png(image, told), {"file": "kernels.png", **facts})
+    image, facts = weights.pixels(channels)
+    about = {"model": model.name, "fingerprint": model.fingerprint, "layer": layer.path, "channels": list(channels)}
+    return SpriteSheet("kernels.png", png(image, about), {"file": "kernels.png", **facts})
 
 
 def saved(store: Store, job: Job) -> Iterator[SavedPicture]:
-    """Yield the pictures of a finished job as they lie in the store."""
+    """Yield the pictures of a finished job from the store."""
     manifest = store.manifest("jobs", job.digest)
     for entry in manifest["pictures"]:
         yield SavedPicture(decode_image(store.get("jobs", job.digest, entry["file"], manifest)), job.digest, entry)
 
 
 def layer_verdicts(
-    store: Store, plan: Atlas, layer: Layer, there: AbstractSet[str], statistics: LayerStatistics | None
+    store: Store, plan: Atlas, layer: Layer, done: AbstractSet[str], photos: LayerStatistics | None
 ) -> tuple[tuple[Verdict, ...], str | None]:
-    """Return the verdicts on a layer's pictures; where it cannot be judged none, and a sentence that says why."""
-    jobs = [job for job in plan.jobs_of(layer) if job.digest in there]
-    others = plan.jobs_of(layer, seed=1) if len(plan.recipes) > 1 else ()
-    shown = torch.tensor([number for job in jobs for number in job.channels])
-    measured = measured_on(store, jobs)
-    if others and {job.digest for job in others} <= there:
-        order = [number for job in others for number in job.channels]
-        again = of_own(measured_on(store, others).plain, torch.tensor(order))
-        measured = measured._replace(second=again[[order.index(number) for number in shown.tolist()]])
-    dead = [load(store.get("jobs", job.digest, FIGURES))["dead"] for job in jobs]
+    """Return the verdicts on a layer's pictures; if it cannot be judged, none and a sentence that says why."""
+    jobs = [job for job in plan.jobs_of(layer) if job.digest in done]
+    second_jobs = plan.jobs_of(layer, seed=1) if len(plan.recipes) > 1 else ()
+    channels = torch.tensor([channel for job in jobs for channel in job.channels])
+    measurements = saved_measurements(store, jobs)
+    if second_jobs and {job.digest for job in second_jobs} <= done:
+        order = [channel for job in second_jobs for channel in job.channels]
+        scores = pick_channels(saved_measurements(store, second_jobs).plain, torch.tensor(order))
+        second = scores[[order.index(channel) for channel in channels.tolist()]]
+        measurements = measurements._replace(second_seed=second)
+    dead = [load(store.get("jobs", job.digest, SCORES_FILE))["dead"] for job in jobs]
     try:
-        need_finite(layer.path, shown, measured)
+        check_finite(layer.path, channels, measurements)
     except LayerRefused as error:
         return (), str(error)
-    return verdicts(measured, shown, torch.cat(dead), statistics), None
+    return verdicts(measurements, channels, torch.cat(dead), photos), None
 
 
-def measured_on(store: Store, jobs: Sequence[Job]) -> Measured:
-    """Return what finished jobs measured on their pictures."""
-    found = [load(store.get("jobs", job.digest, MEASURES)) for job in jobs]
-    plain, moved = (torch.cat([one[name] for one in found]).double() for name in ("plain", "moved"))
-    return Measured(plain, moved, None, found[0]["grey"].double())
+def saved_measurements(store: Store, jobs: Sequence[Job]) -> Measurements:
+    """Return the measurements of finished jobs from the store."""
+    files = [load(store.get("jobs", job.digest, MEASURES_FILE)) for job in jobs]
+    plain, moved = (torch.cat([tensors[name] for tensors in files]).double() for name in ("plain", "moved"))
+    return Measurements(plain, moved, None, files[0]["grey"].double())
 
 
 def write_atlas(store: Store, plan: Atlas, evidence: Evidence | None = None) -> dict[str, int]:
-    """Write the entry of the atlas, from those of its layers that there are, and return how many verdicts there are."""
+    """Write the entry of the atlas from the entries of its layers, and return how many pictures have each verdict."""
     rows, counts = [], Counter[str]()
     for layer in plan.layers:
         digest = layer_digest(plan, layer, evidence)
         if not store.has("layers", digest):
             continue
         entry = store.manifest("layers", digest)
-        of_layer = Counter(one["verdict"] for one in entry["verdicts"])
+        of_layer = Counter(verdict["verdict"] for verdict in entry["verdicts"])
         counts += of_layer
         rows.append({**layer_facts(layer), "digest": digest, "verdicts": dict(of_layer), "strip": entry["strip"]})
-    first, of_all = plan.recipes[0], {name: counts[name] for name in VERDICTS}
+    first, totals = plan.recipes[0], {name: counts[name] for name in VERDICTS}
     manifest = {
         **plan.model.origin,
         "layers": rows,
@@ -182,7 +182,7 @@ def write_atlas(store: Store, plan: Atlas, evidence: Evidence | None = None) -> 
         "seeds": [recipe.seed for recipe in plan.recipes],
         "filters": plan.filters,
         "evidence": evidence.digest if evidence else None,
-        "verdicts": of_all,
+        "verdicts": totals,
     }
     store.put("atlases", atlas_digest(plan, evidence), {}, manifest)
-    return of_all
+    return totals

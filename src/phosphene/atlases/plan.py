@@ -1,7 +1,7 @@
-"""The atlas: every filter of many layers, planned as jobs. Planning touches no disk and renders nothing.
+"""The plan of an atlas: the filters of many layers as jobs. Planning touches no disk and renders nothing.
 
-A job is a batch of filters of one layer, and its identity is the digest of its whole spec: of the weights' bytes, and
-of all that its pictures follow from. Two jobs of one digest make the same pictures, whoever works them off.
+A job is a batch of filters of one layer. Its identity is the digest of its spec: the weights' bytes and everything
+else that determines its pictures. Two jobs with the same digest make the same pictures, wherever they run.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class Job:
     Attributes:
         model: the network's name.
         fingerprint: of its weights.
-        input_size: (h, w) that the network takes, which limits the pictures' default size.
-        channels: rendered together, so that the list is part of the identity: in company a filter rounds otherwise.
-        size: side of the pictures in pixels, None for the recipe's, or what of it the network takes.
+        input_size: (h, w) of the network's input, which limits the pictures' default size.
+        channels: the filters, which are rendered together. The list is part of the identity, since rounding depends
+            on the other filters of a batch.
+        size: side of the pictures in pixels; None for the recipe's size, or what the network accepts of it.
         precision: fp32 or bf16.
-        versions: of torch, and of what `PICTURES` counts.
+        versions: of torch, and `PICTURES_VERSION`.
     """
 
     model: str
@@ -54,7 +55,7 @@ class Job:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Everything that the pictures follow from, in JSON terms; the recipe by its digest, which minds no name."""
+        """Everything that determines the pictures, in JSON terms; the recipe as its digest, which ignores its name."""
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
@@ -78,8 +79,8 @@ class Job:
         return channel(self.layer, self.channels).names
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """The spec for people to read: the recipe in full."""
+    def readable_spec(self) -> dict[str, Any]:
+        """The spec for people to read, with the recipe in full."""
         return {**self.spec, "recipe": {**self.recipe.as_dict(), "digest": self.recipe.digest}}
 
 
@@ -88,9 +89,9 @@ class Atlas:
     """The plan of an atlas.
 
     Attributes:
-        layers: those whose filters are drawn, in the order of the forward pass.
-        recipes: one a seed: of the pictures themselves, and of those that they are held against.
-        jobs: of all layers, one layer after the other, and within a layer one seed after the other.
+        layers: those with filters in the atlas, in the order of the forward pass.
+        recipes: one for each seed: first that of the pictures, then those of the pictures they are compared with.
+        jobs: layer by layer, and within a layer seed by seed.
     """
 
     model: Model
@@ -104,11 +105,11 @@ class Atlas:
 
     @property
     def filters(self) -> int:
-        """How many filters it shows; with several seeds, each has as many pictures."""
+        """How many filters the atlas has; each has one picture for each seed."""
         return sum(len(job.channels) for job in self.jobs if job.recipe == self.recipes[0])
 
     def jobs_of(self, layer: Layer, seed: int = 0) -> tuple[Job, ...]:
-        """Return the jobs of a layer: of its pictures, or with `seed` 1, 2 … of those from another seed."""
+        """Return the jobs of a layer: of its pictures, or with `seed` 1, 2 … of the pictures from that further seed."""
         return tuple(job for job in self.jobs if job.layer == layer.path and job.recipe == self.recipes[seed])
 
 
@@ -125,16 +126,15 @@ def atlas(
     per_job: int = PER_JOB,
     seeds: int = 1,
 ) -> Atlas:
-    """Return the plan of an atlas: which filters of which layers, cut into jobs. Nothing is rendered yet; see `run`.
+    """Return the plan of an atlas: which filters of which layers, as jobs. Nothing is rendered yet; see `run`.
 
     Args:
-        layers: a glob such as `block3*`, or several. Of what a glob names the convolutions are taken, or, where it
-            names none, whatever returns maps; `*relu*` takes the ReLUs.
-        channels: `all`, `0:64`, `3,7,11` or numbers; of each layer those that it has.
+        layers: one or more globs such as `block3*`. A glob stands for the convolutions that it matches or, if it
+            matches none, for every layer with maps: `*relu*` means the ReLUs.
+        channels: `all`, `0:64`, `3,7,11` or numbers; a layer with fewer channels gives those that it has.
         size, steps, seed, precision: as in `render`.
-        per_job: filters a job.
-        seeds: how many pictures of each filter, from seeds that follow one another; with 2, verdicts say whether they
-            agree.
+        per_job: filters in a job.
+        seeds: pictures of each filter, from consecutive seeds; with 2, verdicts say whether they agree.
 
     Raises:
         LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, InvalidRequest.
@@ -143,43 +143,43 @@ def atlas(
         >>> len(atlas(load("builtin/vgg19"), "block1*").jobs)
         8
     """
-    for name, count in (("per_job", per_job), ("seeds", seeds)):
-        whole_number(count, name, 1)
+    whole_number(per_job, "per_job", 1)
+    whole_number(seeds, "seeds", 1)
     find_recipe(recipe).at(size)
     first = find_recipe(recipe).at(steps=steps, seed=seed)
     recipes = tuple(first.at(seed=first.seed + number) for number in range(seeds))
-    found = chosen_layers(model, layers)
+    matching = chosen_layers(model, layers)
     fingerprint, precision = model.fingerprint, chosen_precision(model, precision)
     jobs = tuple(
-        Job(model.name, fingerprint, model.input_size, layer.path, batch, one, size, precision)
-        for layer, listed in chosen_channels(found, channels)
-        for one in recipes
-        for batch in batches(listed, per_job)
+        Job(model.name, fingerprint, model.input_size, layer.path, batch, seeded, size, precision)
+        for layer, numbers in chosen_channels(matching, channels)
+        for seeded in recipes
+        for batch in batches(numbers, per_job)
     )
-    drawn = {job.layer for job in jobs}
-    return Atlas(model, tuple(layer for layer in found if layer.path in drawn), recipes, size, jobs)
+    paths = {job.layer for job in jobs}
+    return Atlas(model, tuple(layer for layer in matching if layer.path in paths), recipes, size, jobs)
 
 
 def chosen_layers(model: Model, layers: str | int | Sequence[str | int]) -> list[Layer]:
-    """Return the layers that globs, paths and numbers of convolutions mean, each once, in the order of the network.
+    """Return the layers that globs, paths and numbers of convolutions stand for, in the order of the network.
 
     Raises:
-        LayerNotFound: there is none of that name.
+        LayerNotFound: there is no such layer.
         LayerRefused: none of them returns maps of channels.
     """
     patterns = [layers] if isinstance(layers, str | int) else list(layers)
-    named = [layer for pattern in patterns for layer in layers_matching(model, pattern)]
-    if not named:
-        shown = ", ".join(map(repr, patterns)) or "nothing"
+    matching = [layer for pattern in patterns for layer in layers_matching(model, pattern)]
+    if not matching:
+        names = ", ".join(map(repr, patterns)) or "nothing"
         raise LayerRefused(
-            f"{shown} names no layer that returns maps of channels; `phosphene layers` lists what each returns"
+            f"{names} names no layer that returns maps of channels; `phosphene layers` lists what each returns"
         )
-    known = [*model.layers(), *model.layers().unlisted]
-    return sorted(dict.fromkeys(named), key=known.index)
+    order = [*model.layers(), *model.layers().unlisted]
+    return sorted(dict.fromkeys(matching), key=order.index)
 
 
 def layers_matching(model: Model, pattern: str | int) -> list[Layer]:
-    """Return the layers with maps that one glob, path or number means: the convolutions, where any is among them."""
+    """Return the layers with maps that a glob, path or number matches; only the convolutions if it matches any."""
     if isinstance(pattern, int):
         return [model.find(pattern)]
     maps = [layer for layer in model.layers().matching(pattern) if layer.is_map]
@@ -187,11 +187,11 @@ def layers_matching(model: Model, pattern: str | int) -> list[Layer]:
 
 
 def chosen_channels(layers: Sequence[Layer], channels: str | Sequence[int]) -> Iterator[tuple[Layer, list[int]]]:
-    """Yield each layer that has some of the channels, and which.
+    """Yield each layer that has any of the channels, and those that it has.
 
     Raises:
-        ChannelNotFound: no layer has so many.
-        InvalidRequest: they are not given as channels are.
+        ChannelNotFound: no layer has that many.
+        InvalidRequest: the channels are not given in a valid form.
     """
     most = max(layer.channels or 0 for layer in layers)
     text = channels if isinstance(channels, str) else ",".join(map(str, channels))
@@ -199,12 +199,12 @@ def chosen_channels(layers: Sequence[Layer], channels: str | Sequence[int]) -> I
     if min(wanted) >= most:
         raise ChannelNotFound(f"there is no channel {min(wanted)}: the layers have at most {most}")
     for layer in layers:
-        listed = [one for one in wanted if one < (layer.channels or 0)]
-        if listed:
-            yield layer, listed
+        numbers = [number for number in wanted if number < (layer.channels or 0)]
+        if numbers:
+            yield layer, numbers
 
 
-def batches(listed: Sequence[int], per_job: int) -> Iterator[tuple[int, ...]]:
-    """Yield the channels in order, so many at a time."""
-    for start in range(0, len(listed), per_job):
-        yield tuple(listed[start : start + per_job])
+def batches(channels: Sequence[int], per_job: int) -> Iterator[tuple[int, ...]]:
+    """Yield the channels in order, up to `per_job` at a time."""
+    for start in range(0, len(channels), per_job):
+        yield tuple(channels[start : start + per_job])

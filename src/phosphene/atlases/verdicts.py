@@ -1,27 +1,27 @@
-"""Verdicts: what the picture of a filter is worth, each with the figures that it rests on.
+"""Verdicts: how well a picture shows its filter, each with the figures that it rests on.
 
-A picture is judged as it is saved, 8 bits a channel, by the network as it is. With a(picture) the mean of a channel
+A picture is judged as it is saved, 8 bits a channel, by the unchanged network. With a(picture) the mean of a channel
 over its map,
 
     excitation  (a(picture) - mean over photos of a) / (maximum over photos of a - mean over photos of a)
-    stability   the mean of a - b over slightly moved pictures, over a - b of the picture where it is
+    stability   the mean of a - b over slightly moved pictures, over a - b of the unmoved picture
     agreement   of two pictures of one filter from two seeds, the smaller a - b over the larger, at least 0
     retrieval   the rank of the picture among all pictures of its layer, sorted by a of its channel
     own         the rank of its channel among all channels, sorted by (a - mean over photos) / deviation over photos
 
-where b is the mean over photos of a, or without photos what a grey picture gives. At an excitation of 1 the picture is
+where b is the mean over photos of a, or without photos the a of a grey picture. At an excitation of 1 the picture is
 as strong as the strongest photo; 1 is also the best rank.
 
-A figure is None where it cannot be had: excitation and own without photos, or where these excite the channel all
-alike; agreement without a second seed; stability of a picture that excites its channel no more than b, agreement where
-neither of the two does. A verdict rests on the figures that there are: without photos on stability, retrieval and
-agreement. A picture is dead if the render says so, or if it does to its channel just what a grey picture does.
+A figure is None if it cannot be computed: excitation and own without photos, or if the photos excite the channel all
+alike; agreement without a second seed; stability of a picture that excites its channel no more than b, agreement if
+neither picture does. A verdict rests on the figures that exist: without photos on stability, retrieval and agreement.
+A picture is dead if the render says so, or if it excites its channel exactly as a grey picture does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -39,18 +39,18 @@ Move = Callable[[Tensor], Tensor]
 
 VIVID, WEAK, UNSTABLE, DEAD = VERDICTS = ("vivid", "weak", "unstable", "dead")
 MOVES = 8
-AT_ONCE = 8  # pictures; always as many, for in other company a picture rounds otherwise
-ROUNDING = 1e-6  # relative to the numbers compared; differences below it are float32's
-DIGITS = 5  # of figures: further ones differ from machine to machine
+AT_ONCE = 8  # pictures in a batch; fixed, since rounding depends on the size of the batch
+ROUNDING = 1e-6  # relative; smaller differences are rounding errors of float32
+DIGITS = 5  # of figures; further digits differ between machines
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What makes a picture weak or unstable, chosen by looking at trained and at random filters.
+    """The limits of verdicts, chosen by looking at trained and at random filters.
 
     Attributes:
         excitation: weak below.
-        outdone: weak where a larger share of the layer's pictures does better in retrieval, or of its channels in own.
+        outdone: weak if a larger share of pictures does better in retrieval, or of channels in own.
         stability, agreement: unstable below.
     """
 
@@ -64,7 +64,7 @@ THRESHOLDS = Thresholds()
 
 
 class LayerStatistics(Protocol):
-    """What photos do to the channels of a layer, (c,) each, by the channel's mean over the map."""
+    """Statistics over photos of the channels of a layer, (c,) each, of the channel's mean over the map."""
 
     @property
     def mean(self) -> Tensor: ...
@@ -76,7 +76,7 @@ class LayerStatistics(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on one picture, and its figures as in the module's text; `score` is a(picture)."""
+    """The verdict on one picture, and its figures as in the module's docstring; `score` is a(picture)."""
 
     channel: int
     picture: str
@@ -89,19 +89,19 @@ class Verdict:
     agreement: float | None
 
 
-class Measured(NamedTuple):
+class Measurements(NamedTuple):
     """What a layer's channels make of n pictures, as means over the map, float64 on the CPU.
 
     Attributes:
         plain: (n, c) of every channel for each picture where it is.
-        moved: (n,) of each picture's own channel, as the mean over its moves.
-        second: (n,) of the same channels for the pictures from another seed, None without them.
+        moved: (n,) of the channel that each picture shows, averaged over the picture's moves.
+        second_seed: (n,) of the same channels for the pictures from another seed, or None.
         grey: (c,) for a picture that is grey throughout.
     """
 
     plain: Tensor
     moved: Tensor
-    second: Tensor | None
+    second_seed: Tensor | None
     grey: Tensor
 
 
@@ -111,35 +111,40 @@ def judge(
     pictures: Tensor,
     channels: Sequence[int],
     dead: Tensor | None = None,
-    statistics: LayerStatistics | None = None,
-    seconds: Tensor | None = None,
+    photos: LayerStatistics | None = None,
+    second_seed: Tensor | None = None,
 ) -> tuple[Verdict, ...]:
     """Return the verdicts on pictures of a layer's filters.
 
-    The network sees each picture once where it is and `MOVES` times moved; no more than `AT_ONCE` pictures are held as
-    floating images at once.
+    The network sees each picture once where it is and `MOVES` times moved; at most `AT_ONCE` pictures exist as floats
+    at a time.
 
     Args:
-        pictures: (n, c, h, w) uint8, as saved; `seconds`: those of the same filters from another seed.
-        channels: which filter each of them shows.
+        pictures: (n, c, h, w) uint8, as saved; `second_seed`: pictures of the same filters from another seed.
+        channels: the filter that each of them shows.
         dead: (n,) of the render: which pictures never left their starting score, or have no contrast.
-        statistics: of photos at this layer, seen at the size of the pictures; for every channel of the layer.
+        photos: their statistics at this layer, at the size of the pictures, for every channel of the layer.
 
     Raises:
         LayerNotFound: there is no such layer.
         LayerRefused: it returns no maps, or a picture makes its channel NaN or infinite.
         ChannelNotFound, InvalidRequest: the other arguments do not fit the layer or each other.
     """
-    shown = torch.tensor(list(channels), dtype=torch.long)
-    lifeless = torch.zeros(len(shown), dtype=torch.bool) if dead is None else dead.cpu()
-    check(model.find(layer), pictures, shown, lifeless, statistics, seconds)
-    measured = measure(model, layer, pictures, seconds, shown)
-    need_finite(layer, shown, measured)
-    return verdicts(measured, shown, lifeless, statistics)
+    numbers = torch.tensor(list(channels), dtype=torch.long)
+    is_dead = torch.zeros(len(numbers), dtype=torch.bool) if dead is None else dead.cpu()
+    check_pictures(model.find(layer), pictures, numbers, is_dead, photos, second_seed)
+    measurements = measure(model, layer, pictures, second_seed, numbers)
+    check_finite(layer, numbers, measurements)
+    return verdicts(measurements, numbers, is_dead, photos)
 
 
-def check(
-    layer: Layer, pictures: Tensor, shown: Tensor, dead: Tensor, photos: LayerStatistics | None, seconds: Tensor | None
+def check_pictures(
+    layer: Layer,
+    pictures: Tensor,
+    channels: Tensor,
+    dead: Tensor,
+    photos: LayerStatistics | None,
+    second_seed: Tensor | None,
 ) -> None:
     """Refuse what cannot be judged; see `judge`."""
     if not layer.is_map:
@@ -149,18 +154,18 @@ def check(
             f"pictures are judged as saved, uint8 (n, c, height, width), n at least 1, not "
             f"{tuple(pictures.shape)} of {pictures.dtype}"
         )
-    if shown.shape != pictures.shape[:1] or dead.shape != pictures.shape[:1]:
+    if channels.shape != pictures.shape[:1] or dead.shape != pictures.shape[:1]:
         raise InvalidRequest(
-            f"each of the {len(pictures)} pictures shows one filter, dead or not; "
-            f"{len(shown)} filters and {len(dead)} signs of death are given"
+            f"each of the {len(pictures)} pictures shows one filter, which is dead or not; "
+            f"{len(channels)} filters and {len(dead)} values of `dead` are given"
         )
-    if seconds is not None and (seconds.shape != pictures.shape or seconds.dtype != torch.uint8):
+    if second_seed is not None and (second_seed.shape != pictures.shape or second_seed.dtype != torch.uint8):
         raise InvalidRequest(
-            f"the pictures from another seed are {tuple(seconds.shape)} of {seconds.dtype}, "
+            f"the pictures from another seed are {tuple(second_seed.shape)} of {second_seed.dtype}, "
             f"those to compare with {tuple(pictures.shape)} of {pictures.dtype}"
         )
     count = layer.channels or 0
-    unknown = shown[(shown < 0) | (shown >= count)].tolist()
+    unknown = channels[(channels < 0) | (channels >= count)].tolist()
     if unknown:
         raise ChannelNotFound(f"there is no channel {unknown[0]} in {layer.path}: it has 0 to {count - 1}")
     if photos is not None and photos.mean.shape != (count,):
@@ -170,24 +175,26 @@ def check(
         )
 
 
-def need_finite(layer: str | int, shown: Tensor, measured: Measured) -> None:
-    """Refuse pictures that make their own channel NaN or infinite.
+def check_finite(layer: str | int, channels: Tensor, measurements: Measurements) -> None:
+    """Refuse pictures that make the channel that they show NaN or infinite.
 
     Raises:
         LayerRefused: the message names the first.
     """
-    numbers = [of_own(measured.plain, shown), measured.moved]
-    if measured.second is not None:
-        numbers.append(measured.second)
+    numbers = [pick_channels(measurements.plain, channels), measurements.moved]
+    if measurements.second_seed is not None:
+        numbers.append(measurements.second_seed)
     wrong = ~torch.stack(numbers).isfinite().all(0)
     if bool(wrong.any()):
         raise LayerRefused(
-            f"the picture of filter {int(shown[wrong][0])} makes {layer!r} NaN or infinite: the network "
+            f"the picture of filter {int(channels[wrong][0])} makes {layer!r} NaN or infinite: the network "
             "overflows on it; render it by another recipe"
         )
 
 
-def measure(model: Model, layer: str | int, pictures: Tensor, seconds: Tensor | None, shown: Tensor) -> Measured:
+def measure(
+    model: Model, layer: str | int, pictures: Tensor, second_seed: Tensor | None, channels: Tensor
+) -> Measurements:
     """Run all pictures through the network, where they are and moved."""
     with model.reading([layer]) as read, torch.no_grad():
 
@@ -195,120 +202,125 @@ def measure(model: Model, layer: str | int, pictures: Tensor, seconds: Tensor | 
             act = read(channels_last_on_cpu(images))[layer]
             return act.mean((-2, -1), dtype=torch.promote_types(act.dtype, torch.float32)).double().cpu()
 
-        def every(some: Tensor, change: Move = torch.clone) -> Iterator[Tensor]:
-            return (means(change(few.to(model.like) / 255)) for few in torch.split(some, AT_ONCE))
+        def all_channels(images: Tensor, move: Move = torch.clone) -> Tensor:
+            return torch.cat([means(move(batch.to(model.like) / 255)) for batch in torch.split(images, AT_ONCE)])
 
-        def own(some: Tensor, change: Move = torch.clone) -> Tensor:
-            pairs = zip(every(some, change), torch.split(shown, AT_ONCE), strict=True)
-            return torch.cat([of_own(*pair) for pair in pairs])
+        def shown_channels(images: Tensor, move: Move = torch.clone) -> Tensor:
+            return pick_channels(all_channels(images, move), channels)
 
-        return Measured(
-            plain=torch.cat(list(every(pictures))),
-            moved=torch.stack([own(pictures, move) for move in moves()]).mean(0),
-            second=None if seconds is None else own(seconds),
+        return Measurements(
+            plain=all_channels(pictures),
+            moved=torch.stack([shown_channels(pictures, move) for move in moves()]).mean(0),
+            second_seed=None if second_seed is None else shown_channels(second_seed),
             grey=means(model.grey((pictures.shape[-2], pictures.shape[-1])))[0],
         )
 
 
-def of_own(every: Tensor, shown: Tensor) -> Tensor:
-    """Return (n,) what picture k does to the channel that it shows, `shown[k]`, from (n, c)."""
-    return every.gather(1, shown[:, None])[:, 0]
+def pick_channels(rows: Tensor, channels: Tensor) -> Tensor:
+    """Return (n,): of row k of (n, c), the value of `channels[k]`, the channel that picture k shows."""
+    return rows.gather(1, channels[:, None])[:, 0]
 
 
 def moves() -> list[Move]:
-    """Return the small moves that a picture must bear, always the same: up to ±4 px, ±5° and × 0.95–1.05 each."""
+    """Return the small moves for the stability, always the same: up to ±4 px, ±5° and × 0.95–1.05 each."""
     draws = RandomDraws(range(MOVES))
-    drawn = (draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05))
+    shifts, angles, scales = draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05)
 
     def move(images: Tensor, index: int) -> Tensor:
-        shift, degrees, scale = (one[index].expand(len(images), *one.shape[1:]) for one in drawn)
+        shift, degrees, scale = (
+            values[index].expand(len(images), *values.shape[1:]) for values in (shifts, angles, scales)
+        )
         return resample(images, shift, degrees, scale)
 
     return [partial(move, index=index) for index in range(MOVES)]
 
 
-def verdicts(measured: Measured, shown: Tensor, dead: Tensor, photos: LayerStatistics | None) -> tuple[Verdict, ...]:
-    """Return the verdicts that follow from what was measured on pictures of the channels `shown` (n,)."""
-    score, grey, none = of_own(measured.plain, shown), measured.grey[shown], torch.full((len(shown),), torch.nan)
-    mean = measured.grey if photos is None else photos.mean.double().cpu()
-    base = torch.where(mean.isnan(), measured.grey, mean)[shown]
+def verdicts(
+    measurements: Measurements, channels: Tensor, dead: Tensor, photos: LayerStatistics | None
+) -> tuple[Verdict, ...]:
+    """Return the verdicts that follow from the measurements on pictures of these channels (n,)."""
+    plain, missing = measurements.plain, torch.full((len(channels),), torch.nan)
+    score, grey = pick_channels(plain, channels), measurements.grey[channels]
+    mean = measurements.grey if photos is None else photos.mean.double().cpu()
+    base = torch.where(mean.isnan(), measurements.grey, mean)[channels]
     gain = score - base
-    retrieval = ranks(measured.plain[:, shown].T)
-    own = none if photos is None else own_ranks(measured.plain, shown, photos)
-    better = torch.stack([(retrieval - 1) / len(shown), (own - 1) / measured.plain.shape[1]])
+    picture_rank = picture_ranks(plain[:, channels].T)
+    channel_rank = missing if photos is None else channel_ranks(plain, channels, photos)
+    shares_better = torch.stack([(picture_rank - 1) / len(channels), (channel_rank - 1) / plain.shape[1]])
+    second = measurements.second_seed
     figures = {
         "score": score,
-        "excitation": none if photos is None else gain / span(photos)[shown],
-        "stability": (measured.moved - base) / torch.where(same(score, base) | (gain < 0), torch.nan, gain),
-        "agreement": none if measured.second is None else alike(gain, measured.second - base),
-        "retrieval": retrieval,
-        "own": own,
+        "excitation": missing if photos is None else gain / span(photos)[channels],
+        "stability": (measurements.moved - base) / torch.where(same(score, base) | (gain < 0), torch.nan, gain),
+        "agreement": missing if second is None else seed_agreement(gain, second - base),
+        "retrieval": picture_rank,
+        "own": channel_rank,
     }
     rows = [dict(zip(figures, row, strict=True)) for row in torch.stack(list(figures.values()), 1).tolist()]
-    gone, outdone = dead | same(score, grey), better.nan_to_num(0).amax(0)
-    return tuple(map(verdict, shown.tolist(), gone.tolist(), outdone.tolist(), rows))
+    is_dead, share_better = dead | same(score, grey), shares_better.nan_to_num(0).amax(0)
+    return tuple(map(verdict, channels.tolist(), is_dead.tolist(), share_better.tolist(), rows))
 
 
-def verdict(channel: int, dead: bool, outdone: float, row: Mapping[str, float]) -> Verdict:
-    """Return the verdict on one picture from its figures, NaN where one cannot be had."""
-    excitation, stability, agreement = (shortened(row[name]) for name in ("excitation", "stability", "agreement"))
+def verdict(channel: int, is_dead: bool, share_better: float, figures: Mapping[str, float]) -> Verdict:
+    """Return the verdict on one picture from its figures, in which NaN stands for a missing one."""
+    excitation, stability, agreement = (rounded(figures[name]) for name in ("excitation", "stability", "agreement"))
     return Verdict(
         channel=channel,
         picture=f"filter_{channel}",
-        verdict=verdict_of(dead, outdone, excitation, stability, agreement),
-        score=shortened(row["score"]) or 0.0,
+        verdict=verdict_name(is_dead, share_better, excitation, stability, agreement),
+        score=rounded(figures["score"]) or 0.0,
         excitation=excitation,
         stability=stability,
-        retrieval=int(row["retrieval"]),
-        own=None if math.isnan(row["own"]) else int(row["own"]),
+        retrieval=int(figures["retrieval"]),
+        own=None if math.isnan(figures["own"]) else int(figures["own"]),
         agreement=agreement,
     )
 
 
-def verdict_of(
-    dead: bool, outdone: float, excitation: float | None, stability: float | None, agreement: float | None
+def verdict_name(
+    is_dead: bool, share_better: float, excitation: float | None, stability: float | None, agreement: float | None
 ) -> str:
-    """Return the first verdict that holds: dead, weak, unstable, vivid; see `Thresholds`."""
-    if dead:
+    """Return the first verdict that applies: dead, weak, unstable, vivid; see `Thresholds`."""
+    if is_dead:
         return DEAD
-    feeble = excitation is not None and excitation < THRESHOLDS.excitation
-    if feeble or stability is None or outdone > THRESHOLDS.outdone:
+    is_weak = excitation is not None and excitation < THRESHOLDS.excitation
+    if is_weak or stability is None or share_better > THRESHOLDS.outdone:
         return WEAK
     if stability < THRESHOLDS.stability or (agreement is not None and agreement < THRESHOLDS.agreement):
         return UNSTABLE
     return VIVID
 
 
-def shortened(figure: float) -> float | None:
-    """Return a figure with the digits that are alike on every machine, None for NaN."""
+def rounded(figure: float) -> float | None:
+    """Return a figure with as many digits as are equal on every machine, None for NaN."""
     return None if math.isnan(figure) else float(f"{figure:.{DIGITS}g}")
 
 
-def same(one: Tensor, other: Tensor) -> Tensor:
+def same(a: Tensor, b: Tensor) -> Tensor:
     """Return where two scores differ by no more than rounding."""
-    return (one - other).abs() <= ROUNDING * torch.maximum(one.abs(), other.abs())
+    return (a - b).abs() <= ROUNDING * torch.maximum(a.abs(), b.abs())
 
 
 def span(photos: LayerStatistics) -> Tensor:
-    """Return (c,) how far the strongest photo is above the mean, NaN where all photos excite the channel alike."""
+    """Return (c,) how far the strongest photo is above the mean, NaN for a channel that all photos excite alike."""
     mean, maximum = photos.mean.double().cpu(), photos.maximum.double().cpu()
     return torch.where(same(mean, maximum), torch.nan, maximum - mean)
 
 
-def ranks(numbers: Tensor) -> Tensor:
-    """Return (n,) the rank that column k has in row k of (n, n), 1 for the largest number; equal ones rank equally."""
-    return (numbers > numbers.diagonal()[:, None]).sum(1) + 1.0
+def picture_ranks(scores: Tensor) -> Tensor:
+    """Return (n,) the rank of column k in row k of (n, n), 1 for the largest score; equal scores rank equally."""
+    return (scores > scores.diagonal()[:, None]).sum(1) + 1.0
 
 
-def own_ranks(every: Tensor, shown: Tensor, photos: LayerStatistics) -> Tensor:
-    """Return (n,) the rank of each picture's channel among all, NaN for one that all photos excite alike."""
-    known = ~span(photos).isnan()
-    scores = torch.where(known, (every - photos.mean.double().cpu()) / photos.std.double().cpu(), -torch.inf)
-    rank = (scores > of_own(scores, shown)[:, None]).sum(1) + 1.0
-    return torch.where(known[shown], rank, torch.nan)
+def channel_ranks(plain: Tensor, channels: Tensor, photos: LayerStatistics) -> Tensor:
+    """Return (n,) the rank of each picture's channel among all, NaN for a channel that all photos excite alike."""
+    has_span = ~span(photos).isnan()
+    scores = torch.where(has_span, (plain - photos.mean.double().cpu()) / photos.std.double().cpu(), -torch.inf)
+    rank = (scores > pick_channels(scores, channels)[:, None]).sum(1) + 1.0
+    return torch.where(has_span[channels], rank, torch.nan)
 
 
-def alike(one: Tensor, other: Tensor) -> Tensor:
-    """Return (n,) the smaller over the larger of two numbers, 0 where only one is above 0, NaN where none is."""
-    larger = torch.maximum(one, other)
-    return torch.where(larger > 0, torch.minimum(one, other).clamp(min=0) / larger, torch.nan)
+def seed_agreement(a: Tensor, b: Tensor) -> Tensor:
+    """Return (n,) the smaller over the larger of two gains, 0 if only one is above 0, NaN if none is."""
+    larger = torch.maximum(a, b)
+    return torch.where(larger > 0, torch.minimum(a, b).clamp(min=0) / larger, torch.nan)
