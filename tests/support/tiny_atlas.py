@@ -24,6 +24,25 @@ def tiny():
 """
 
 
+TRAP = """
+import os, signal, torch
+from pathlib import Path
+from torch import nn
+
+class Trap(nn.Sequential):
+    def forward(self, image):
+        for name in ("armed.1", "armed.2"):
+            if Path(name).exists():
+                Path(name).unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(image)
+
+def trap():
+    torch.manual_seed(0)
+    return Trap(nn.Conv2d(3, 2, 3))
+"""  # a network that kills its process once for each of two files
+
+
 def tiny(bias: float = 0.0) -> nn.Sequential:
     """Return two convolutions of 6 and 8 filters, seed 0; `bias` is added to that of the last filter."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -1,7 +1,7 @@
-"""Jobs on this machine: one process a CPU or a GPU, which dies with its driver.
+"""Jobs on this machine, in one process for each CPU or GPU.
 
 The workers are programs of their own, not forks and not `multiprocessing`'s, so that a script needs no
-`if __name__ == "__main__"`. Each hangs on a socket to its driver: when that ends, however it ends, so do they.
+`if __name__ == "__main__"`. Each has a socket to its driver, and ends when the driver ends, even if that is killed.
 """
 
 from __future__ import annotations
@@ -28,23 +28,24 @@ from phosphene.atlases.plan import Job
 from phosphene.atlases.runners.pool import (
     CannotStart,
     Outcome,
+    Pool,
     WorkerDied,
     WorkerRefused,
     check_workers,
     pickle_model,
-    run_jobs,
     try_job,
     unpickle_model,
 )
 from phosphene.errors import first_line
+from phosphene.network.memory import keep_freed_memory
 from phosphene.network.model import Model
 
-# what a worker runs: it ends when the other end of its line to the driver does, as soon as it has begun
+# the program of a worker: from its start on, a thread ends it when the socket to the driver is closed
 PROGRAM = """
 import os, select, sys, threading
-line = select.poll()
-line.register({line}, 0)  # no event but the end
-threading.Thread(target=lambda: line.poll() and os._exit(1), daemon=True).start()
+socket = select.poll()
+socket.register({socket}, 0)  # no event but the end
+threading.Thread(target=lambda: socket.poll() and os._exit(1), daemon=True).start()
 sys.path[:] = {path}
 from phosphene.atlases.runners.local import worker_main
 worker_main{arguments}
@@ -53,11 +54,11 @@ worker_main{arguments}
 
 @dataclass(frozen=True)
 class LocalRunner:
-    """Works off jobs on this machine.
+    """Does jobs on this machine.
 
     Attributes:
-        workers: how many processes, by default one a CPU that this process may use, or one a GPU if the model is on
-            one. 0 computes in this process, as is done where there is only one GPU.
+        workers: processes, by default one for each CPU that this process may use, or for each GPU if the model is on
+            one. 0 computes in this process, which is the default with a single GPU.
     """
 
     workers: int | None = None
@@ -66,14 +67,14 @@ class LocalRunner:
         check_workers(self.workers, least=0)
 
     def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
-        """Yield what comes of each job, as they are done."""
-        places = places_for(model, self.workers)
-        if not places:
+        """Yield the outcome of each job, as they finish."""
+        devices = places_for(model, self.workers)
+        if not devices:
             yield from in_this_process(model, jobs)
             return
         source = iter(jobs)
         try:
-            yield from in_processes(model, source, places)
+            yield from in_processes(model, source, devices)
         except CannotStart as error:
             of_script = type(model.module).__module__ == "__main__"
             advice = "; with `pip install cloudpickle` a network from a script can travel" if of_script else ""
@@ -82,9 +83,9 @@ class LocalRunner:
 
 
 def places_for(model: Model, workers: int | None) -> list[str | None]:
-    """Return the device of each worker, None for the model's own; no worker where this process does as well."""
+    """Return the device of each worker, None for the model's own; no worker if this process does as well."""
     kind = model.like.device.type
-    if workers == 0 or sys.platform == "win32" or not sys.executable:  # where no socket can be handed down
+    if workers == 0 or sys.platform == "win32" or not sys.executable:  # a worker could not inherit its socket
         return []
     if kind == "cpu":
         return [None] * (workers or processors())
@@ -103,43 +104,42 @@ def in_this_process(model: Model, jobs: Iterable[Job]) -> Generator[Outcome, Non
         yield try_job(model, job)
 
 
-def in_processes(model: Model, jobs: Iterable[Job], places: list[str | None]) -> Generator[Outcome, None, None]:
-    """Yield the outcomes of jobs that one process a place does.
+def in_processes(model: Model, jobs: Iterable[Job], devices: list[str | None]) -> Generator[Outcome, None, None]:
+    """Yield the outcomes of jobs that are done by one process for each device.
 
     Raises:
         CannotStart: the model cannot be brought to other processes.
     """
-    # without a name on the disk, so that nothing is left of it; every worker reads the same one
-    with tempfile.TemporaryFile() as content:
+    with tempfile.TemporaryFile() as content:  # which has no name, so that nothing is left of it; all workers share it
         content.write(pickle_model(model))
         content.flush()
-        free = deque(places)
-        yield from run_jobs(lambda: Process(content, free), first_done, len(places), jobs)
+        free = deque(devices)
+        yield from Pool(lambda: LocalWorker(content, free), first_done, len(devices), jobs).outcomes()
 
 
-class Process:
-    """A worker: a process, and the socket by which it gets jobs and answers. It takes one of the free places."""
+class LocalWorker:
+    """A process, and the socket by which it gets jobs and sends outcomes. It takes one of the free devices."""
 
     def __init__(self, content: IO[bytes], free: deque[str | None]) -> None:
-        self.free, self.place = free, free.popleft()
+        self.free, self.device = free, free.popleft()
         self.connection, theirs = Pipe()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115, for as long as the process lives
-        handed = (theirs.fileno(), content.fileno())
-        code = PROGRAM.format(line=handed[0], path=sys.path, arguments=(*handed, self.place))
+        inherited = (theirs.fileno(), content.fileno())
+        code = PROGRAM.format(socket=inherited[0], path=sys.path, arguments=(*inherited, self.device))
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
-                pass_fds=handed,
+                pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self.errors,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is the driver's to deal with
+                start_new_session=True,  # so that Ctrl-C reaches the driver alone
             )
 
-    def give(self, job: Job) -> None:
+    def send(self, job: Job) -> None:
         """Send a job."""
-        with suppress(OSError):  # it has died, which is found out when it is waited for
+        with suppress(OSError):  # the process has died, which `answer` will tell
             self.connection.send(job)
 
     def answer(self) -> Outcome | WorkerDied | WorkerRefused:
@@ -149,34 +149,35 @@ class Process:
             return received
         except (EOFError, OSError):
             code = self.process.wait()
-            if code >= 0:  # nobody killed it, and a worker that has started never ends by itself
-                return WorkerRefused(f"a worker did not start ({self.last_words() or f'exit code {code}'})")
+            if code >= 0:  # it was not killed, and a worker that has started never ends by itself
+                return WorkerRefused(f"a worker did not start ({self.last_error() or f'exit code {code}'})")
             name = signal.Signals(-code).name
             return WorkerDied(f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}")
 
-    def last_words(self) -> str:
-        """Return the last line that the process wrote."""
+    def last_error(self) -> str:
+        """Return the last line of the process' error output."""
         self.errors.seek(0)
         return (self.errors.read().decode(errors="replace").strip().splitlines() or [""])[-1].rstrip(".")
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """End the process at once."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
         self.errors.close()
-        self.free.append(self.place)
+        self.free.append(self.device)
 
 
-def first_done(busy: Collection[Process]) -> tuple[Process, Outcome | WorkerDied | WorkerRefused]:
-    """Wait until one of the processes has an answer, or has died, and return it."""
-    by_connection = {one.connection: one for one in busy}
-    process = by_connection[wait(list(by_connection))[0]]  # type: ignore[index]
-    return process, process.answer()
+def first_done(busy: Collection[LocalWorker]) -> tuple[LocalWorker, Outcome | WorkerDied | WorkerRefused]:
+    """Wait until one of the workers has an answer or has died, and return it with its answer."""
+    by_connection = {worker.connection: worker for worker in busy}
+    worker = by_connection[wait(list(by_connection))[0]]  # type: ignore[index]
+    return worker, worker.answer()
 
 
 def worker_main(connection_number: int, content_number: int, device: str | None) -> None:
-    """Be a worker: load the model, then do one job after the other."""
+    """Run a worker process: load the model, then do one job after the other."""
+    keep_freed_memory()
     connection = Connection(connection_number)
     try:
         with mmap.mmap(content_number, 0, access=mmap.ACCESS_READ) as content:

@@ -1,7 +1,7 @@
-"""Runners: who works off the jobs of an atlas. A runner has `run(model, jobs)`, which yields an `Outcome` a job.
+"""Runners: they do the jobs of an atlas. A runner has `run(model, jobs)`, which yields an `Outcome` for each job.
 
-Jobs are taken one by one, each when a worker is there for it, and outcomes come as they are done, in any order. A
-runner writes nothing: its caller does.
+A runner takes a job only when a worker is free, and yields outcomes as jobs finish, in any order. It writes nothing:
+its caller does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from phosphene.arguments import whole_number
 from phosphene.atlases.plan import Job
@@ -21,12 +21,12 @@ from phosphene.errors import ModelRefused, PhospheneError, Unfinished, first_lin
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 
-RETRIES = 2  # how often a job is tried again whose worker died
+RETRIES = 2  # of a job whose worker died
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job: its files and manifest, or the sentence that says why not."""
+    """The result of a job: its files and manifest, or a sentence that says why it failed."""
 
     job: Job
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -36,29 +36,29 @@ class Outcome:
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """A worker ended in the middle of its job; `reason` says what is known of it."""
+    """A worker ended in the middle of its job."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class WorkerRefused:
-    """A worker could not make the model that it was given."""
+    """A worker could not load its model."""
 
     reason: str
 
 
 class Runner(Protocol):
-    """What works off jobs."""
+    """Does jobs."""
 
     def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]: ...
 
 
 class Worker(Hashable, Protocol):
-    """One process that has the model; a job can be given at once, it begins when the model is loaded."""
+    """A process that does one job at a time. The first job can be sent before it has loaded its model."""
 
-    def give(self, job: Job) -> None: ...
-    def dismiss(self) -> None: ...
+    def send(self, job: Job) -> None: ...
+    def stop(self) -> None: ...
 
 
 AnyWorker = TypeVar("AnyWorker", bound=Worker)
@@ -66,7 +66,7 @@ Wait = Callable[[Collection[AnyWorker]], tuple[AnyWorker, "Outcome | WorkerDied 
 
 
 class CannotStart(Unfinished):
-    """The workers cannot make the model; `jobs` were taken and are not done."""
+    """The workers cannot load the model. `jobs` were taken and are not done."""
 
     def __init__(self, message: str, jobs: Iterable[Job] = ()) -> None:
         super().__init__(message)
@@ -74,93 +74,102 @@ class CannotStart(Unfinished):
 
 
 def try_job(model: Model, job: Job) -> Outcome:
-    """Return what comes of a job, whatever it is."""
+    """Render a job and return its outcome, whatever happens."""
     try:
         return Outcome(job, *render_job(model, job))
-    except KeyboardInterrupt:  # which the error of an interrupted render is too
+    except KeyboardInterrupt:  # `Interrupted`, the error of an interrupted render, is one too
         raise
     except (Exception, SystemExit) as error:
-        known = isinstance(error, PhospheneError)
-        return Outcome(job, error=str(error) if known else f"{type(error).__name__}: {first_line(error)}")
+        expected = isinstance(error, PhospheneError)
+        return Outcome(job, error=str(error) if expected else f"{type(error).__name__}: {first_line(error)}")
 
 
-def run_jobs(
-    hire: Callable[[], AnyWorker], wait: Wait[AnyWorker], slots: int, jobs: Iterable[Job]
-) -> Generator[Outcome, None, None]:
-    """Yield the outcomes of jobs that up to `slots` workers do, each one job at a time.
+class Pool(Generic[AnyWorker]):
+    """Up to `slots` workers that do jobs, each one job at a time.
 
-    `wait(busy)` blocks until one of these workers is done with its job, or has died of it. Workers for whom there is no
-    job are dismissed, and all of them at the end, however it comes.
-
-    Raises:
-        CannotStart: a worker cannot make the model.
+    Args:
+        start: starts a worker.
+        wait: blocks until one of the busy workers has finished its job or died, and returns it with its answer.
     """
-    source, again = iter(jobs), deque[Job]()
-    busy: dict[AnyWorker, Job] = {}
-    idle: list[AnyWorker] = []
-    deaths: Counter[str] = Counter()
 
-    def spread() -> None:
-        while len(busy) < slots:
-            job = again.popleft() if again else next(source, None)
+    def __init__(self, start: Callable[[], AnyWorker], wait: Wait[AnyWorker], slots: int, jobs: Iterable[Job]) -> None:
+        self.start, self.wait, self.slots = start, wait, slots
+        self.jobs, self.retries = iter(jobs), deque[Job]()
+        self.busy: dict[AnyWorker, Job] = {}
+        self.idle: list[AnyWorker] = []
+        self.deaths: Counter[str] = Counter()
+
+    def outcomes(self) -> Generator[Outcome, None, None]:
+        """Yield the outcomes of the jobs. All workers are stopped at the end, however it comes.
+
+        Raises:
+            CannotStart: a worker cannot load the model.
+        """
+        try:
+            self.fill()
+            while self.busy:
+                outcome = self.next_outcome()
+                self.fill()  # before the caller is busy with this outcome
+                if outcome:
+                    yield outcome
+        finally:
+            for worker in (*self.busy, *self.idle):
+                worker.stop()
+
+    def fill(self) -> None:
+        """Give jobs to workers while there are slots and jobs, and stop the workers without a job."""
+        while len(self.busy) < self.slots:
+            job = self.retries.popleft() if self.retries else next(self.jobs, None)
             if job is None:
                 break
-            worker = idle.pop() if idle else hire()
-            busy[worker] = job
-            worker.give(job)
-        while idle:  # there is no job for them, and somebody else may be waiting for their place
-            idle.pop().dismiss()
+            worker = self.idle.pop() if self.idle else self.start()
+            self.busy[worker] = job
+            worker.send(job)
+        while self.idle:  # on a cluster others may be waiting for their place
+            self.idle.pop().stop()
 
-    try:
-        spread()
-        while busy:
-            worker, came = wait(busy)
-            job = busy.pop(worker)
-            if isinstance(came, Outcome):
-                idle.append(worker)
-            else:
-                worker.dismiss()
-            if isinstance(came, WorkerRefused):
-                raise CannotStart(came.reason, [job, *busy.values(), *again])
-            if isinstance(came, WorkerDied):
-                deaths[job.digest] += 1
-                if deaths[job.digest] <= RETRIES:
-                    again.append(job)
-                else:
-                    came = Outcome(job, error=f"its worker died {RETRIES + 1} times, at last so: {came.reason}")
-            spread()  # before the caller is busy with this outcome
-            if isinstance(came, Outcome):
-                yield came
-    finally:
-        for worker in (*busy, *idle):
-            worker.dismiss()
+    def next_outcome(self) -> Outcome | None:
+        """Wait for a worker and return the outcome of its job, None if the job is to be tried again."""
+        worker, answer = self.wait(self.busy)
+        job = self.busy.pop(worker)
+        if isinstance(answer, Outcome):
+            self.idle.append(worker)
+            return answer
+        worker.stop()
+        if isinstance(answer, WorkerRefused):
+            raise CannotStart(answer.reason, [job, *self.busy.values(), *self.retries])
+        self.deaths[job.digest] += 1
+        if self.deaths[job.digest] <= RETRIES:
+            self.retries.append(job)
+            return None
+        return Outcome(job, error=f"its worker died {RETRIES + 1} times, the last time: {answer.reason}")
 
 
 def check_workers(workers: int | None, least: int) -> None:
-    """Refuse a number of workers that is none."""
+    """Refuse a number of workers that is not a whole number, or too small."""
     if workers is not None:
         whole_number(workers, "workers", least)
 
 
 def pickle_model(model: Model, pickler: Any = None) -> bytes:
-    """Return what makes a model in another process: its reference, or where it has none, the object itself.
+    """Return bytes from which another process makes the model: its reference, or the pickled object if it has none.
 
-    `pickler` has `dumps`; by default it is cloudpickle where that is installed, which packs classes of a script or a
-    notebook too, else pickle.
+    `pickler` has `dumps`; by default it is cloudpickle if installed, which also pickles classes of a script or a
+    notebook, else pickle.
 
     Raises:
-        CannotStart: the object cannot be packed.
+        CannotStart: the object cannot be pickled.
     """
     try:
         if model.ref is not None:
             return pickle.dumps((model.fingerprint, partial(load, model.ref, device=str(model.like.device))))
         return bytes((pickler or best_pickler()).dumps((model.fingerprint, model)))
     except Exception as error:
-        raise CannotStart(f"{model.name} cannot be packed ({first_line(error)})") from error
+        raise CannotStart(f"{model.name} cannot be pickled ({first_line(error)})") from error
 
 
 def best_pickler() -> Any:
-    """Return cloudpickle where it is installed, else pickle."""
+    """Return cloudpickle if it is installed, else pickle."""
     try:
         return importlib.import_module("cloudpickle")
     except ImportError:
@@ -168,18 +177,17 @@ def best_pickler() -> Any:
 
 
 def unpickle_model(content: Any, device: str | None = None) -> Model:
-    """Return the model that `packed` packed into bytes, on a device of its own where one is given.
+    """Return the model from the bytes of `pickle_model`, on another device if one is given.
 
     Raises:
-        ModelRefused: it came out as another, as that of a callable does that draws random weights.
+        ModelRefused: it has other weights, as from a callable that draws them at random.
         Whatever loading it raises.
     """
-    fingerprint, made = pickle.loads(content)
-    if not isinstance(made, Model):
-        made = made(device=device) if device else made()
-    model: Model = made
+    fingerprint, source = pickle.loads(content)
+    options = {"device": device} if device else {}
+    model: Model = source if isinstance(source, Model) else source(**options)
     if device:
         model.module.to(device)
     if model.fingerprint != fingerprint:
-        raise ModelRefused(f"{model.name} comes out with other weights there than here")
+        raise ModelRefused(f"{model.name} has other weights when a worker loads it than in this process")
     return model
