@@ -46,7 +46,7 @@ def test_between_the_measured_jobs_lies_what_lies_between(monkeypatch: pytest.Mo
 
 def test_what_is_measured_is_what_the_work_makes() -> None:
     plan = tiny_atlas(tiny_model(), layers=0, per_job=2)
-    found = estimate(plan)
-    made = sum(len(one) for job in plan.jobs for one in render_job(plan.model, job)[0].values())
-    assert found.bytes == pytest.approx(made, rel=0.25)  # pictures after one step, and after three
-    assert found.seconds > 0
+    cost = estimate(plan)
+    made = sum(len(content) for job in plan.jobs for content in render_job(plan.model, job)[0].values())
+    assert cost.bytes == pytest.approx(made, rel=0.25)  # pictures after one step, and after three
+    assert cost.seconds > 0

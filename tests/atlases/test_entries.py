@@ -27,14 +27,14 @@ from tiny_atlas import Here, contents, tiny, tiny_atlas, tiny_model
 
 def entries_of(store: Store) -> dict[str, tuple[str, dict[str, Any]]]:
     """Return digest and manifest of each layer's entry, by path."""
-    found = {one: store.manifest("layers", one) for one in store.done("layers")}
-    return {manifest["layer"]["path"]: (digest, manifest) for digest, manifest in found.items()}
+    manifests = {digest: store.manifest("layers", digest) for digest in store.done("layers")}
+    return {manifest["layer"]["path"]: (digest, manifest) for digest, manifest in manifests.items()}
 
 
 def weight_colour(share: float) -> list[int]:
     """Return the colour of a weight that is such a share of its filter's largest: orange above 0, blue below."""
     end = (179, 88, 6) if share > 0 else (33, 102, 172)
-    return [round(255 + abs(share) * (one - 255)) for one in end]
+    return [round(255 + abs(share) * (level - 255)) for level in end]
 
 
 def test_kernels_png_holds_every_weight_of_the_filters_that_are_drawn(tmp_path: Path) -> None:
@@ -46,16 +46,16 @@ def test_kernels_png_holds_every_weight_of_the_filters_that_are_drawn(tmp_path: 
         weights = cast(Tensor, net[int(path[1:])].weight).detach().double()
         about = manifest["kernels"]
         with Image.open(io.BytesIO(store.get("layers", digest, "kernels.png", manifest))) as image:
-            told = json.loads(image.text[METADATA])  # type: ignore[attr-defined]
+            metadata = json.loads(image.text[METADATA])  # type: ignore[attr-defined]
             pixels = np.asarray(image.convert("RGB")).tolist()
         assert (about["file"], about["tile"], about["colours"]) == ("kernels.png", [3, 3], colours)
-        assert (told["layer"], told["channels"]) == (path, [1, 4, 5])
+        assert (metadata["layer"], metadata["channels"]) == (path, [1, 4, 5])
         columns = 1 if colours == "rgb" else 6
         assert (about["columns"], about["of"]) == (columns, weights.shape[1])
         assert (len(pixels), len(pixels[0])) == (3 * 3, columns * 3)
         for row, number in enumerate((1, 4, 5)):
-            largest = max(abs(float(one)) for one in weights[number].flatten())
-            norms = [sum(float(one) ** 2 for one in kernel.flatten()) for kernel in weights[number]]
+            largest = max(abs(float(weight)) for weight in weights[number].flatten())
+            norms = [sum(float(weight) ** 2 for weight in kernel.flatten()) for kernel in weights[number]]
             order = sorted(range(len(norms)), key=lambda channel: -norms[channel])
             assert about["scale"][row] == largest
             for down in range(3):
@@ -67,8 +67,8 @@ def test_kernels_png_holds_every_weight_of_the_filters_that_are_drawn(tmp_path: 
                         assert line[right] == [round((share + 1) / 2 * 255) for share in shares]
                     else:
                         assert about["inputs"][row] == order
-                        found = [line[column * 3 + right] for column in range(6)]
-                        assert found == [weight_colour(shares[channel]) for channel in order]
+                        drawn = [line[column * 3 + right] for column in range(6)]
+                        assert drawn == [weight_colour(shares[channel]) for channel in order]
 
 
 def test_a_layer_without_kernels_has_none_in_its_entry(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_layer_without_kernels_has_none_in_its_entry(tmp_path: Path) -> None:
     ((digest, manifest),) = entries_of(open_store(tmp_path)).values()
     assert "kernels" not in manifest
     assert {*manifest["files"]} == {"sheet.webp", "strip.webp"}
-    assert {one.name for one in (tmp_path / "layers" / digest).iterdir()} == {*manifest["files"], "manifest.json"}
+    assert {path.name for path in (tmp_path / "layers" / digest).iterdir()} == {*manifest["files"], "manifest.json"}
 
 
 def test_kernels_that_filters_share_or_that_are_not_sound_are_not_shown() -> None:
@@ -99,7 +99,8 @@ def test_kernels_that_filters_share_or_that_are_not_sound_are_not_shown() -> Non
 def grey_pictures(count: int) -> list[SavedPicture]:
     """Return pictures of filters 100, 101 …, the k-th all of level 8 · k."""
     return [
-        SavedPicture(Image.new("RGB", (64, 64), (8 * one,) * 3), "", {"channel": 100 + one}) for one in range(count)
+        SavedPicture(Image.new("RGB", (64, 64), (8 * number,) * 3), "", {"channel": 100 + number})
+        for number in range(count)
     ]
 
 
@@ -118,7 +119,7 @@ def judged_as(*names: str) -> list[Verdict]:
 )
 def test_a_strip_shows_vivid_filters(names: list[str], expected: list[int]) -> None:
     made = strip_of(grey_pictures(len(names) or 5), judged_as(*names))
-    assert made.facts["channels"] == [100 + one for one in expected]
+    assert made.facts["channels"] == [100 + number for number in expected]
     pixels = np.asarray(Image.open(io.BytesIO(made.content)).convert("L")).astype(int)
     assert np.abs(pixels[32, 32::64] - 8 * np.array(expected)).max() <= 3
 
@@ -131,7 +132,7 @@ def test_the_entry_of_the_atlas_repeats_the_strips(tmp_path: Path) -> None:
     layers = entries_of(store)
     assert [row["strip"] for row in rows] == [layers[row["path"]][1]["strip"] for row in rows]
     for row in rows:
-        verdicts = {one["channel"]: one["verdict"] for one in layers[row["path"]][1]["verdicts"]}
+        verdicts = {entry["channel"]: entry["verdict"] for entry in layers[row["path"]][1]["verdicts"]}
         vivid = [channel for channel, verdict in verdicts.items() if verdict == "vivid"]
         assert row["strip"]["channels"] == (vivid or list(range(6)))
         content = store.get("layers", row["digest"], row["strip"]["file"])
@@ -152,11 +153,11 @@ def test_a_job_s_manifest_is_read_once_for_all_its_pictures(tmp_path: Path, monk
         return plain(self, kind, digest)
 
     monkeypatch.setattr(Store, "manifest", noted)
-    shown = list(saved(store, plan.jobs[0]))
+    pictures = list(saved(store, plan.jobs[0]))
     assert read == [plan.jobs[0].digest]
-    for one, channel in zip(shown, range(4), strict=True):
+    for picture, channel in zip(pictures, range(4), strict=True):
         with Image.open(tmp_path / f"jobs/{plan.jobs[0].digest}/filter_{channel}.png") as image:
-            assert np.array_equal(np.asarray(one.image), np.asarray(image))
+            assert np.array_equal(np.asarray(picture.image), np.asarray(image))
 
 
 # --- older stores -----------------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_an_older_store_gets_new_entries_and_renders_nothing_again(
     fresh = contents(tmp_path / "whole")
     added = {name for name in after if name not in before}
     assert {name: after[name] for name in added} == {
-        name: one for name, one in fresh.items() if name.startswith(("layers/", "atlases/"))
+        name: content for name, content in fresh.items() if name.startswith(("layers/", "atlases/"))
     }
     html, table = report(open_store(tmp_path / "s"), new.atlas)
     assert (html, table) == report(open_store(tmp_path / "whole"))

@@ -108,7 +108,7 @@ def test_planning_is_pure(
 
 
 @pytest.mark.parametrize(
-    ("layers", "found"),
+    ("layers", "paths"),
     [
         (0, [".0"]),
         (".2", [".2"]),
@@ -119,14 +119,14 @@ def test_planning_is_pure(
         (".[12]", [".2"]),
     ],
 )
-def test_layers(model: Model, layers: Any, found: list[str]) -> None:
+def test_layers(model: Model, layers: Any, paths: list[str]) -> None:
     plan = atlas(model, layers)
-    assert [layer.path for layer in plan.layers] == found
-    assert list(dict.fromkeys(job.layer for job in plan.jobs)) == found
+    assert [layer.path for layer in plan.layers] == paths
+    assert list(dict.fromkeys(job.layer for job in plan.jobs)) == paths
 
 
 @pytest.mark.parametrize(
-    ("channels", "found"),
+    ("channels", "by_path"),
     [
         ("all", {".0": range(6), ".2": range(8)}),
         ("0:7", {".0": range(6), ".2": range(7)}),
@@ -134,10 +134,12 @@ def test_layers(model: Model, layers: Any, found: list[str]) -> None:
         ([6], {".2": (6,)}),
     ],
 )
-def test_of_the_channels_each_layer_gives_those_that_it_has(model: Model, channels: Any, found: dict[str, Any]) -> None:
+def test_of_the_channels_each_layer_gives_those_that_it_has(
+    model: Model, channels: Any, by_path: dict[str, Any]
+) -> None:
     plan = atlas(model, channels=channels)
-    assert {job.layer: job.channels for job in plan.jobs} == {path: tuple(one) for path, one in found.items()}
-    assert [layer.path for layer in plan.layers] == list(found)
+    assert {job.layer: job.channels for job in plan.jobs} == {path: tuple(numbers) for path, numbers in by_path.items()}
+    assert [layer.path for layer in plan.layers] == list(by_path)
 
 
 def test_further_seeds_are_jobs_of_their_own(model: Model) -> None:

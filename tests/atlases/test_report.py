@@ -59,7 +59,9 @@ def plain(colour: tuple[int, int, int], side: int = 32) -> Picture:
 def add_layer(store: Store, verdicts: Sequence[Verdict] = VERDICTS, **changes: Any) -> dict[str, Any]:
     """Put a layer's entry into a store, picture k all in COLOURS[k], and return its line in the entry of the atlas."""
     made = list(
-        sprite_sheets([plain(COLOURS[index % 4]) for index in range(len(verdicts))], [one.channel for one in verdicts])
+        sprite_sheets(
+            [plain(COLOURS[index % 4]) for index in range(len(verdicts))], [verdict.channel for verdict in verdicts]
+        )
     )
     facts = {**LAYER, **changes.pop("layer", {})}
     manifest = {
@@ -67,15 +69,17 @@ def add_layer(store: Store, verdicts: Sequence[Verdict] = VERDICTS, **changes: A
         "jobs": [],
         "missing": [],
         "evidence": None,
-        "sheets": [one.facts for one in made],
-        "pictures": [{"channel": one.channel, "picture": one.picture, "score": one.score} for one in verdicts],
+        "sheets": [sheet.facts for sheet in made],
+        "pictures": [
+            {"channel": verdict.channel, "picture": verdict.picture, "score": verdict.score} for verdict in verdicts
+        ],
         "thresholds": asdict(THRESHOLDS),
-        "verdicts": [asdict(one) for one in verdicts],
+        "verdicts": [asdict(verdict) for verdict in verdicts],
         "remark": None,
         **changes,
     }
     digest = digest_of(facts)
-    store.put("layers", digest, {one.name: one.content for one in made}, manifest)
+    store.put("layers", digest, {sheet.name: sheet.content for sheet in made}, manifest)
     return {**facts, "digest": digest}
 
 
@@ -125,9 +129,9 @@ def add_evidence(store: Store, path: str, name: str = "cat.jpg") -> str:
         "tile": 8,
         "rows": 128,
     }
-    found = Evidence({path: statistics}, about, pages)
-    store.put("evidence", found.digest, found.files(), {"seen": 2000})
-    return found.digest
+    evidence = Evidence({path: statistics}, about, pages)
+    store.put("evidence", evidence.digest, evidence.files(), {"seen": 2000})
+    return evidence.digest
 
 
 class Page(HTMLParser):
@@ -163,7 +167,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def shown(store: Store, atlas: str | None = None) -> tuple[str, Page, list[list[str]]]:
+def report_of(store: Store, atlas: str | None = None) -> tuple[str, Page, list[list[str]]]:
     """Return a report's page as text and parsed, and the rows of its CSV."""
     html, table = report.report(store, atlas)
     return html.decode(), Page(html.decode()), list(csv.reader(io.StringIO(table.decode(), newline="")))
@@ -174,7 +178,7 @@ def colour(source: str) -> list[int]:
     kind, _, content = source.partition(",")
     assert kind == "data:image/webp;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-        return [round(float(one)) for one in np.asarray(image.convert("RGB")).reshape(-1, 3).mean(0)]
+        return [round(float(level)) for level in np.asarray(image.convert("RGB")).reshape(-1, 3).mean(0)]
 
 
 # --- what is shown
@@ -182,7 +186,7 @@ def colour(source: str) -> list[int]:
 
 def test_all_verdicts_are_in_the_csv_as_they_are_in_the_store(store: Store) -> None:
     add_atlas(store, [add_layer(store)])
-    _, _, rows = shown(store)
+    _, _, rows = report_of(store)
     assert rows == [
         ["layer", "channel", "picture", "verdict", "score", "excitation", "stability", "retrieval", "own", "agreement"],
         ["block1", "3", "filter_3", "vivid", "12.5", "2.5", "0.9", "1", "1", "0.95"],
@@ -194,9 +198,9 @@ def test_all_verdicts_are_in_the_csv_as_they_are_in_the_store(store: Store) -> N
 
 def test_the_page_shows_each_picture_with_its_verdict_and_figures(store: Store) -> None:
     add_atlas(store, [add_layer(store)])
-    text, parsed, _ = shown(store)
-    tiles = [one for one in parsed.all("figure") if one["class"] in ORDER]
-    assert [one["class"] for one in tiles] == ["vivid", "weak", "unstable", "dead"]
+    text, parsed, _ = report_of(store)
+    tiles = [figure for figure in parsed.all("figure") if figure["class"] in ORDER]
+    assert [tile["class"] for tile in tiles] == ["vivid", "weak", "unstable", "dead"]
     assert tiles[1]["title"] == (
         "filter 5: weak; score -0.25, excitation 0.1, stability 0.8, retrieval 2, own 3, agreement 0.5"
     )
@@ -217,12 +221,12 @@ def test_the_page_shows_each_picture_with_its_verdict_and_figures(store: Store) 
 def test_the_strongest_photos_stand_beside_their_filter(store: Store) -> None:
     digest = add_evidence(store, "block1")
     add_atlas(store, [add_layer(store, evidence=digest)], evidence=digest)
-    text, parsed, _ = shown(store)
-    photos = [one for one in parsed.all("img") if one["alt"].startswith("strong photo")]
-    assert [one["title"] for one in photos] == ["cat.jpg", "dog.jpg", "cat.jpg", *["cat.jpg", "dog.jpg"] * 2]
+    text, parsed, _ = report_of(store)
+    photos = [image for image in parsed.all("img") if image["alt"].startswith("strong photo")]
+    assert [photo["title"] for photo in photos] == ["cat.jpg", "dog.jpg", "cat.jpg", *["cat.jpg", "dog.jpg"] * 2]
     # channel 130 is row 2 of the second sheet
     levels = [3, 53, 5, 8, 58, 2, 52]
-    assert [colour(one["src"])[1] for one in photos] == pytest.approx(levels, abs=2)
+    assert [colour(photo["src"])[1] for photo in photos] == pytest.approx(levels, abs=2)
     assert "2,000" in text
     assert "Made without photos" not in text
 
@@ -233,10 +237,13 @@ def test_a_layer_without_verdicts_shows_its_pictures_and_says_why(store: Store) 
     content = store.get("layers", lines[0]["digest"], "sheet.webp")
     store.put("layers", lines[0]["digest"], {"sheet.webp": content}, {**manifest, "missing": ["ab"]})
     add_atlas(store, lines, missing=["block2"])
-    text, parsed, rows = shown(store)
-    assert [one["alt"] for one in parsed.all("img")] == [f"picture of filter {one}, not judged" for one in (3, 5)]
+    text, parsed, rows = report_of(store)
+    assert [image["alt"] for image in parsed.all("img")] == [
+        f"picture of filter {number}, not judged" for number in (3, 5)
+    ]
     assert rows[1:] == [
-        ["block1", str(one), f"filter_{one}", "", score, *[""] * 5] for one, score in ((3, "12.5"), (5, "-0.25"))
+        ["block1", str(number), f"filter_{number}", "", score, *[""] * 5]
+        for number, score in ((3, "12.5"), (5, "-0.25"))
     ]
     for words in ("Not judged: the network overflows.", "1 job of this layer failed", "Nothing is there of block2"):
         assert words in text
@@ -245,7 +252,7 @@ def test_a_layer_without_verdicts_shows_its_pictures_and_says_why(store: Store) 
 
 def test_an_atlas_of_which_nothing_came_says_so(store: Store) -> None:
     add_atlas(store, [], missing=["block1"], filters=4)
-    text, _, rows = shown(store)
+    text, _, rows = report_of(store)
     assert "0 of 4, of 0 layers" in text
     assert "Nothing is there of block1" in text
     assert len(rows) == 1
@@ -258,34 +265,34 @@ def test_names_are_text_wherever_they_stand(store: Store) -> None:
     digest = add_evidence(store, EVIL, name=EVIL)
     layer = add_layer(store, layer={"path": EVIL, "kind": EVIL}, evidence=digest, remark=None)
     add_atlas(store, [layer], model=EVIL, notes=[EVIL], evidence=digest, missing=[EVIL])
-    text, parsed, rows = shown(store)
+    text, parsed, rows = report_of(store)
     assert EVIL not in text
     assert "<script>alert" not in text
     assert len(parsed.all("script")) == 1
     assert rows[1][0] == EVIL
     assert parsed.rows[1][:2] == [EVIL, EVIL]
-    assert next(one["title"] for one in parsed.all("img") if "title" in one) == EVIL
+    assert next(image["title"] for image in parsed.all("img") if "title" in image) == EVIL
 
 
 def test_the_page_needs_nothing_from_elsewhere(store: Store) -> None:
     digest = add_evidence(store, "block1")
     add_atlas(store, [add_layer(store, evidence=digest)], evidence=digest)
-    text, parsed, _ = shown(store)
-    assert all(one["src"].startswith("data:image/webp;base64,") and one["alt"] for one in parsed.all("img"))
+    text, parsed, _ = report_of(store)
+    assert all(image["src"].startswith("data:image/webp;base64,") and image["alt"] for image in parsed.all("img"))
     assert not parsed.all("link") + parsed.all("iframe") + parsed.all("object")
-    names = {one["id"] for _, one in parsed.tags if "id" in one}
-    assert {one["href"] for one in parsed.all("a")} <= {f"#{name}" for name in names}
+    names = {attributes["id"] for _, attributes in parsed.tags if "id" in attributes}
+    assert {link["href"] for link in parsed.all("a")} <= {f"#{name}" for name in names}
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"data:[^\"]*", "", text))
     policy = parsed.all("meta")[1]["content"]
-    own = base64.b64encode(hashlib.sha256(parsed.script.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{own}'"
+    digest = base64.b64encode(hashlib.sha256(parsed.script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 @pytest.mark.parametrize("path", ["=1+1", "+a", "-a", "@sum", "\tx"])
 def test_no_cell_is_a_formula(store: Store, path: str) -> None:
     verdicts = [Verdict(0, "=cmd", "vivid", -3.5, 1, 1, 1, 1, 1)]
     add_atlas(store, [add_layer(store, verdicts, layer={"path": path})])
-    _, _, rows = shown(store)
+    _, _, rows = report_of(store)
     assert rows[1][0] == f"'{path}"
     assert rows[1][2] == "'=cmd"
     assert rows[1][4] == "-3.5"
@@ -308,14 +315,14 @@ def test_the_atlas_is_named_where_there_are_several(store: Store) -> None:
     with pytest.raises(InvalidRequest, match="holds no finished atlas yet"):
         report.report(store)
     first = add_atlas(store, [add_layer(store)])
-    assert "<h1>net</h1>" in shown(store)[0]
+    assert "<h1>net</h1>" in report_of(store)[0]
     second = add_atlas(store, [add_layer(store)], model="other")
     with pytest.raises(
         InvalidRequest, match=rf"holds 2 atlases.*{first} \(net, 1 layers, recipe fast, without photos\)"
     ):
         report.report(store)
-    assert "<h1>other</h1>" in shown(store, second)[0]
-    assert "<h1>net</h1>" in shown(store, first[:12])[0]
+    assert "<h1>other</h1>" in report_of(store, second)[0]
+    assert "<h1>net</h1>" in report_of(store, first[:12])[0]
     with pytest.raises(InvalidRequest, match=r"holds no atlas 'zz'; it has .*recipe fast"):
         report.report(store, "zz")
 
@@ -344,7 +351,7 @@ def test_of_too_many_filters_the_largest_layers_show_less() -> None:
 def test_what_is_not_shown_is_counted_and_in_the_csv(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "filters_per_layer", lambda counts: [3 for _ in counts])
     add_atlas(store, [add_layer(store)])
-    text, parsed, rows = shown(store)
+    text, parsed, rows = report_of(store)
     assert len(parsed.all("img")) == 3
     assert len(rows) == 5
     assert "1 more filters are in the CSV" in text
@@ -354,14 +361,14 @@ def test_what_is_not_shown_is_counted_and_in_the_csv(store: Store, monkeypatch: 
 def test_a_page_of_5000_filters_stays_below_25_megabytes(store: Store) -> None:
     generator = np.random.default_rng(0)
     rough = generator.integers(0, 256, (5000, 16, 16, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(one).resize((96, 96), Image.Resampling.BICUBIC) for one in rough]
+    pictures = [Image.fromarray(levels).resize((96, 96), Image.Resampling.BICUBIC) for levels in rough]
     lines = []
     for number in range(5):
         verdicts = [Verdict(k, f"filter_{k}", "vivid", 1.2345, 1.2345, 0.98765, 1, 1, 0.98765) for k in range(1000)]
         made = list(sprite_sheets(pictures[number * 1000 : (number + 1) * 1000], range(1000)))
         line = add_layer(store, verdicts, layer={"path": f"layer{number}", "channels": 1000})
-        manifest = {**store.manifest("layers", line["digest"]), "sheets": [one.facts for one in made]}
-        store.put("layers", line["digest"], {one.name: one.content for one in made}, manifest)
+        manifest = {**store.manifest("layers", line["digest"]), "sheets": [sheet.facts for sheet in made]}
+        store.put("layers", line["digest"], {sheet.name: sheet.content for sheet in made}, manifest)
         lines.append(line)
     add_atlas(store, lines)
     html, _ = report.report(store)

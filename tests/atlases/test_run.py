@@ -37,7 +37,7 @@ def test_all_jobs_are_done_once_and_none_again(tmp_path: Path) -> None:
     plan = tiny_atlas(tiny_model())
     first, again = Here(), Here()
     heard: list[tuple[str, int, int]] = []
-    summary = run(plan, tmp_path, first, watch=lambda *told: heard.append(told))
+    summary = run(plan, tmp_path, first, watch=lambda *progress: heard.append(progress))
     assert first.done == list(plan.jobs)
     assert heard == [("pictures", done, 14) for done in (0, 4, 6, 10, 14)]
     assert (summary.jobs, summary.done, summary.rendered, summary.failed) == (4, 4, 4, {})
@@ -109,12 +109,12 @@ def test_a_layer_has_its_sheet_and_verdicts(tmp_path: Path) -> None:
         arrays = [np.array(saved[seed, number]).transpose(2, 0, 1) for number in range(8)]
         return torch.from_numpy(np.stack(arrays))
 
-    dead = torch.tensor([one["dead"] for one in entry["pictures"]])
+    dead = torch.tensor([row["dead"] for row in entry["pictures"]])
     expected_verdicts = judge(model, ".2", stacked(0), range(8), dead, None, stacked(1))
-    assert [(one["channel"], one["verdict"], one["agreement"], one["score"]) for one in entry["verdicts"]] == [
-        (one.channel, one.verdict, one.agreement, one.score) for one in expected_verdicts
+    assert [(row["channel"], row["verdict"], row["agreement"], row["score"]) for row in entry["verdicts"]] == [
+        (verdict.channel, verdict.verdict, verdict.agreement, verdict.score) for verdict in expected_verdicts
     ]
-    assert None not in [one["agreement"] for one in entry["verdicts"]]
+    assert None not in [row["agreement"] for row in entry["verdicts"]]
     assert entry["jobs"] == [job.digest for job in plan.jobs]
     assert (entry["layer"]["path"], entry["missing"], entry["evidence"]) == (".2", [], None)
 
@@ -143,18 +143,18 @@ def test_photos_are_looked_at_once_and_at_the_size_of_the_pictures(tmp_path: Pat
     photos = [torch.rand(3, 30, 40, generator=generator) for _ in range(12)]
     plan = tiny_atlas(model)
     heard: list[tuple[str, int, int]] = []
-    summary = run(plan, tmp_path, Here(), photos, watch=lambda *told: heard.append(told))
-    assert [one for one in heard if one[0] == "photos"][-1] == ("photos", 12, 12)
+    summary = run(plan, tmp_path, Here(), photos, watch=lambda *progress: heard.append(progress))
+    assert [progress for progress in heard if progress[0] == "photos"][-1] == ("photos", 12, 12)
     store = open_store(tmp_path)
-    found = evidence(model, photos, [".0", ".2"], size=16)
-    assert store.done("evidence") == {found.digest}
+    expected = evidence(model, photos, [".0", ".2"], size=16)
+    assert store.done("evidence") == {expected.digest}
     assert summary.atlas is not None
     for row in store.manifest("atlases", summary.atlas)["layers"]:
         entry = store.manifest("layers", row["digest"])
-        assert entry["evidence"] == found.digest
-        statistics = found[row["path"]]
+        assert entry["evidence"] == expected.digest
+        statistics = expected[row["path"]]
         for verdict in entry["verdicts"]:
-            mean, most = (float(one[verdict["channel"]]) for one in (statistics.mean, statistics.maximum))
+            mean, most = (float(values[verdict["channel"]]) for values in (statistics.mean, statistics.maximum))
             above = verdict["excitation"] * (most - mean)
             assert above == pytest.approx(verdict["score"] - mean, abs=1e-5)  # the score is told with 5 digits
     before = contents(tmp_path)
@@ -172,10 +172,10 @@ def test_a_job_that_fails_is_recorded_and_tried_again(tmp_path: Path) -> None:
     store = open_store(tmp_path / "s")
     assert (summary.failed, summary.done, store.failures("jobs")) == ({bad: "it failed"}, 3, {bad: "it failed"})
     layers = {
-        entry["layer"]["path"]: entry for entry in (store.manifest("layers", one) for one in store.done("layers"))
+        entry["layer"]["path"]: entry for entry in (store.manifest("layers", digest) for digest in store.done("layers"))
     }
     assert (layers[".0"]["missing"], layers[".2"]["missing"]) == ([], [bad])
-    assert [one["channel"] for one in layers[".2"]["pictures"]] == [0, 1, 2, 3]
+    assert [row["channel"] for row in layers[".2"]["pictures"]] == [0, 1, 2, 3]
     mended = Here()
     after = run(plan, tmp_path / "s", mended)
     assert (mended.done, after.failed, after.done, store.failures("jobs")) == ([plan.jobs[3]], {}, 4, {})
@@ -269,13 +269,13 @@ def test_what_is_no_store_is_refused_before_anything_is_rendered(tmp_path: Path,
 def test_what_another_driver_has_done_is_not_begun(tmp_path: Path) -> None:
     model = tiny_model()
     plan = tiny_atlas(model, per_job=1)
-    other = open_store(tmp_path / "s", create=True)
+    other_store = open_store(tmp_path / "s", create=True)
     done_by_other = set(plan.jobs[1::2])
 
     class Meanwhile(Here):
         def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
             for job in done_by_other:  # after this driver has seen what there is
-                other.put("jobs", job.digest, *work_of(model, job))
+                other_store.put("jobs", job.digest, *work_of(model, job))
             yield from super().run(model, jobs)
 
     runner = Meanwhile()
@@ -304,7 +304,7 @@ def test_a_driver_that_meets_another_goes_on_elsewhere(tmp_path: Path) -> None:
             for outcome in super().run(model, jobs):
                 if len(behind) < 2:
                     behind.append(outcome.job)
-                    other.put("jobs", outcome.job.digest, outcome.files, outcome.manifest)
+                    other_store.put("jobs", outcome.job.digest, outcome.files, outcome.manifest)
                 yield outcome
 
     orders = set()
@@ -312,7 +312,7 @@ def test_a_driver_that_meets_another_goes_on_elsewhere(tmp_path: Path) -> None:
         behind.clear()
         runner = Shadowed()
         store = tmp_path / f"s{number}"
-        other = open_store(store, create=True)
+        other_store = open_store(store, create=True)
         assert run(plan, store, runner).rendered == 12
         assert set(runner.done) == set(plan.jobs)
         orders.add(tuple(job.digest for job in runner.done))
@@ -333,7 +333,10 @@ def driver(folder: Path, store: str) -> subprocess.Popen[bytes]:
 
 def finished(folder: Path) -> dict[str, tuple[int, int]]:
     """Return of the finished entries which file the manifest is, and from when."""
-    return {str(one): (one.stat().st_ino, one.stat().st_mtime_ns) for one in folder.glob("jobs/*/manifest.json")}
+    return {
+        str(manifest): (manifest.stat().st_ino, manifest.stat().st_mtime_ns)
+        for manifest in folder.glob("jobs/*/manifest.json")
+    }
 
 
 @pytest.mark.slow
@@ -362,7 +365,7 @@ def test_a_driver_may_be_killed_at_any_moment(tmp_path: Path) -> None:
 def test_two_drivers_share_the_work(tmp_path: Path) -> None:
     (tmp_path / "nets_kill.py").write_text(NETS)
     both = [driver(tmp_path, "s") for _ in range(2)]
-    assert [one.wait() for one in both] == [0, 0]
+    assert [process.wait() for process in both] == [0, 0]
     assert driver(tmp_path, "whole").wait() == 0
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
@@ -377,7 +380,7 @@ def test_ctrl_c_leaves_no_worker_behind(tmp_path: Path) -> None:
     assert len(children) == 2
     process.send_signal(signal.SIGINT)
     assert process.wait() == 1
-    assert not any(Path("/proc", one).exists() for one in children)
+    assert not any(Path("/proc", child).exists() for child in children)
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_figures_equal_a_plain_loop(small_net: nn.Sequential) -> None:
         mine, mean = score(image, channel), float(photos.mean[channel])
         moved = [score(move(image[None])[0], channel) for move in moves()]
         z = [(score(image, c) - float(photos.mean[c])) / float(photos.std[c]) for c in range(8)]
-        scores = [score(shown.double() / 255, channel) for shown in pictures]
+        scores = [score(picture.double() / 255, channel) for picture in pictures]
         assert verdict.score == pytest.approx(mine, rel=1e-4)
         assert verdict.excitation == pytest.approx((mine - mean) / (float(photos.maximum[channel]) - mean), rel=1e-4)
         if mine > mean:

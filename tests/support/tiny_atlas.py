@@ -1,4 +1,4 @@
-"""Small atlases: a network of two convolutions, and what a store of theirs holds."""
+"""Small atlases of a network of two convolutions, a runner for them, and a network that kills its process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tiny():
     return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU())
 """
 
-
+# a network that kills its process once for each of two files
 TRAP = """
 import os, signal, torch
 from pathlib import Path
@@ -40,7 +40,7 @@ class Trap(nn.Sequential):
 def trap():
     torch.manual_seed(0)
     return Trap(nn.Conv2d(3, 2, 3))
-"""  # a network that kills its process once for each of two files
+"""
 
 
 def tiny(bias: float = 0.0) -> nn.Sequential:
@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Here:
-    """A runner in this process that remembers what it was given, and fails where it is told to."""
+    """A runner in this process that remembers its jobs; the jobs of the digests `failing` fail."""
 
     def __init__(self, *failing: str) -> None:
         self.failing, self.done, self.closed = failing, list[Job](), False

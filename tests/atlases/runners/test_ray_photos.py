@@ -39,15 +39,15 @@ def test_an_actor_returns_what_the_pass_itself_computes(monkeypatch: pytest.Monk
     kept: list[bool] = []
     monkeypatch.setattr(ray_photos, "keep_freed_memory", lambda: kept.append(True))
     model = tiny_model()
-    asked = pass_over(model, 5)
-    content = (pickle_model(model), (asked.photos, asked.layers, asked.size, asked.top))
+    photo_pass = pass_over(model, 5)
+    content = (pickle_model(model), (photo_pass.photos, photo_pass.layers, photo_pass.size, photo_pass.top))
     store = type("Store", (), {"get": staticmethod(lambda reference: content)})
     monkeypatch.setitem(sys.modules, "ray", store())
     actor = PhotoActor(["a reference"], "cpu")
     assert kept == [True]
     answer = actor({"chunk": [0]})
     assert answer["chunk"] == [0]
-    (expected,) = asked.partials([0])
+    (expected,) = photo_pass.partials([0])
     partial = unpacked(answer["partial"][0])[1]
     assert (partial.seen, partial.lost) == (expected.seen, expected.lost) == (5, 0)
     assert torch.equal(partial.strongest.photos, expected.strongest.photos)
@@ -55,10 +55,10 @@ def test_an_actor_returns_what_the_pass_itself_computes(monkeypatch: pytest.Monk
 
 def test_without_chunks_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    asked = pass_over(tiny_model(), 1)
-    assert list(RayPhotoRunner()(asked, [], print)) == []
+    photo_pass = pass_over(tiny_model(), 1)
+    assert list(RayPhotoRunner()(photo_pass, [], print)) == []
     with pytest.raises(errors.ExtraMissing, match=r"pip install 'phosphene\[ray\]'"):
-        list(RayPhotoRunner()(asked, [0], print))
+        list(RayPhotoRunner()(photo_pass, [0], print))
     with pytest.raises(errors.InvalidRequest, match="workers is a whole number of at least 1, not 0"):
         RayPhotoRunner(workers=0)
 
