@@ -16,15 +16,14 @@ from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from phosphene.atlases.verdict_text import FIGURES as FIGURES
-from phosphene.atlases.verdict_text import ORDER as ORDER
-from phosphene.atlases.verdict_text import SIGNS as SIGNS
 from phosphene.atlases.verdict_text import (
+    FIGURES,
+    ORDER,
+    SIGNS,
     VerdictShare,
     figure_meanings,
     figures_line,
     format_figure,
-    format_share,
     verdict_shares,
 )
 from phosphene.atlases.verdicts import VERDICTS, Verdict
@@ -229,6 +228,3 @@ def histogram(axis: Axis, verdicts: Sequence[Verdict], limit: float) -> Histogra
     caption = f"{axis.name}, median {format_figure(median(figures))}"
     extremes = f"{len(figures)} filters from {format_figure(min(figures))} to {format_figure(max(figures))}"
     return Histogram(axis, blocks, caption, extremes, limit, PLOT_WIDTH * axis.position(limit))
-
-
-explained, shown, share = figure_meanings, format_figure, format_share

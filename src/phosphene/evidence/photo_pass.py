@@ -28,7 +28,7 @@ from phosphene.images.display import to_bytes
 from phosphene.images.photo import Fit
 from phosphene.network.capture import StopForward, borrowed, hooked, tensors_in
 from phosphene.network.layers import Layer
-from phosphene.network.memory import channels_last_on_cpu, is_out_of_memory, keep_freed_memory
+from phosphene.network.memory import channels_last_on_cpu, is_out_of_memory
 from phosphene.network.model import Model
 
 CHUNK, MAX_CHUNKS = 512, 4096  # photos of a chunk at least, and chunks at most: each is a result to merge
@@ -289,7 +289,6 @@ def photo_runs(model: Model, layers: Sequence[Layer]) -> Iterator[RunPhotos]:
     `acts` may be overwritten once `on_map` has returned, so that nothing need be copied; only as much of it is in
     memory as the network itself holds. The forward pass stops at the last of the layers.
     """
-    keep_freed_memory()
     folding = model.folding([layer.path for layer in layers])
     outputs: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for index, layer in enumerate(layers):

@@ -63,6 +63,7 @@ class Site:
         self.pages: SizedCache[Content] = SizedCache(PAGE_BYTES)
         folder = files("phosphene.web").joinpath("static")
         self.static = {file.name: file for file in folder.iterdir() if file.is_file()}
+        self.shared = files("phosphene.atlases").joinpath("templates", "shared.css")
 
     def get(self, path: str) -> Content:
         """Return the content of a path, such as "atlas/1a2b3c4d5e6f/index.html"; a folder stands for its "index.html".
@@ -74,6 +75,8 @@ class Site:
         match here.split("/"):
             case ["index.html"]:
                 return self.index()
+            case ["static", "page.css"]:
+                return content(self.shared.read_bytes() + self.static["page.css"].read_bytes(), media_type("page.css"))
             case ["static", name] if name in self.static:
                 return content(self.static[name].read_bytes(), media_type(name))
             case ["atlas", atlas_id, "index.html"]:

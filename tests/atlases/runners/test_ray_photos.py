@@ -50,7 +50,7 @@ def test_an_actor_returns_what_the_pass_itself_computes(monkeypatch: pytest.Monk
     (expected,) = photo_pass.partials([0])
     partial = unpacked(answer["partial"][0])[1]
     assert (partial.seen, partial.lost) == (expected.seen, expected.lost) == (5, 0)
-    assert torch.equal(partial.strongest.photos, expected.strongest.photos)
+    assert torch.equal(partial.top_photos.photos, expected.top_photos.photos)
 
 
 def test_without_chunks_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

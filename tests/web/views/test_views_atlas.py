@@ -19,7 +19,6 @@ from phosphene.web.views.atlas import (
     layer_view,
     neighbours,
     network_view,
-    verdict_shares,
 )
 from phosphene.web.views.filter import filter_view
 from tiny_atlas import tiny_atlas, tiny_model

@@ -21,7 +21,7 @@ from phosphene.rendering.recipes import find_recipe
 from phosphene.storage.store import open_store
 from phosphene.web.store_reader import StoreReader
 from phosphene.web.urls import SpriteTile
-from phosphene.web.views.atlas import figure_meanings
+from phosphene.web.views.atlas import labelled_meanings
 from phosphene.web.views.filter import (
     command,
     field_box,
@@ -160,7 +160,7 @@ def test_figures_that_there_are_not_are_left_out() -> None:
         ("stability", "0.25"),
         ("rank among pictures", "2"),
     ]
-    assert figure_meanings(limits)["rank among filters"].endswith("it is weak. (In tables: own.)")
+    assert labelled_meanings(limits)["rank among filters"].endswith("it is weak. (In tables: own.)")
     assert THRESHOLDS.excitation == 0.75
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from phosphene.atlases.report import facts_of, facts_of_layer, note_on, notes_of, verdicts_of
-from phosphene.atlases.report_page import ORDER, SIGNS, explained, share
+from phosphene.atlases.verdict_text import SIGNS, VerdictShare, figure_meanings, verdict_shares
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import PhospheneError
 from phosphene.web.store_reader import AtlasFacts, StoreReader
@@ -15,17 +15,6 @@ from phosphene.web.urls import SpriteTile, file_href, filter_href, layer_href, n
 
 CARD_PICTURES = 10
 LABELS = {"retrieval": "rank among pictures", "own": "rank among filters"}
-
-
-class VerdictShare(NamedTuple):
-    """How many filters have one verdict; `left` and `share` are its offset and width on a bar of 100."""
-
-    verdict: str
-    sign: str
-    filters: int
-    percent: str
-    left: float
-    share: float
 
 
 class Thumbnail(NamedTuple):
@@ -70,17 +59,6 @@ class FilterCell(NamedTuple):
     excitation: float | None
     stability: float | None
     score: float | None
-
-
-def verdict_shares(counts: Mapping[str, int]) -> list[VerdictShare]:
-    """Return how many filters have which verdict, in the order of the bar."""
-    total, left, shares = sum(counts.get(verdict, 0) for verdict in ORDER), 0.0, []
-    for verdict in ORDER:
-        count = counts.get(verdict, 0)
-        width = 100 * count / (total or 1)
-        shares.append(VerdictShare(verdict, SIGNS[verdict], count, share(count, total), left, width))
-        left += width
-    return shares
 
 
 def layer_thumbnails(atlas_id: str, row: Mapping[str, Any]) -> list[Thumbnail]:
@@ -188,7 +166,7 @@ def network_view(reader: StoreReader, atlas_id: str) -> dict[str, Any]:
         "notes": [*notes_of(manifest), *([damage] if damage else [])],
         "shares": verdict_shares(manifest["verdicts"]),
         "drawn": drawn_sentence(filters, sum(row["channels"] for row in manifest["layers"])),
-        "meanings": figure_meanings(limits) if limits else {},
+        "meanings": labelled_meanings(limits) if limits else {},
         "rows": rows,
     }
 
@@ -206,7 +184,7 @@ def layer_view(reader: StoreReader, atlas_id: str, path: str) -> dict[str, Any]:
         "note": note_on(manifest),
         "shares": verdict_shares(Counter(verdict.verdict for verdict in verdicts)),
         "drawn": drawn_sentence(len(manifest["pictures"]), manifest["layer"]["channels"]),
-        "meanings": figure_meanings(manifest["thresholds"]),
+        "meanings": labelled_meanings(manifest["thresholds"]),
         "cells": [filter_cell(*pair) for pair in zip(verdicts, sheet_tiles(atlas_id, manifest), strict=True)],
         "judged": bool(manifest["verdicts"]),
         "excitation": any(verdict.excitation is not None for verdict in verdicts),
@@ -215,11 +193,11 @@ def layer_view(reader: StoreReader, atlas_id: str, path: str) -> dict[str, Any]:
     }
 
 
-def figure_meanings(limits: Mapping[str, float]) -> dict[str, str]:
+def labelled_meanings(limits: Mapping[str, float]) -> dict[str, str]:
     """Return how to read each figure, by its label on the page; tables have shorter names."""
     return {
         LABELS.get(name, name): f"{text} (In tables: {name}.)" if name in LABELS else text
-        for name, text in explained(limits).items()
+        for name, text in figure_meanings(limits).items()
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from phosphene.atlases.report import facts_of_layer, sides
-from phosphene.atlases.report_page import FIGURES, SIGNS, explained, shown
+from phosphene.atlases.verdict_text import FIGURES, SIGNS, figure_meanings, format_figure
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import EntryNotFound, PhospheneError
 from phosphene.evidence.collect import Evidence
@@ -18,7 +18,7 @@ from phosphene.rendering.recipes import find_recipe
 from phosphene.web.shell_commands import filters_command
 from phosphene.web.store_reader import StoreReader
 from phosphene.web.urls import SpriteTile, evidence_href, file_href, filter_href, layer_href, row_of_tiles, tile_of
-from phosphene.web.views.atlas import LABELS, drawn_sentence, evidence_error_sentence, figure_meanings, neighbours
+from phosphene.web.views.atlas import LABELS, drawn_sentence, evidence_error_sentence, labelled_meanings, neighbours
 
 REFERENCES = ("builtin/", "torchvision/", "timm/", "keras/")
 SAVED = (".keras", ".h5", ".hdf5")
@@ -90,7 +90,7 @@ def filter_view(reader: StoreReader, atlas_id: str, path: str, channel: int) -> 
         "verdict": verdict,
         "sign": SIGNS.get(verdict.verdict, ""),
         "figures": verdict_figures(verdict, layer["thresholds"]),
-        "meaning_of_dead": explained(layer["thresholds"])["dead"],
+        "meaning_of_dead": figure_meanings(layer["thresholds"])["dead"],
         "film": film_frames(atlas_id, path, channel, job),
         "kernels": kernel_tiles(atlas_id, layer, channel),
         "drawn": drawn_sentence(len(layer["pictures"]), layer["layer"]["channels"]),
@@ -130,9 +130,9 @@ def unrendered_view(reader: StoreReader, atlas_id: str, path: str, channel: int)
 
 def verdict_figures(verdict: Verdict, limits: Mapping[str, float]) -> list[Figure]:
     """Return the figures that a verdict has."""
-    meanings = {"score": "What the filter answers to the picture, as a mean over its map.", **figure_meanings(limits)}
+    meanings = {"score": "What the filter answers to the picture, as a mean over its map.", **labelled_meanings(limits)}
     values = [(LABELS.get(name, name), getattr(verdict, name)) for name in ("score", *FIGURES)]
-    return [Figure(name, shown(value), meanings[name]) for name, value in values if value is not None]
+    return [Figure(name, format_figure(value), meanings[name]) for name, value in values if value is not None]
 
 
 def film_frames(atlas_id: str, path: str, channel: int, job: Mapping[str, Any]) -> list[FilmFrame]:
@@ -157,7 +157,12 @@ def kernel_tiles(atlas_id: str, layer: Mapping[str, Any], channel: int) -> dict[
     file = file_href(atlas_id, layer["layer"]["path"], kernels["file"])
     tiles = row_of_tiles(file, kernels["tile"], kernels["columns"], len(channels), row)
     kernel_tiles = [KernelTile(source, tile) for source, tile in zip(sources, tiles, strict=False)]
-    return {"tiles": kernel_tiles, "scale": shown(kernels["scale"][row]), "total": kernels["of"], "colours": colours}
+    return {
+        "tiles": kernel_tiles,
+        "scale": format_figure(kernels["scale"][row]),
+        "total": kernels["of"],
+        "colours": colours,
+    }
 
 
 def top_photos(evidence: Evidence, facts: Mapping[str, Any], channel: int) -> list[TopPhoto]:
@@ -171,7 +176,7 @@ def top_photos(evidence: Evidence, facts: Mapping[str, Any], channel: int) -> li
     for rank, (photo, crop) in enumerate(zip(statistics.photos[channel].tolist(), crops, strict=True)):
         if photo == NONE:
             break
-        name, peak = about["names"][str(photo)], shown(float(statistics.peaks[channel, rank]))
+        name, peak = about["names"][str(photo)], format_figure(float(statistics.peaks[channel, rank]))
         position, thumbnail = statistics.positions[channel, rank].tolist(), photo_thumbnail(evidence, photo)
         box = thumbnail and field_box(layer, position, about["spec"]["size"], thumbnail)
         photos.append(TopPhoto(name, peak, crop, thumbnail, box))
