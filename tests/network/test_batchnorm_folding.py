@@ -19,9 +19,9 @@ from torchvision import models
 
 from phosphene.inspection.explain import explaining
 from phosphene.network.batchnorm_folding import BatchNormFolding, fold
-from phosphene.network.layers import survey
 from phosphene.network.loading import load
 from phosphene.network.model import Model
+from phosphene.network.survey import survey
 from raw_heatmaps import heatmaps
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]

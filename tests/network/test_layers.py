@@ -19,9 +19,10 @@ from torchvision import models
 import phosphene
 from phosphene.errors import LayerNotFound, LayerRefused, SizeRefused
 from phosphene.network.capture import TensorAddress
-from phosphene.network.layers import Layers, ReceptiveField, survey, trace
+from phosphene.network.layers import Layers, ReceptiveField
 from phosphene.network.model import Model
 from phosphene.network.receptive_field_tracer import ReceptiveFieldTracer
+from phosphene.network.survey import survey, trace
 
 
 def table(net: nn.Module, *shape: int) -> Layers:
@@ -380,10 +381,10 @@ def test_a_survey_leaves_no_trace(
 def test_a_survey_imports_no_compiler() -> None:
     """PyTorch's compiler and its algebra take two seconds to import."""
     code = """
-import sys, torch, phosphene.network.layers
+import sys, torch, phosphene.network.survey
 before = set(sys.modules)
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.ReLU())
-phosphene.network.layers.survey(net, net, dict(net.named_modules()), torch.rand(1, 3, 8, 8))
+phosphene.network.survey.survey(net, net, dict(net.named_modules()), torch.rand(1, 3, 8, 8))
 print(sorted(one for one in set(sys.modules) - before if one.startswith(("sympy", "torch._dynamo", "torch._inductor"))))
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,40 +1,67 @@
-"""Keeping memory: seen from outside, in page faults of a process of its own."""
+"""Memory: that only an explicit call changes the process, seen in its page faults, and when memory has run out."""
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from phosphene.network.memory import channels_last_on_cpu, is_out_of_memory
 
 CODE = """
-import resource, torch, phosphene.network.memory as allocator
-print(allocator.keep_memory() if {keep} else None)
-def faults():
+import json, os, resource, torch
+from phosphene.network.memory import keep_freed_memory
+from phosphene.network.model import Model
+
+def page_faults():
     torch.empty(20_000_000).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-faults()
-start = faults()
-for _ in range(5):
-    end = faults()
-print(end - start)
+
+def new_page_faults():
+    page_faults()
+    start = page_faults()
+    return [page_faults() for _ in range(5)][-1] - start
+
+before = new_page_faults()
+model = Model(torch.nn.Conv2d(1, 2, 3), "net", (8, 8), channels_in=1)
+with model.reading([""]) as read:
+    read(torch.zeros(1, 1, 8, 8))
+after_reading = new_page_faults()
+os.environ["PHOSPHENE_MALLOC"] = "default"
+is_kept = [keep_freed_memory()]
+left_as_default = new_page_faults()
+keep_freed_memory.cache_clear()
+del os.environ["PHOSPHENE_MALLOC"]
+is_kept.append(keep_freed_memory())
+print(json.dumps([is_kept, before, after_reading, left_as_default, new_page_faults()]))
 """
 
 
-def run(keep: bool, **environment: str) -> list[str]:
-    code = CODE.format(keep=keep)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    return done.stdout.split()
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set are glibc's own settings")
-def test_large_tensors_are_not_fetched_anew() -> None:
+def test_freed_memory_is_kept_after_the_call_alone_and_not_by_reading_a_model() -> None:
     pages = 5 * 20_000_000 * 4 // 2**21  # at least, with the largest pages that there are
-    before, after, off = run(False), run(True), run(True, PHOSPHENE_MALLOC="default")
-    assert before[0] == "None"
-    assert int(before[1]) >= pages
-    assert after[0] == "True"
-    assert int(after[1]) < int(before[1]) / 2
-    assert off[0] == "False"
-    assert int(off[1]) >= pages
+    process = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    is_kept, before, after_reading, left_as_default, kept = json.loads(process.stdout)
+    assert min(before, after_reading, left_as_default) >= pages
+    assert is_kept == [False, True]
+    assert kept < before / 2
+
+
+def test_a_lack_of_memory_is_known_by_its_error_on_any_device() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_float32_images_on_a_cpu_get_their_channels_last_and_others_stay_as_they_are() -> None:
+    image = torch.arange(24.0).view(1, 2, 3, 4)
+    laid_out = channels_last_on_cpu(image)
+    assert laid_out.equal(image)
+    assert laid_out.stride() == (24, 1, 8, 2)
+    double = image.double()
+    assert channels_last_on_cpu(double) is double

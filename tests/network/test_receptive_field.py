@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from phosphene.network.capture import capture
-from phosphene.network.layers import survey
+from phosphene.network.survey import survey
 from positive_networks import noise, positive
 
 

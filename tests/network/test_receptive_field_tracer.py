@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from phosphene.network.receptive_field import DOWN, RIGHT, ReceptiveFieldState
+from phosphene.network.receptive_field import COLUMNS, ROWS, ReceptiveFieldState
 from phosphene.network.receptive_field_tracer import ReceptiveFieldTracer
 from positive_networks import noise, positive
 
@@ -34,9 +34,9 @@ def offsets(field: ReceptiveFieldState, index: tuple[int, ...]) -> tuple[int, in
     for place, factors in zip(index, field.layout, strict=True):
         for factor in reversed(factors):
             place, here = divmod(place, factor.extent)
-            if factor.side is not None:
-                moved[factor.side] += here * factor.step
-    return moved[DOWN], moved[RIGHT]
+            if factor.axis is not None:
+                moved[factor.axis] += here * factor.step
+    return moved[ROWS], moved[COLUMNS]
 
 
 def ends(mask: Tensor) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def compare_with_gradient(function: Function, image: Tensor, margin: int = 0) ->
     """
     output, field = traced(function, image)
     assert field is not None
-    assert field.fits(output.shape)
+    assert field.has_shape(output.shape)
     together: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for index in itertools.product(*map(range, output.shape)):
         together.setdefault(offsets(field, index), []).append(index)
@@ -61,7 +61,7 @@ def compare_with_gradient(function: Function, image: Tensor, margin: int = 0) ->
     weighted = function(image) * (0.5 + torch.rand_like(output))  # unevenly, lest gradients cancel
 
     def predicted(moved: tuple[int, int]) -> list[tuple[int, int]]:
-        starts = [field.spans[side].start + moved[side] for side in (DOWN, RIGHT)]
+        starts = [field.spans[side].start + moved[side] for side in (ROWS, COLUMNS)]
         return [(start, start + field.spans[side].size - 1) for side, start in enumerate(starts)]
 
     def lies_inside(moved: tuple[int, int]) -> bool:
@@ -326,17 +326,17 @@ def test_a_field_by_hand() -> None:
     _, field = traced(lambda x: F.avg_pool2d(WIDE(x), (2, 3)), noise(1, 2, 32, 32))
     assert field is not None
     # down: 1 + 2·2 = 5, then + 1·2 = 7; stride 2·2; first pixel -1. Right: 1 + 4 = 5, then + 2·1 = 7; stride 3
-    assert field.along(DOWN) == (7, 4, -1)
-    assert field.along(RIGHT) == (7, 3, -3)
+    assert field.along(ROWS) == (7, 4, -1)
+    assert field.along(COLUMNS) == (7, 3, -3)
 
 
 def test_global_pooling_of_a_map_that_misses_the_border_is_not_the_whole_image() -> None:
     """A convolution of stride 3 without padding leaves the last row of 8 unseen."""
     _, field = traced(lambda x: conv(2, 2, 1, stride=3)(x).mean((2, 3)), noise(1, 2, 8, 10))
     assert field is not None
-    assert field.along(DOWN) == (7, 0, 0)
-    assert field.along(RIGHT) == (10, 0, 0)
-    assert not field.whole
+    assert field.along(ROWS) == (7, 0, 0)
+    assert field.along(COLUMNS) == (10, 0, 0)
+    assert not field.is_whole_image
 
 
 def test_without_arithmetic_the_fields_and_shapes_are_the_same() -> None:

@@ -2,9 +2,8 @@
 
 A hook that keeps `output` is wrong wherever an in-place operation follows, for that overwrites what was kept; a hook
 that keeps a clone has the right value but no gradient. `capture` keeps a copy that nothing else can reach, and hands
-the rest of the network a copy OF that one, so that values and gradients are both right; even where a module returns
-what it was given, or keeps hold of its output. The forward pass stops at the last layer wanted, by an exception that
-only this file knows.
+the rest of the network a copy OF that one. So values and gradients are both right, even if a module returns its own
+input or keeps a reference to its output. The forward pass stops at the last layer wanted, by `StopForward`.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 
 from phosphene.errors import LayerRefused
 
+Forward = Callable[[Tensor], Any]  # images (b, c, h, w) -> whatever the network returns
+
 
 @dataclass(frozen=True)
 class TensorAddress:
@@ -34,8 +35,9 @@ class TensorAddress:
     part: str = ""
 
 
-def as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+def identity(input: Tensor) -> Tensor:
+    """Return the tensor; modules call their argument `input`, so that this can stand in for a `forward`."""
+    return input
 
 
 def weight_of(module: nn.Module) -> Tensor | None:
@@ -48,15 +50,11 @@ def weight_of(module: nn.Module) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a framework lays out what its layers return and hold.
+    """How a framework lays out what its layers return and hold."""
 
-    `read` brings a layer's output into the one convention, `write` brings it back; `kernel` returns the kernel of a
-    convolution (out, in, kh, kw), None for other layers.
-    """
-
-    read: Callable[[Tensor], Tensor] = as_it_is
-    write: Callable[[Tensor], Tensor] = as_it_is
-    kernel: Callable[[nn.Module], Tensor | None] = weight_of
+    read: Callable[[Tensor], Tensor] = identity  # brings a layer's output into the convention of `model`
+    write: Callable[[Tensor], Tensor] = identity  # brings it back
+    kernel: Callable[[nn.Module], Tensor | None] = weight_of  # a convolution's (out, in, kh, kw), None for other layers
 
 
 PLAIN = Layout()
@@ -81,10 +79,8 @@ def tensors_in(output: Any) -> dict[str, Tensor]:
     """Return the tensors in what a module returned, by name: `""` for a bare tensor, `"0"`, `"logits"`, `"0.1"` …"""
     if isinstance(output, Tensor):
         return {"": output}
-    found: dict[str, Tensor] = {}
-    for name, value in children(output).items():
-        found |= {dotted(name, inner): tensor for inner, tensor in tensors_in(value).items()}
-    return found
+    entries = children(output).items()
+    return {dotted(name, inner): tensor for name, value in entries for inner, tensor in tensors_in(value).items()}
 
 
 def dotted(name: str, inner: str) -> str:
@@ -114,10 +110,10 @@ def with_part(output: Any, part: str, tensor: Tensor) -> Any:
 
 
 class InnerHookPoint(nn.Module):
-    """A place inside a layer that no module returns: an identity that can be put there, and hooked like any module.
+    """An identity for a tensor inside a layer that no module returns, so that it can be hooked like any output.
 
-    Where it goes is either what `owner` gives to its own activation function, `ACTIVATION`, or what it is given,
-    `INPUT`. It is there only while watched; the owner does not hold it.
+    The tensor is either what `owner` passes to its own activation function, `ACTIVATION`, or what `owner` itself is
+    given, `INPUT`. The module is spliced in only while hooked; `owner` holds no reference to it.
     """
 
     INPUT, ACTIVATION = "input", "preactivation"
@@ -133,46 +129,92 @@ class InnerHookPoint(nn.Module):
 
     @contextmanager
     def spliced(self) -> Iterator[None]:
-        """Have what passes this place pass through this module, and leave the owner as it was."""
+        """Have the tensor pass through this module, and on exit leave the owner as it was."""
         owner = self.owner
         if self.where == self.INPUT:
-            handle = owner.register_forward_pre_hook(lambda _owner, inputs: (self(inputs[0]), *inputs[1:]))
-            with ExitStack() as stack:
-                stack.callback(handle.remove)
+            with owner.register_forward_pre_hook(lambda _owner, inputs: (self(inputs[0]), *inputs[1:])):
                 yield
             return
-        # in the instance's dictionary it is found before the class's own, and before a module of that name
-        before = vars(owner).get("activation", MISSING)
+        # in the instance's dictionary it takes precedence over the class's own, and over a module of that name
+        before = {name: value for name, value in vars(owner).items() if name == "activation"}
         activation = owner.activation
-        vars(owner)["activation"] = lambda value, *more: activation(self(value), *more)
+        vars(owner)["activation"] = lambda value, *rest: activation(self(value), *rest)
         try:
             yield
         finally:
             del vars(owner)["activation"]
-            if before is not MISSING:
-                vars(owner)["activation"] = before
-
-
-MISSING = object()
+            vars(owner).update(before)
 
 
 @contextmanager
-def hooked(modules: Mapping[str, nn.Module], see: Callable[[str, Any], Any]) -> Iterator[None]:
-    """Call `see(path, output)` whenever a module returns; what it returns, unless None, replaces the output."""
+def hooked(modules: Mapping[str, nn.Module], on_output: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Call `on_output(path, output)` whenever a module returns; its result, unless None, replaces the output."""
     with ExitStack() as hooks:
         for path, module in modules.items():
             if isinstance(module, InnerHookPoint):
                 hooks.enter_context(module.spliced())
-            handle = module.register_forward_hook(lambda _module, _inputs, output, path=path: see(path, output))
+            handle = module.register_forward_hook(lambda _module, _inputs, output, path=path: on_output(path, output))
             hooks.callback(handle.remove)
         yield
 
 
+class Capture:
+    """Keeps the tensors at some addresses while a forward pass runs; see `capture` for the arguments."""
+
+    def __init__(
+        self, run: Forward, addresses: Mapping[Any, TensorAddress], layout: Layout, roots: Collection[Any]
+    ) -> None:
+        self.run, self.addresses, self.layout, self.roots = run, addresses, layout, roots
+        self.wanted: dict[tuple[str, int], dict[Any, TensorAddress]] = {}  # by path and call
+        for key, address in addresses.items():
+            self.wanted.setdefault((address.path, address.call), {})[key] = address
+        self.calls: Counter[str] = Counter()
+        self.captured: dict[Any, Tensor] = {}
+
+    def read(self, image: Tensor) -> dict[Any, Tensor]:
+        """Run the network up to the last tensor wanted and return all of them, by key."""
+        try:
+            if self.addresses:
+                self.run(image)
+            missing = ", ".join(address.path for key, address in self.addresses.items() if key not in self.captured)
+            if missing:
+                raise LayerRefused(f"{missing} did not run in this forward pass, so there is nothing to read")
+            return {}
+        except StopForward:
+            return dict(self.captured)
+        finally:
+            self.calls.clear()
+            self.captured.clear()  # lest the tensors live on until the next reading
+
+    def on_output(self, path: str, output: Any) -> Any:
+        """Keep what is wanted of a module's output and return the output to go on with, None if it is unchanged."""
+        wanted = self.wanted.get((path, self.calls[path]))
+        self.calls[path] += 1
+        if not wanted:
+            return None
+        tensors = tensors_in(output)
+        for key, address in wanted.items():
+            if address.part not in tensors:
+                names = ", ".join(tensors)
+                raise LayerRefused(f"{path} returned no tensor {address.part!r} this time; it has: {names}")
+            self.captured[key] = self.layout.read(tensors[address.part])
+        if len(self.captured) == len(self.addresses):
+            raise StopForward
+        for part in {address.part for address in wanted.values()}:
+            keys = [key for key, address in wanted.items() if address.part == part]
+            copied = self.layout.read(tensors[part]).clone()
+            if any(key in self.roots for key in keys):
+                copied = copied.detach().requires_grad_()
+            self.captured |= dict.fromkeys(keys, copied)
+            output = with_part(output, part, self.layout.write(copied).clone())
+        return output
+
+
 @contextmanager
 def capture(
-    run: Callable[[Tensor], Any],
+    run: Forward,
     modules: Mapping[str, nn.Module],
-    places: Mapping[Any, TensorAddress],
+    addresses: Mapping[Any, TensorAddress],
     layout: Layout = PLAIN,
     roots: Collection[Any] = (),
 ) -> Iterator[Callable[[Tensor], dict[Any, Tensor]]]:
@@ -182,100 +224,58 @@ def capture(
     differentiated with respect to an earlier one.
 
     Args:
-        run: the forward pass, image (b, c, h, w) -> whatever the network returns.
-        modules: every module that `places` names, by path.
-        places: what is wanted, by any key; `read` returns a dict with the same keys.
+        run: the forward pass.
+        modules: every module that `addresses` names, by path.
+        addresses: what is wanted, by any key; `read` returns a dict with the same keys.
         layout: how the network lays out what its layers return.
         roots: keys of the tensors where the graph of gradients starts, so that a backward pass ends there.
 
     Raises:
-        LayerRefused: on reading, where a wanted layer did not run, or returned something else than asked for.
+        LayerRefused: on reading, if a wanted layer did not run, or did not return the tensor wanted.
     """
-    calls: Counter[str] = Counter()
-    kept: dict[Any, Tensor] = {}
-    wanted: dict[str, list[tuple[Any, TensorAddress]]] = {}
-    for key, place in places.items():
-        wanted.setdefault(place.path, []).append((key, place))
-
-    def see(path: str, output: Any) -> Any:
-        here = [(key, place) for key, place in wanted[path] if place.call == calls[path]]
-        calls[path] += 1
-        if not here:
-            return None
-        found = tensors_in(output)
-        for key, place in here:
-            if place.part not in found:
-                raise LayerRefused(f"{path} returned no tensor {place.part!r} this time; it has: {', '.join(found)}")
-            kept[key] = layout.read(found[place.part])
-        if len(kept) == len(places):
-            raise StopForward
-        for part in {place.part for _, place in here}:
-            own = layout.read(found[part]).clone()
-            if any(key in roots for key, place in here if place.part == part):
-                own = own.detach().requires_grad_()
-            kept.update({key: own for key, place in here if place.part == part})
-            output = with_part(output, part, layout.write(own).clone())
-        return output
-
-    def read(image: Tensor) -> dict[Any, Tensor]:
-        try:
-            if places:
-                run(image)
-        except StopForward:
-            return dict(kept)
-        else:
-            missing = ", ".join(place.path for key, place in places.items() if key not in kept)
-            if missing:
-                raise LayerRefused(f"{missing} did not run in this forward pass, so there is nothing to read")
-            return {}
-        finally:
-            calls.clear()
-            kept.clear()  # lest the tensors live on until the next reading
-
-    with hooked({path: modules[path] for path in wanted}, see):
-        yield read
+    reader = Capture(run, addresses, layout, roots)
+    with hooked({address.path: modules[address.path] for address in addresses.values()}, reader.on_output):
+        yield reader.read
 
 
 @contextmanager
 def borrowed(module: nn.Module) -> Iterator[None]:
     """Put a module in evaluation mode with its weights frozen, and give it back exactly as it was.
 
-    Restored on the way out, after an exception too: the training flag of every module, `requires_grad` of every
-    parameter, every buffer (those that a forward pass added are taken away), `Module.compile()` (hooks need the plain
-    forward), and the global random state of PyTorch, NumPy and Python.
+    Restored on exit, after an exception too: the training flag of every module, `requires_grad` of every parameter,
+    every buffer (those that a forward pass added are taken away), `Module.compile()` (hooks need the plain forward),
+    and the global random state of PyTorch, NumPy and Python.
     """
-    flags = [(one, one.training, one._compiled_call_impl) for one in module.modules()]
-    wishes = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    buffers = [(one, dict(one._buffers), set(one._non_persistent_buffers_set)) for one in module.modules()]
+    flags = [(layer, layer.training, layer._compiled_call_impl) for layer in module.modules()]
+    buffers = [(layer, dict(layer._buffers), set(layer._non_persistent_buffers_set)) for layer in module.modules()]
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     # frameworks without buffers keep the state of their random generators in whole-numbered parameters
-    counts = [one for one in module.parameters() if not one.is_floating_point()]
-    values = [(one, one.detach().clone()) for one in (*module.buffers(), *counts)]
-    devices = sorted({parameter.device.index for parameter, _ in wishes if parameter.device.type == "cuda"})
-    draws = random.getstate(), numpy.random.get_state()
+    counters = [parameter for parameter in module.parameters() if not parameter.is_floating_point()]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*module.buffers(), *counters)]
+    devices = sorted({weight.device.index for weight in module.parameters() if weight.device.type == "cuda"})
+    random_states = random.getstate(), numpy.random.get_state()
     try:
-        for one, _, compiled in flags:
-            one.training = False
+        for layer, _, compiled in flags:
+            layer.training = False
             if compiled is not None:
-                one._compiled_call_impl = None
-        for parameter, wish in wishes:
-            if wish:
-                parameter.requires_grad_(False)
+                layer._compiled_call_impl = None
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        for one, training, compiled in flags:
-            one.training = training
+        for layer, training, compiled in flags:
+            layer.training = training
             if compiled is not None:
-                one._compiled_call_impl = compiled
-        for parameter, wish in wishes:
-            if wish:
-                parameter.requires_grad_(True)
-        for one, own, transient in buffers:
-            one._buffers.clear()
-            one._buffers.update(own)
-            one._non_persistent_buffers_set = transient
-        for buffer, before in values:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
-        random.setstate(draws[0])
-        numpy.random.set_state(draws[1])
+                layer._compiled_call_impl = compiled
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for layer, registered, non_persistent in buffers:
+            layer._buffers.clear()
+            layer._buffers.update(registered)
+            layer._non_persistent_buffers_set = non_persistent
+        for tensor, before in values:
+            if not torch.equal(tensor, before):
+                tensor.copy_(before)
+        random.setstate(random_states[0])
+        numpy.random.set_state(random_states[1])

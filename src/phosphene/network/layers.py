@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, overload
 
-import torch
-from torch import Tensor, nn
-
 from phosphene.errors import LayerNotFound, LayerRefused, nearest
-from phosphene.network.batchnorm_folding import ConvNormPair, FoldingObserver
-from phosphene.network.capture import PLAIN, InnerHookPoint, Layout, TensorAddress, borrowed, hooked, tensors_in
-from phosphene.network.receptive_field import DOWN, RIGHT, ReceptiveFieldState
-from phosphene.network.receptive_field_tracer import ReceptiveFieldTracer
-
-# Class names, so that the convolutions of other frameworks count without an import; a subclass counts as its parent.
-CONVOLUTIONS = {"Conv2d", "ConvTranspose2d", "Conv2D", "Conv2DTranspose", "DepthwiseConv2D", "SeparableConv2D"}
+from phosphene.network.batchnorm_pairs import ConvNormPair
+from phosphene.network.capture import TensorAddress
 
 
 @dataclass(frozen=True)
 class ReceptiveField:
     """How much of the input image one position of a map sees, (down, right), in input pixels.
 
-    Position i sees the pixels from `i · stride - padding` to `i · stride - padding + size - 1`, as far as these are
+    Position i sees the pixels from `i · stride - padding` to `i · stride - padding + size - 1`, as far as these lie
     on the image. At stride 0 all positions see the same.
     """
 
@@ -35,29 +26,24 @@ class ReceptiveField:
     padding: tuple[int, int]
 
     def __str__(self) -> str:
-        size, stride, padding = (shown(pair) for pair in (self.size, self.stride, self.padding))
-        return f"{size} / {stride} / {padding}"
-
-
-def shown(pair: tuple[int, int]) -> str:
-    """Return a pair of numbers as "7" or "7×5"."""
-    return "×".join(map(str, pair[:1] if pair[0] == pair[1] else pair))
+        pairs = (self.size, self.stride, self.padding)
+        return " / ".join(str(down) if down == right else f"{down}×{right}" for down, right in pairs)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The frozen address of one tensor in a network's forward pass, and what is known of it.
+    """The frozen address of one tensor in a network's forward pass, and what is known about it.
 
     Attributes:
         path: what the user types.
         place: the module, call and part that `path` means.
-        kind: the module's class name, and what activation function it ends in where that is no module of its own.
+        kind: the module's class name, and the activation function that it ends in if that is no module of its own.
         convolution: whether it is a two-dimensional convolution, which an integer address counts.
         channels: channels of a map (b, c, h, w), numbers of a vector (b, c); None for anything else.
-        size: (h, w) of the map, None where it is none.
-        receptive_field: None where it is the whole image or is not known; `sees` tells which.
-        sees: "part", "whole" or "unknown".
-        in_place: the operation that overwrites what this layer returned, None where nothing does.
+        size: (h, w) of the map, None if it is not a map.
+        receptive_field: None if it is the whole image or unknown; `sees` says which.
+        sees: how much of the image an entry depends on: "part", "whole" or "unknown".
+        in_place: the operation that overwrites what this layer returned, None if nothing does.
     """
 
     path: str
@@ -79,12 +65,16 @@ class Layer:
         """The path with and without the leading dot that marks a path of digits alone."""
         return (self.path, self.path.removeprefix("."))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the layer as JSON values, without `place`."""
+        return {key: value for key, value in asdict(self).items() if key != "place"}
+
 
 class Layers(Sequence[Layer]):
-    """The table of a network's layers in the order of the forward pass; prints as a table, in notebooks too.
+    """The layers of a network in the order of the forward pass; prints as a table, in notebooks too.
 
-    `unlisted` are places inside layers, such as `conv1#preactivation`, that have an address but no row; `pairs` are the
-    convolutions that can do the work of the batch normalisation after them.
+    `unlisted` are tensors inside layers, such as `conv1#preactivation`, that have an address but no row; `pairs` are
+    the convolutions that can do the work of the batch normalisation after them.
     """
 
     HEADINGS = ("layer", "kind", "channels", "map", "receptive field / stride / padding", "overwritten by")
@@ -112,7 +102,7 @@ class Layers(Sequence[Layer]):
     @property
     def convolutions(self) -> tuple[Layer, ...]:
         """The two-dimensional convolutions, which an integer address counts."""
-        return tuple(one for one in self if one.convolution)
+        return tuple(layer for layer in self if layer.convolution)
 
     def find(self, address: str | int) -> Layer:
         """Return the layer of an address: its path, or n for the n-th convolution (0-based).
@@ -127,49 +117,49 @@ class Layers(Sequence[Layer]):
                 counted = f"{count}, 0 to {count - 1}" if count else "none; give a path"
                 raise LayerNotFound(f"there is no convolution {address}: the network has {counted}")
             return self.convolutions[address]
-        every = (*self._layers, *self.unlisted)
-        by_path = {path: one for one in every for path in one.spellings}
+        layers = (*self._layers, *self.unlisted)
+        by_path = {path: layer for layer in layers for path in layer.spellings}
         if address in by_path:
             return by_path[address]
-        several = [one.path for one in every if one.place.path == address.lstrip(".")]
-        if several:
-            raise LayerRefused(
-                f"{address!r} stands for {len(several)} results; choose one of: {', '.join(several[:8])}"
-            )
-        near = nearest(address, [one.path for one in (every if "#" in address else self._layers)])
+        paths = [layer.path for layer in layers if layer.place.path == address.lstrip(".")]
+        if paths:
+            raise LayerRefused(f"{address!r} stands for {len(paths)} results; choose one of: {', '.join(paths[:8])}")
+        near = nearest(address, [layer.path for layer in (layers if "#" in address else self._layers)])
         raise LayerNotFound(f"there is no layer {address!r}; the nearest are: {near} (`phosphene layers` lists all)")
 
     def matching(self, pattern: str) -> Layers:
-        """Return the layers whose path matches a glob such as `features.*`; one that is spelled just so is meant alone.
+        """Return the layers whose path matches a glob such as `features.*`, or the one that is spelled exactly so.
 
         Raises:
             LayerNotFound: none does.
         """
-        known = (*self._layers, *self.unlisted) if "#" in pattern else self._layers
-        exact = [one for one in known if pattern in one.spellings]
-        found = exact or [one for one in known if any(fnmatch.fnmatchcase(path, pattern) for path in one.spellings)]
-        if not found:
-            near = nearest(pattern.rstrip("*"), [one.path for one in self])
+        layers = (*self._layers, *self.unlisted) if "#" in pattern else self._layers
+        exact = [layer for layer in layers if pattern in layer.spellings]
+        matches = exact or [
+            layer for layer in layers if any(fnmatch.fnmatchcase(path, pattern) for path in layer.spellings)
+        ]
+        if not matches:
+            near = nearest(pattern.rstrip("*"), [layer.path for layer in self])
             raise LayerNotFound(f"no layer matches {pattern!r}; the nearest are: {near}")
-        return Layers(found)
+        return Layers(matches)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table's cells as text, a row a layer."""
         return [
             (
-                one.path,
-                one.kind,
-                "" if one.channels is None else str(one.channels),
-                "" if one.size is None else "×".join(map(str, one.size)),
-                str(one.receptive_field) if one.receptive_field else {"whole": "whole image"}.get(one.sees, "?"),
-                one.in_place or "",
+                layer.path,
+                layer.kind,
+                "" if layer.channels is None else str(layer.channels),
+                "" if layer.size is None else "×".join(map(str, layer.size)),
+                str(layer.receptive_field or ("whole image" if layer.sees == "whole" else "?")),
+                layer.in_place or "",
             )
-            for one in self
+            for layer in self
         ]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the table as JSON values."""
-        return [{key: value for key, value in asdict(one).items() if key != "place"} for one in self]
+        return [layer.to_json() for layer in self]
 
     def __repr__(self) -> str:
         rows = [self.HEADINGS, *self.rows()]
@@ -183,153 +173,12 @@ class Layers(Sequence[Layer]):
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-@dataclass(frozen=True)
-class ObservedTensor:
-    """One tensor that a module returned during the survey."""
-
-    place: TensorAddress
-    module: nn.Module
-    shape: tuple[int, ...]
-    field: ReceptiveFieldState | None
-
-
-def survey(
-    run: Callable[[Tensor], Any],
-    module: nn.Module,
-    modules: Mapping[str, nn.Module],
-    image: Tensor,
-    layout: Layout = PLAIN,
-) -> Layers:
-    """Run a network once on `image` (1, c, h, w) and return the table of what every module returned.
-
-    A module that runs several times has one row a call, `path@0`, `path@1` …; one that returns several tensors has
-    one row a tensor, `path#0`, `path#logits` …; an all-digit path gets a leading dot, for a bare integer means the n-th
-    convolution. The module is left as it was.
-    """
-    with borrowed(module), torch.no_grad():
-        try:
-            return trace(run, modules, image, ReceptiveFieldTracer(image, arithmetic=False), layout)
-        except Exception:  # the network minds what is computed, or does not take the image and says so better this way
-            return trace(run, modules, image, ReceptiveFieldTracer(image), layout)
-
-
-def trace(
-    run: Callable[[Tensor], Any],
-    modules: Mapping[str, nn.Module],
-    image: Tensor,
-    tracer: ReceptiveFieldTracer,
-    layout: Layout = PLAIN,
-) -> Layers:
-    """Run a network under a tracer and return its table."""
-    calls: Counter[str] = Counter()
-    sightings: list[ObservedTensor] = []
-    witness = FoldingObserver()
-
-    def see(path: str, output: Any) -> None:
-        for part, returned in tensors_in(output).items():
-            witness.show(path, modules[path], returned)
-            tensor = layout.read(returned)
-            field = tracer.show(len(sightings), tensor)
-            sightings.append(
-                ObservedTensor(TensorAddress(path, calls[path], part), modules[path], tuple(tensor.shape), field)
-            )
-        calls[path] += 1
-
-    with hooked(modules, see), tracer, witness:
-        run(image)
-    pieces = Counter((one.place.path, one.place.call) for one in sightings)
-    rows = [
-        layer_row(
-            one,
-            tracer.overwritten.get(number),
-            calls[one.place.path] > 1,
-            pieces[one.place.path, one.place.call] > 1,
-            fused_activation(modules, one.place.path),
-        )
-        for number, one in enumerate(sightings)
-    ]
-    inside = {one.place.path for one in sightings if isinstance(one.module, InnerHookPoint)}
-    return Layers(
-        [row for row in rows if row.place.path and row.place.path not in inside],
-        [row for row in rows if row.place.path in inside],
-        witness.pairs(),
-    )
-
-
-def fused_activation(modules: Mapping[str, nn.Module], path: str) -> str:
-    """Return the name of the activation function that a layer applies itself; "" where there is none."""
-    inside = modules.get(f"{path}#{InnerHookPoint.ACTIVATION}")
-    if not isinstance(inside, InnerHookPoint):
-        return ""
-    activation = inside.owner.activation
-    return str(getattr(activation, "__name__", type(activation).__name__))
-
-
 def escape_digits(path: str) -> str:
-    """Return a module's path as it is typed: a number alone would be the n-th convolution."""
+    """Return a module's path as the user types it; a bare number would mean the n-th convolution."""
     return f".{path}" if path.isdigit() else path
 
 
-def layer_row(seen: ObservedTensor, overwritten: str | None, repeated: bool, several: bool, fused: str = "") -> Layer:
-    """Return the row of one sighting."""
-    inside = isinstance(seen.module, InnerHookPoint)
-    owner = seen.module.owner if isinstance(seen.module, InnerHookPoint) else seen.module
-    path, mark, where = seen.place.path.rpartition("#") if inside else (seen.place.path, "", "")
-    path = escape_digits(path)
-    path += f"@{seen.place.call}" if repeated else ""
-    path += f"#{seen.place.part}" if several else f"{mark}{where}"
-    is_map = len(seen.shape) == 4 and channels_first(seen.field)
-    sees, field = receptive_field(seen.field)
-    return Layer(
-        path=path,
-        place=seen.place,
-        kind=type(owner).__name__ + (f" + {fused}" if fused else ""),
-        convolution=is_map and any(one.__name__ in CONVOLUTIONS for one in type(owner).__mro__),
-        channels=seen.shape[1] if is_map or len(seen.shape) == 2 else None,
-        size=(seen.shape[2], seen.shape[3]) if is_map else None,
-        receptive_field=field,
-        sees=sees,
-        in_place=overwritten,
-    )
-
-
-def producing_call(
-    run: Callable[[Tensor], Any], modules: Mapping[str, nn.Module], image: Tensor
-) -> TensorAddress | None:
-    """Return which call of which module made the one tensor that the network returns; None where none did."""
-    calls: Counter[str] = Counter()
-    made: list[tuple[TensorAddress, Any]] = []
-
-    def see(path: str, output: Any) -> None:
-        made.append((TensorAddress(path, calls[path]), output))
-        calls[path] += 1
-
-    with hooked({path: one for path, one in modules.items() if path}, see):
-        result = run(image)
-    # the first that returned it made it: what holds that module returned it later
-    return next((place for place, output in made if output is result), None)
-
-
-def channels_first(field: ReceptiveFieldState | None) -> bool:
-    """Return whether the sides of the image lie along the last two of four dimensions, as far as is known."""
-    if field is None:
-        return True
-    along = [{one.side for one in factors} - {None} for factors in field.layout]
-    return not along[0] | along[1] and along[2] <= {DOWN} and along[3] <= {RIGHT}
-
-
-def receptive_field(field: ReceptiveFieldState | None) -> tuple[str, ReceptiveField | None]:
-    """Return ("part", its figures), ("whole", None) or ("unknown", None)."""
-    if field is not None and field.whole:
-        return "whole", None
-    down, right = (field and field.along(side) for side in (DOWN, RIGHT))
-    if not down or not right:
-        return "unknown", None
-    size, stride, start = zip(down, right, strict=True)
-    return "part", ReceptiveField(size, stride, (-start[0], -start[1]))
-
-
 def file_prefix(layers: Sequence[str]) -> str:
-    """Return `layer_<layer>` for file names, with what a file name cannot hold replaced."""
-    shown = "_".join(layers) or "output"
-    return "layer_" + "".join(one if one.isalnum() or one in "._-@#" else "_" for one in shown)
+    """Return `layer_<layer>` for file names, with `_` in place of characters that a file name cannot hold."""
+    name = "_".join(layers) or "output"
+    return "layer_" + "".join(letter if letter.isalnum() or letter in "._-@#" else "_" for letter in name)

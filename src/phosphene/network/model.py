@@ -21,9 +21,10 @@ from phosphene.errors import InvalidRequest, LayerRefused, PhospheneError, SizeR
 from phosphene.images.photo import MIDDLE, Fit, Region
 from phosphene.network.batchnorm_folding import BatchNormFolding
 from phosphene.network.capture import PLAIN, InnerHookPoint, Layout, TensorAddress, borrowed, capture, tensors_in
-from phosphene.network.layers import Layer, Layers, survey
-from phosphene.network.memory import is_out_of_memory, keep_freed_memory
+from phosphene.network.layers import Layer, Layers
+from phosphene.network.memory import is_out_of_memory
 from phosphene.network.preprocessing import Preprocessing
+from phosphene.network.survey import survey
 from phosphene.version import __version__
 
 
@@ -33,12 +34,13 @@ class Model:
 
     Attributes:
         module: the network.
-        name: how to speak of it; `ref` is how to load it again, None where that takes more than a reference.
-        options: what `load` was told beside the reference, in JSON terms; both make this network again.
+        name: what messages call it.
+        ref: the reference that loads it again, None if a reference is not enough.
+        options: the arguments of `load` beside the reference, in JSON terms; the two together load this network again.
         input_size: (h, w) that its full forward pass takes.
         channels_in: channels of its images.
         preprocessing: image (b, c, h, w) in [0, 1] -> what the module takes.
-        fit: how a photo is brought to `input_size`; by default its middle at the short side's scale.
+        fit: how a photo is brought to `input_size`; by default its centre crop, scaled by the short side.
         labels: class names by index, empty where unknown.
         logits: the address of the class scores before any softmax or sigmoid, `""` for what the network returns.
         layout: how the network's framework lays out maps and kernels.
@@ -67,16 +69,16 @@ class Model:
     @property
     def like(self) -> Tensor:
         """An empty tensor of the device and floating dtype that the network computes in."""
-        weights = (one for one in (*self.module.parameters(), *self.module.buffers()) if one.is_floating_point())
-        first = next(weights, torch.empty(0))
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
         return torch.empty(0, dtype=first.dtype, device=first.device)
 
     def forward(self, image: Tensor) -> Any:
-        """Return what the network makes of an image (b, c, h, w) in [0, 1]."""
+        """Return the network's output for images (b, c, h, w) in [0, 1]."""
         return self.module(self.preprocessing(image))
 
     def fitted(self, photo: Tensor) -> tuple[Tensor, Region]:
-        """Return a photo (1, c, h, w) as the network takes it, (1, c, *input_size), and the part of it that this shows.
+        """Return a photo (1, c, h, w) as the network takes it, (1, c, *input_size), and the part of it that is left.
 
         The image is on the network's device and in its dtype.
         """
@@ -102,56 +104,56 @@ class Model:
     ) -> Iterator[Callable[[Tensor], dict[str | int, Tensor]]]:
         """Borrow the network and yield `read(image)`: the tensors at the addresses, `""` being the network's output.
 
-        The forward pass stops at the last of them. At `roots`, some of the addresses, the graph of gradients starts: a
-        backward pass goes no further down. Of `inputs`, some of the addresses, it is what the layer is given that is
-        read. The module is given back as it was.
+        The forward pass stops at the last of them. At `roots`, a part of the addresses, the graph of gradients starts:
+        a backward pass goes no further down. At `inputs`, a part of the addresses, the layer's input is read in place
+        of its output. The module is given back as it was.
         """
-        keep_freed_memory()
         places: dict[Any, TensorAddress] = {
-            one: TensorAddress("") if one == "" else self.find(one).place for one in addresses
+            address: TensorAddress("") if address == "" else self.find(address).place for address in addresses
         }
         if "" in places:
             places[""] = TensorAddress("", part=self.output_part)
         modules = {place.path: self.modules[place.path] for place in places.values()}
-        for one in inputs:
-            splice = InnerHookPoint(modules[places[one].path], InnerHookPoint.INPUT)
-            places[one] = TensorAddress(f"{places[one].path}#{InnerHookPoint.INPUT}", places[one].call)
-            modules[places[one].path] = splice
+        for address in inputs:
+            hook_point = InnerHookPoint(modules[places[address].path], InnerHookPoint.INPUT)
+            places[address] = TensorAddress(f"{places[address].path}#{InnerHookPoint.INPUT}", places[address].call)
+            modules[places[address].path] = hook_point
         with borrowed(self.module), capture(self.forward, modules, places, self.layout, roots) as read:
             yield read
 
     def folding(self, addresses: Sequence[str | int]) -> BatchNormFolding:
-        """Return what makes forward passes cheaper that read nothing but these addresses; see `reading`.
+        """Return the folding that is right, and cheaper, for forward passes that read these addresses alone.
 
-        The hooks of `reading` would count as the user's: it has to be asked for before.
+        Call it before `reading`, whose hooks would count as the user's.
         """
-        read = {"" if one == "" else self.find(one).place.path for one in addresses}
-        return BatchNormFolding(self.module, self.modules, [one for one in self.layers().pairs if not one.paths & read])
+        paths = {"" if address == "" else self.find(address).place.path for address in addresses}
+        pairs = [pair for pair in self.layers().pairs if not pair.paths & paths]
+        return BatchNormFolding(self.module, self.modules, pairs)
 
     @cached_property
     def output_part(self) -> str:
-        """Which tensor of what the network returns is its class scores: the bare one, or `logits`.
+        """The name of the class scores among the tensors that the network returns: that of the only one, or `logits`.
 
         Raises:
-            LayerRefused: it returns several and none is called so.
+            LayerRefused: it returns none, or several of which none has the name `logits`.
         """
         with self.taking(self.input_size), borrowed(self.module), torch.no_grad():
-            found = tensors_in(self.forward(self.grey(self.input_size)))
-        if len(found) == 1:
-            return next(iter(found))
-        if "logits" in found:
+            names = list(tensors_in(self.forward(self.grey(self.input_size))))
+        if len(names) == 1:
+            return names[0]
+        if "logits" in names:
             return "logits"
-        several = f"several tensors ({', '.join(found)})" if found else "no tensor"
-        raise LayerRefused(f"{self.name} returns {several}; name the layer that you mean")
+        returned = f"several tensors ({', '.join(names)})" if names else "no tensor"
+        raise LayerRefused(f"{self.name} returns {returned}; name the layer that you mean")
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with the weights (names, shapes, dtypes, bytes) and the preprocessing.
 
-        Taken anew each time, for a network may be trained on while its handle lives.
+        It is computed anew each time, for the network may be trained further while its handle lives.
         """
-        known = self.preprocessing if isinstance(self.preprocessing, Preprocessing) else type(self.preprocessing)
-        digest = hashlib.sha256(repr(known).encode())
+        plain = isinstance(self.preprocessing, Preprocessing)  # the repr of anything else may hold an address in memory
+        digest = hashlib.sha256(repr(self.preprocessing if plain else type(self.preprocessing)).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             if isinstance(tensor, Tensor):
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -160,7 +162,7 @@ class Model:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What every result follows from, in JSON terms: model, how it was loaded, notes, and the versions at work."""
+        """What every result depends on, in JSON terms: model, how it was loaded, notes, and the versions in use."""
         return {
             "model": self.name,
             "options": dict(self.options),
@@ -170,7 +172,7 @@ class Model:
         }
 
     def check_photo(self, photo: Tensor) -> None:
-        """Refuse a photo that is not (1, c, h, w), floating, with the network's number of channels.
+        """Check that a photo is a floating tensor (1, c, h, w) with the network's number of channels.
 
         Raises:
             InvalidRequest: it is not.
@@ -183,7 +185,7 @@ class Model:
             )
 
     def check_finite(self) -> None:
-        """Refuse weights with NaN or infinity.
+        """Check that no weight is NaN or infinite.
 
         Raises:
             WeightsRefused: the message names the first layer that has any.
@@ -197,7 +199,7 @@ class Model:
                 )
 
     def check_takes(self, read: Callable[[Tensor], Any], size: tuple[int, int]) -> None:
-        """Run one image of `size` through an open `reading`, and refuse the size where that fails.
+        """Check that a network takes images of `size`, by running one through an open `reading`.
 
         Raises:
             SizeRefused: the network does not take it.
@@ -214,7 +216,7 @@ class Model:
 
     @contextmanager
     def taking(self, size: tuple[int, int]) -> Iterator[None]:
-        """Refuse the size if a forward pass inside fails, for whatever reason but a lack of memory.
+        """Turn any failure of a forward pass, except for a lack of memory, into a refusal of the size.
 
         Raises:
             SizeRefused: it failed.
@@ -229,7 +231,7 @@ class Model:
             raise self.size_error(size, first_line(error)) from error
 
     def size_error(self, size: tuple[int, int], reason: str) -> SizeRefused:
-        """Return the refusal of a size, which says what to do next."""
+        """Return the error that refuses a size and says what to do next."""
         usual = "×".join(map(str, self.input_size))
         advice = f"its usual size is {usual}, give another with --size"
         if size == self.input_size:

@@ -1,11 +1,11 @@
 """Receptive fields: which pixels of the image the entries of a tensor depend on.
 
-Along one side of the image, the entry at index 0 depends on `size` pixels from `start`, and every step along a
-dimension of the tensor moves that by so many pixels (Araujo et al., "Computing Receptive Fields of Convolutional Neural
-Networks", Distill 2019). A reshape may split a side of the image over several dimensions or put several into one;
-mixing all entries of a dimension (global pooling, a linear layer) leaves a field that no longer moves. Where the pixels
-do not follow such a rule, the field is None: unknown. One field stands for all channels: it holds what any of them
-sees. This file is the arithmetic; which operation does what to a field is in `tracing`.
+Along one axis of the image, the entry at index 0 depends on `size` pixels from `start`, and each step along a dimension
+of the tensor moves this window by a fixed number of pixels (Araujo et al., "Computing Receptive Fields of Convolutional
+Neural Networks", Distill 2019). A reshape may split an image axis over several dimensions or put several into one.
+Mixing all entries of a dimension (global pooling, a linear layer) leaves a field that no longer moves. Where the pixels
+follow no such rule, the field is None: unknown. One field stands for all channels: it holds what any of them sees.
+This file is the arithmetic; `receptive_field_rules` says what each operation does to a field.
 """
 
 from __future__ import annotations
@@ -18,34 +18,31 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-DOWN, RIGHT = 0, 1
+ROWS, COLUMNS = 0, 1
 
 
 class Factor(NamedTuple):
-    """Part of a dimension of a tensor: `extent` entries, each `step` pixels further along a side of the image.
-
-    `side` is DOWN or RIGHT; None where the entries are batch items or channels, or all see the same.
-    """
+    """Part of a dimension of a tensor: `extent` entries, each `step` pixels further along an axis of the image."""
 
     extent: int
-    side: int | None = None
+    axis: int | None = None  # ROWS or COLUMNS; None if the entries are batch items or channels, or all see the same
     step: int = 0
 
 
 class Span(NamedTuple):
-    """What the entry at index 0 sees along one side of the image: `size` pixels from `start`."""
+    """What the entry at index 0 sees along one axis of the image: `size` pixels from `start`."""
 
     start: int
     size: int
 
     def widened(self, reach: int) -> Span:
-        """Return the span together with the one `reach` pixels further, or before it where `reach` is below 0."""
+        """Return the span together with the one `reach` pixels further on (if negative, further back)."""
         return Span(self.start + min(0, reach), self.size + abs(reach))
 
-    def joined(self, other: Span) -> Span:
+    def union(self, span: Span) -> Span:
         """Return the smallest span that holds both."""
-        start = min(self.start, other.start)
-        return Span(start, max(self.start + self.size, other.start + other.size) - start)
+        start = min(self.start, span.start)
+        return Span(start, max(self.start + self.size, span.start + span.size) - start)
 
 
 Factors = tuple[Factor, ...]
@@ -57,9 +54,9 @@ class ReceptiveFieldState:
 
     Attributes:
         image: (h, w) of the image.
-        spans: what index 0 sees, (down, right).
-        layout: the factors of each dimension of the tensor, slowest first. A side that has no factor does not move:
-            every entry sees the same of it, and its span lies within the image.
+        spans: what index 0 sees, (rows, columns).
+        layout: the factors of each dimension of the tensor, slowest first. Along an image axis without a factor the
+            field does not move: every entry sees the same, and the span lies within the image.
     """
 
     image: tuple[int, int]
@@ -70,100 +67,107 @@ class ReceptiveFieldState:
     def of_image(cls, image: Tensor) -> ReceptiveFieldState:
         """Return the field of an image (b, c, h, w) itself."""
         batch, channels, height, width = image.shape
-        layout = tidy([Factor(batch)]), tidy([Factor(channels)]), (Factor(height, DOWN, 1),), (Factor(width, RIGHT, 1),)
-        return cls((height, width), (Span(0, 1), Span(0, 1)), layout)
+        factors = Factor(batch), Factor(channels), Factor(height, ROWS, 1), Factor(width, COLUMNS, 1)
+        return cls((height, width), (Span(0, 1), Span(0, 1)), tuple(simplified([factor]) for factor in factors))
 
     @property
-    def whole(self) -> bool:
+    def is_whole_image(self) -> bool:
         """Whether every entry sees all of the image."""
-        moves = any(self.moves(side) for side in (DOWN, RIGHT))
+        moves = any(self.moves(axis) for axis in (ROWS, COLUMNS))
         return not moves and self.spans == tuple(Span(0, extent) for extent in self.image)
 
-    def moves(self, side: int) -> bool:
-        return any(one.side == side for factors in self.layout for one in factors)
+    def moves(self, axis: int) -> bool:
+        return any(factor.axis == axis for factors in self.layout for factor in factors)
 
-    def along(self, side: int) -> tuple[int, int, int] | None:
-        """Return (size, stride, start) along a side; None where it moves in a way that these do not tell."""
-        start, size = self.spans[side]
-        held = [factors for factors in self.layout if any(one.side == side for one in factors)]
-        moving = [one for factors in held for one in factors if one.side == side]
-        if len(moving) > 1 or any(one.side is None for factors in held for one in factors):
+    def along(self, axis: int) -> tuple[int, int, int] | None:
+        """Return (size, stride, start) along an axis; None if the field moves in a way that these cannot express."""
+        start, size = self.spans[axis]
+        dims = [factors for factors in self.layout if any(factor.axis == axis for factor in factors)]
+        moving = [factor for factors in dims for factor in factors if factor.axis == axis]
+        if len(moving) > 1 or any(factor.axis is None for factors in dims for factor in factors):
             return None
-        return size, sum(one.step for one in moving), start
+        return size, sum(factor.step for factor in moving), start
 
-    def with_span(self, side: int, span: Span) -> ReceptiveFieldState:
-        return replace(self, spans=(span, self.spans[RIGHT]) if side == DOWN else (self.spans[DOWN], span))
+    def with_span(self, axis: int, span: Span) -> ReceptiveFieldState:
+        return replace(self, spans=(span, self.spans[COLUMNS]) if axis == ROWS else (self.spans[ROWS], span))
 
     def with_dim(self, dim: int, factors: Sequence[Factor]) -> ReceptiveFieldState:
         layout = list(self.layout)
-        layout[dim] = tidy(factors)
+        layout[dim] = simplified(factors)
         return replace(self, layout=tuple(layout))
 
     def mixed(self, *dims: int) -> ReceptiveFieldState:
         """Return the field after all entries along some dimensions were mixed; the tensor keeps its shape."""
-        return self.stilled(lambda dim, factor: dim in dims)
+        return self.mixed_where(lambda dim, axis: dim in dims)
 
-    def still(self, side: int) -> ReceptiveFieldState:
-        """Return the field of what is made of all entries together along a side."""
-        return self.stilled(lambda dim, factor: factor.side == side)
+    def mixed_along(self, axis: int) -> ReceptiveFieldState:
+        """Return the field after all entries along an axis of the image were mixed."""
+        return self.mixed_where(lambda dim, factor_axis: factor_axis == axis)
 
-    def stilled(self, chosen: Callable[[int, Factor], bool]) -> ReceptiveFieldState:
+    def mixed_where(self, mixes: Callable[[int, int | None], bool]) -> ReceptiveFieldState:
+        """Return the field after all entries were mixed along those (dimension, axis) for which `mixes` is true."""
         field = self
         for dim, factors in enumerate(self.layout):
-            for one in factors:
-                if one.side is not None and chosen(dim, one):
-                    field = field.with_span(one.side, field.spans[one.side].widened((one.extent - 1) * one.step))
-            field = field.with_dim(dim, [Factor(one.extent) if chosen(dim, one) else one for one in factors])
-        for side in (DOWN, RIGHT):
-            if self.moves(side) and not field.moves(side):
-                span = field.spans[side]
-                start, end = max(0, span.start), min(self.image[side], span.start + span.size)
-                field = field.with_span(side, Span(start, max(0, end - start)))
+            for extent, axis, step in factors:
+                if axis is not None and mixes(dim, axis):
+                    field = field.with_span(axis, field.spans[axis].widened((extent - 1) * step))
+            mixed = [Factor(factor.extent) if mixes(dim, factor.axis) else factor for factor in factors]
+            field = field.with_dim(dim, mixed)
+        for axis in (ROWS, COLUMNS):
+            if self.moves(axis) and not field.moves(axis):
+                span = field.spans[axis]
+                start, end = max(0, span.start), min(self.image[axis], span.start + span.size)
+                field = field.with_span(axis, Span(start, max(0, end - start)))
         return field
 
-    def fits(self, shape: Sequence[int]) -> bool:
+    def has_shape(self, shape: Sequence[int]) -> bool:
         return tuple(extent_of(factors) for factors in self.layout) == tuple(shape)
 
 
 def extent_of(factors: Sequence[Factor]) -> int:
-    return math.prod(one.extent for one in factors)
+    return math.prod(factor.extent for factor in factors)
 
 
-def tidy(factors: Sequence[Factor]) -> Factors:
+def follows_image(factors: Sequence[Factor]) -> bool:
+    """Return whether a dimension runs along the image."""
+    return any(factor.axis is not None for factor in factors)
+
+
+def simplified(factors: Sequence[Factor]) -> Factors:
     """Return the factors with neighbours that see the same put together, and single entries left out."""
-    tidied: list[Factor] = []
-    for one in factors:
-        if one.side is None and tidied and tidied[-1].side is None:
-            tidied[-1] = Factor(tidied[-1].extent * one.extent)
-        elif one.side is not None or one.extent != 1:
-            tidied.append(one)
-    return tuple(tidied)
+    kept: list[Factor] = []
+    for factor in factors:
+        if factor.axis is None and kept and kept[-1].axis is None:
+            kept[-1] = Factor(kept[-1].extent * factor.extent)
+        elif factor.axis is not None or factor.extent != 1:
+            kept.append(factor)
+    return tuple(kept)
 
 
 def regrouped(field: ReceptiveFieldState, shape: Sequence[int]) -> ReceptiveFieldState | None:
-    """Return the field of the same entries in another shape; None where a dimension cannot be told apart any more."""
-    if field.fits(shape):
+    """Return the field of the same entries in another shape; None if the dimensions can no longer be told apart."""
+    if field.has_shape(shape):
         return field
     field = field.mixed(*(dim for dim, factors in enumerate(field.layout) if extent_of(factors) == 1))
-    left = list(reversed(tidy([one for factors in field.layout for one in factors])))
+    remaining = list(reversed(simplified([factor for factors in field.layout for factor in factors])))
     layout: list[Factors] = []
     for extent in shape:
-        taken: list[Factor] = []
-        while extent > 1 and left:
-            one = left.pop()
-            if extent % one.extent and one.extent % extent:
+        factors: list[Factor] = []
+        while extent > 1 and remaining:
+            factor = remaining.pop()
+            if extent % factor.extent and factor.extent % extent:
                 return None
-            inner = max(1, one.extent // extent)
-            taken.append(one._replace(extent=one.extent // inner, step=one.step * inner))
+            inner = max(1, factor.extent // extent)
+            factors.append(factor._replace(extent=factor.extent // inner, step=factor.step * inner))
             if inner > 1:
-                left.append(one._replace(extent=inner))
-            extent //= one.extent // inner
-        layout.append(tidy(taken))
+                remaining.append(factor._replace(extent=inner))
+            extent //= factor.extent // inner
+        layout.append(simplified(factors))
     return replace(field, layout=tuple(layout))
 
 
 def broadcast(field: ReceptiveFieldState, shape: Sequence[int]) -> ReceptiveFieldState:
-    """Return the field of a tensor repeated to a larger shape: single entries then see the same everywhere."""
+    """Return the field of a tensor repeated to a larger shape: repeated entries see the same everywhere."""
     missing = len(shape) - len(field.layout)
     field = replace(field, layout=((),) * missing + field.layout)
     for dim, extent in enumerate(shape):
@@ -173,60 +177,60 @@ def broadcast(field: ReceptiveFieldState, shape: Sequence[int]) -> ReceptiveFiel
 
 
 def merged(fields: Sequence[ReceptiveFieldState], shape: Sequence[int]) -> ReceptiveFieldState | None:
-    """Return the field of a tensor of which every entry comes from the entries at the same place in several others."""
+    """Return the field of a tensor each entry of which comes from the entries at the same position in several."""
     fields = [broadcast(field, shape) for field in fields]
-    for side in (DOWN, RIGHT):
-        fixed = [field for field in fields if not field.moves(side)]
-        if 0 < len(fixed) < len(fields):  # all entries see the same only where that holds whatever the others see
-            fields = [field.still(side) for field in fields]
-            if joined(fixed, side) != joined(fields, side):
+    for axis in (ROWS, COLUMNS):
+        fixed = [field for field in fields if not field.moves(axis)]
+        if 0 < len(fixed) < len(fields):  # all entries see the same only if the fixed spans hold all of the moving ones
+            fields = [field.mixed_along(axis) for field in fields]
+            if union_span(fixed, axis) != union_span(fields, axis):
                 return None
     if len({field.layout for field in fields}) != 1:
         return None
-    return replace(fields[0], spans=(joined(fields, DOWN), joined(fields, RIGHT)))
+    return replace(fields[0], spans=(union_span(fields, ROWS), union_span(fields, COLUMNS)))
 
 
-def joined(fields: Sequence[ReceptiveFieldState], side: int) -> Span:
-    return reduce(Span.joined, [field.spans[side] for field in fields])
+def union_span(fields: Sequence[ReceptiveFieldState], axis: int) -> Span:
+    return reduce(Span.union, [field.spans[axis] for field in fields])
 
 
-def through_window(
+def slide_along_dim(
     field: ReceptiveFieldState, dim: int, extent: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> ReceptiveFieldState | None:
-    """Return the field after a window slid along a dimension, which has `extent` entries then; None if not regular."""
+    """Return the field after a window slid along a dimension, now of `extent` entries; None if it is not regular."""
     factors = field.layout[dim]
     if (extent_of(factors), 1, 1, 0) == (extent, kernel, stride, padding):
         return field
-    if all(one.side is None for one in factors):
+    if not follows_image(factors):
         return field.with_dim(dim, [Factor(extent)])
     if len(factors) > 1:
         return None
-    _, side, step = factors[0]
-    assert side is not None
-    start, size = field.spans[side]
+    _, axis, step = factors[0]
+    assert axis is not None
+    start, size = field.spans[axis]
     span = Span(start - padding * step, size).widened((kernel - 1) * dilation * step)
-    return field.with_dim(dim, [Factor(extent, side, step * stride)]).with_span(side, span)
+    return field.with_dim(dim, [Factor(extent, axis, step * stride)]).with_span(axis, span)
 
 
-def windowed(
+def slide_window(
     field: ReceptiveFieldState | None, shape: Sequence[int], kernel: Any, stride: Any, padding: Any, dilation: Any
 ) -> ReceptiveFieldState | None:
     """Return the field after a sliding window over the last dimensions, as many as the kernel has."""
     for number in range(len(kernel)):
-        options = (one[number % len(one)] for one in (kernel, stride, padding, dilation))
+        settings = (values[number % len(values)] for values in (kernel, stride, padding, dilation))
         dim = len(shape) - len(kernel) + number
-        field = field and through_window(field, dim, shape[dim], *options)
+        field = field and slide_along_dim(field, dim, shape[dim], *settings)
     return field
 
 
 def unmoving(fields: Sequence[ReceptiveFieldState], shape: Sequence[int]) -> ReceptiveFieldState | None:
-    """Return the field of a result of which every entry may depend on all of several tensors; None if some move."""
-    if any(field.moves(side) for field in fields for side in (DOWN, RIGHT)):
+    """Return the field of a result whose every entry may depend on all of several tensors; None if any moves."""
+    if any(field.moves(axis) for field in fields for axis in (ROWS, COLUMNS)):
         return None
-    layout = tuple(tidy([Factor(extent)]) for extent in shape)
+    layout = tuple(simplified([Factor(extent)]) for extent in shape)
     return merged([replace(field, layout=layout) for field in fields], shape)
 
 
-def without(field: ReceptiveFieldState, dims: set[int]) -> ReceptiveFieldState:
+def without_dims(field: ReceptiveFieldState, dims: set[int]) -> ReceptiveFieldState:
     """Return the field of a tensor that has lost some dimensions."""
     return replace(field, layout=tuple(factors for dim, factors in enumerate(field.layout) if dim not in dims))

@@ -28,11 +28,11 @@ from phosphene.errors import (
 )
 from phosphene.images.photo import Fit
 from phosphene.network.capture import InnerHookPoint, borrowed
-from phosphene.network.layers import producing_call
 from phosphene.network.loading.builtin import load_builtin
 from phosphene.network.loading.weights import RANDOM, load_weights, randomise, seeded
 from phosphene.network.model import Model
 from phosphene.network.preprocessing import Preprocessing
+from phosphene.network.survey import producing_call
 
 UNNORMALISED = "no normalisation was given: the network gets values of 0..1"
 OFFLINE = (
