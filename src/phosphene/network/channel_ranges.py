@@ -11,9 +11,9 @@ RANGE = re.compile(r"(\d{0,9}):(\d{0,9})(?::([1-9]\d{0,8})?)?", re.ASCII)
 
 
 def parse_channels(text: str, count: int) -> list[int]:
-    """Return the channels that `0:64`, `3,7,11`, `0:8,20` or `all` mean, for a layer that has `count`, each once.
+    """Return the channels, each once, that `0:64`, `3,7,11`, `0:8,20` or `all` mean for a layer with `count` of them.
 
-    A range is as in Python: `0:64:2` takes every second one, and a bound may be left out.
+    A range is as in Python: `0:64:2` takes every second channel, and a bound may be left out.
 
     Raises:
         InvalidRequest: the text is none of these, or chooses nothing.
@@ -21,11 +21,11 @@ def parse_channels(text: str, count: int) -> list[int]:
     """
     chosen: list[int] = []
     for piece in text.split(","):
-        single, several = SINGLE.fullmatch(piece.strip()), RANGE.fullmatch(piece.strip().replace("all", "::"))
+        single, bounds = SINGLE.fullmatch(piece.strip()), RANGE.fullmatch(piece.strip().replace("all", "::"))
         if single:
             start, stop, step = int(single[0]), int(single[0]) + 1, 1
-        elif several:
-            start, stop, step = int(several[1] or 0), int(several[2] or count), int(several[3] or 1)
+        elif bounds:
+            start, stop, step = int(bounds[1] or 0), int(bounds[2] or count), int(bounds[3] or 1)
         else:
             raise InvalidRequest(f"channels are given as 0:64, 3,7,11 or all, not {text!r}")
         if max(start + 1, stop) > count:
