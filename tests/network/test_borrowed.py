@@ -103,9 +103,9 @@ def more_of(net: nn.Module) -> dict[str, Any]:
     """Return what the shared guard does not look at."""
     return {
         "buffer names": [name for name, _ in net.named_buffers()],
-        "buffer tables": [list(one._buffers) for one in net.modules()],
+        "buffer tables": [list(module._buffers) for module in net.modules()],
         "saved": list(net.state_dict()),
-        "compiled": [one._compiled_call_impl for one in net.modules()],
+        "compiled": [module._compiled_call_impl for module in net.modules()],
         "random": random.getstate(),
         "numpy": [*map(str, numpy.random.get_state())],
         "inference": torch.is_inference_mode_enabled(),
@@ -144,22 +144,22 @@ def test_reading_leaves_no_trace(ending: str, outside: str, lived_in: LivedIn, u
     model = Model(lived_in, "lived in", (8, 8), modules=dict(lived_in.named_modules()))
     image = torch.rand(1, 3, 8, 8)
     before = more_of(lived_in)
-    places = {"conv": TensorAddress("conv"), "last": TensorAddress("last")}
-    seen = None
+    addresses = {"conv": TensorAddress("conv"), "last": TensorAddress("last")}
+    acts = None
     with OUTSIDE[outside](), untouched(lived_in):
         stopped: AbstractContextManager[None] = (
             nullcontext() if ending == "success" else suppress(Broken, KeyboardInterrupt)
         )
-        with stopped, borrowed(lived_in), capture(model.forward, model.modules, places) as read:
-            assert not any(one.training for one in lived_in.modules())
-            assert not any(one.requires_grad for one in lived_in.parameters())
+        with stopped, borrowed(lived_in), capture(model.forward, model.modules, addresses) as read:
+            assert not any(module.training for module in lived_in.modules())
+            assert not any(parameter.requires_grad for parameter in lived_in.parameters())
             image.requires_grad_()
-            seen = read(image)
+            acts = read(image)
             read(image)
             assert lived_in.counting.calls == 3
-            (slope,) = torch.autograd.grad(seen["last"].sum(), image)
-            assert slope.abs().max() > 0
-        assert (seen is None) == (ending != "success")
+            (gradient,) = torch.autograd.grad(acts["last"].sum(), image)
+            assert gradient.abs().max() > 0
+        assert (acts is None) == (ending != "success")
     assert lived_in._compiled_call_impl is compiled is not None
     assert more_of(lived_in) == before
 
@@ -175,7 +175,7 @@ def test_an_error_of_the_caller_passes_through_a_reading_and_leaves_no_trace(
     def interrupted() -> None:
         with model.reading(["conv", "last", ""]) as read:
             acts = read(torch.rand(2, 3, 8, 8))
-            assert [acts[one].shape[1] for one in ("conv", "last", "")] == [4, 2, 2]
+            assert [acts[address].shape[1] for address in ("conv", "last", "")] == [4, 2, 2]
             raise error
 
     with untouched(lived_in), pytest.raises(error):
@@ -202,10 +202,10 @@ def test_a_buffer_with_nan_comes_back_with_its_nan(lived_in: LivedIn) -> None:
 def test_gradients_can_be_taken_while_everything_outside_forbids_them(small_net: nn.Sequential) -> None:
     image = noise(1, 3, 8, 8, dtype=torch.float64)
     expected = small_net[:5](image.requires_grad_())
-    (slope,) = torch.autograd.grad(expected.sum(), image)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), image)
     reading = capture(small_net, {"4": small_net[4]}, {"x": TensorAddress("4")})
     with torch.inference_mode(), borrowed(small_net), reading as read:
         act = read(image)["x"]
-        (mine,) = torch.autograd.grad(act.sum(), image)
+        (gradient,) = torch.autograd.grad(act.sum(), image)
     assert torch.equal(act, expected)
-    assert torch.equal(mine, slope)
+    assert torch.equal(gradient, expected_gradient)

@@ -18,7 +18,7 @@ from phosphene.network.memory import keep_freed_memory
 from phosphene.network.model import Model
 
 def page_faults():
-    torch.empty(20_000_000).fill_(1)
+    torch.empty(10_000_000).fill_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def new_page_faults():
@@ -43,7 +43,7 @@ print(json.dumps([is_kept, before, after_reading, left_as_default, new_page_faul
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set are glibc's own settings")
 def test_freed_memory_is_kept_after_the_call_alone_and_not_by_reading_a_model() -> None:
-    pages = 5 * 20_000_000 * 4 // 2**21  # at least, with the largest pages that there are
+    pages = 5 * 10_000_000 * 4 // 2**21  # at least, with the largest pages that there are
     process = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     is_kept, before, after_reading, left_as_default, kept = json.loads(process.stdout)
     assert min(before, after_reading, left_as_default) >= pages

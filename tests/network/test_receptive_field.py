@@ -1,23 +1,73 @@
-"""Receptive fields of whole networks: the published figures, and where the gradient is not zero."""
+"""Receptive fields: their arithmetic by hand, and in whole networks the published figures and the gradient."""
 
 from __future__ import annotations
 
 from dataclasses import astuple
+from functools import cache
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision import models
 
 from phosphene.network.capture import capture
+from phosphene.network.layers import Layers
+from phosphene.network.receptive_field import (
+    COLUMNS,
+    ROWS,
+    Factor,
+    ReceptiveFieldState,
+    Span,
+    merged,
+    regrouped,
+    simplified,
+    slide_along_dim,
+)
 from phosphene.network.survey import survey
-from positive_networks import noise, positive
+from positive_networks import ends, noise, positive
+
+IMAGE = ReceptiveFieldState.of_image(torch.zeros(1, 3, 8, 6))
 
 
-def ends(mask: Tensor) -> tuple[int, int]:
-    """Return the first and the last index where a mask (n,) is true."""
-    found = mask.nonzero().flatten()
-    return int(found[0]), int(found[-1])
+def test_spans_grow_by_the_reach_either_way_and_join_over_their_gap() -> None:
+    assert Span(2, 3).widened(4) == Span(2, 7)
+    assert Span(2, 3).widened(-4) == Span(-2, 7)
+    assert Span(2, 3).union(Span(-1, 1)) == Span(-1, 3).union(Span(2, 3)) == Span(-1, 6)
+
+
+def test_neighbours_that_see_the_same_are_one_factor_and_single_entries_none() -> None:
+    row = Factor(4, ROWS, 2)
+    assert simplified([Factor(2), Factor(1), Factor(3), row, Factor(5)]) == (Factor(6), row, Factor(5))
+
+
+def test_an_image_sees_itself_and_a_window_moves_with_its_stride() -> None:
+    assert (IMAGE.along(ROWS), IMAGE.along(COLUMNS)) == ((1, 1, 0), (1, 1, 0))
+    slid = slide_along_dim(IMAGE, 2, 3, kernel=3, stride=3, padding=1, dilation=2)
+    assert slid is not None
+    assert slid.has_shape((1, 3, 3, 6))
+    assert slid.along(ROWS) == (5, 3, -1)  # 1 + 2·2 pixels from -1
+    assert slid.mixed(2).along(ROWS) == (8, 0, 0)  # from -1 to 9, of which 0 to 7 are on the image
+    assert slid.mixed(2, 3).is_whole_image
+
+
+def test_a_reshape_keeps_what_each_entry_sees_or_knows_nothing() -> None:
+    halves = regrouped(IMAGE, (3, 4, 2, 6))
+    assert halves is not None
+    assert halves.layout == ((Factor(3),), (Factor(4, ROWS, 2),), (Factor(2, ROWS, 1),), (Factor(6, COLUMNS, 1),))
+    assert regrouped(halves, (1, 3, 8, 6)) is not None
+    assert regrouped(IMAGE, (3, 3, 16)) is None  # 8 rows cannot be split into 3
+
+
+def test_a_sum_sees_what_any_of_its_terms_sees() -> None:
+    wide = slide_along_dim(IMAGE, 3, 6, kernel=3, stride=1, padding=1, dilation=1)
+    assert wide is not None
+    both = merged([IMAGE, wide], (1, 3, 8, 6))
+    assert both is not None
+    assert both.along(COLUMNS) == (3, 1, -1)
+    assert merged([IMAGE, IMAGE.mixed(2, 3)], (1, 3, 8, 6)) == IMAGE.mixed(2, 3)
+    corner = slide_along_dim(IMAGE, 2, 1, kernel=1, stride=1, padding=0, dilation=1)
+    assert corner is not None
+    assert merged([IMAGE, corner.mixed(2)], (1, 3, 8, 6)) is None  # the first row for all, and one more for each
 
 
 def averaging(net: nn.Module) -> nn.Module:
@@ -34,32 +84,42 @@ NETS = [
     *("alexnet", "resnet18", "densenet121", "googlenet", "squeezenet1_1", "mobilenet_v2", "mobilenet_v3_small"),
     *("shufflenet_v2_x0_5", "mnasnet0_5", "regnet_y_400mf", "efficientnet_b0", "convnext_tiny"),
 ]
-NO_START = {one: {"init_weights": False} for one in ("vgg11_bn", "googlenet", "inception_v3")}
+
+
+def untrained(name: str) -> nn.Module:
+    """Return a torchvision network; one with large dense layers has no values yet, for they would take seconds."""
+    dense = name in ("alexnet", "vgg16")
+    with torch.device("meta" if dense else "cpu"):
+        net: nn.Module = models.get_model(
+            name, weights=None, **({"init_weights": False} if name == "googlenet" else {})
+        )
+    return net.to_empty(device="cpu").eval() if dense else net.eval()
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_the_field_in_a_torchvision_network_is_where_the_gradient_is_not_zero(name: str) -> None:
     """At up to eight layers spread over those whose field, at the central position, lies inside the image."""
-    net = positive(averaging(models.get_model(name, weights=None, **NO_START.get(name, {}))))
+    net = positive(averaging(untrained(name)))
     image = 0.1 * noise(1, 3, 96, 112)
     table = survey(net, net, dict(net.named_modules()), image)
     centred: dict[str, list[tuple[int, int]]] = {}
-    for one in table:
-        if one.size and one.receptive_field and min(one.size) > 1:
-            figures = zip(one.size, *astuple(one.receptive_field), strict=True)
+    for layer in table:
+        if layer.size and layer.receptive_field and min(layer.size) > 1:
+            figures = zip(layer.size, *astuple(layer.receptive_field), strict=True)
             boxes = [
                 (n // 2 * stride - padding, n // 2 * stride - padding + size - 1)
                 for n, size, stride, padding in figures
             ]
             if all(first >= 0 and last < n for (first, last), n in zip(boxes, (96, 112), strict=True)):
-                centred[one.path] = boxes
+                centred[layer.path] = boxes
     assert len(centred) >= 5
     chosen = list(centred)[:: max(1, len(centred) // 5)] + list(centred)[-1:]
-    whole = [one.path for one in table if one.sees == "whole" and one.is_map and one.channels != 1000][:1]
-    places = {path: table.find(path).place for path in chosen + whole}
-    with capture(net, {one.path: net.get_submodule(one.path) for one in places.values()}, places) as read:
-        kept = read(image.requires_grad_())
-    for path, act in kept.items():
+    whole = [layer.path for layer in table if layer.sees == "whole" and layer.is_map and layer.channels != 1000][:1]
+    addresses = {path: table.find(path).place for path in chosen + whole}
+    modules = {address.path: net.get_submodule(address.path) for address in addresses.values()}
+    with capture(net, modules, addresses) as read:
+        acts = read(image.requires_grad_())
+    for path, act in acts.items():
         (gradient,) = torch.autograd.grad(
             act[:, :, act.shape[2] // 2, act.shape[3] // 2].sum(), image, retain_graph=True
         )
@@ -67,16 +127,19 @@ def test_the_field_in_a_torchvision_network_is_where_the_gradient_is_not_zero(na
         assert [ends(seen.any(1)), ends(seen.any(0))] == centred.get(path, [(0, 95), (0, 111)]), path
 
 
-def size_at(name: str, path: str, pixels: int = 224) -> tuple[int, int, int] | str:
-    """Return (size, stride, padding) at a layer of a torchvision network, or how much it sees where that is no part."""
-    net = models.get_model(name, weights=None, **NO_START.get(name, {})).eval()
-    one = survey(net, net, dict(net.named_modules()), torch.full((1, 3, pixels, pixels), 0.5)).find(path)
-    if one.receptive_field is None:
-        return one.sees
-    (size, right), (stride, _), (padding, _) = (
-        one.receptive_field.size,
-        *((one.receptive_field.stride, one.receptive_field.padding)),
-    )
+@cache
+def table_of(name: str) -> Layers:
+    """Return the table of a torchvision network for images of 224×224."""
+    net = untrained(name)
+    return survey(net, net, dict(net.named_modules()), torch.full((1, 3, 224, 224), 0.5))
+
+
+def size_at(name: str, path: str) -> tuple[int, int, int] | str:
+    """Return (size, stride, padding) at a layer of a torchvision network, or "whole" if it sees the whole image."""
+    layer = table_of(name).find(path)
+    if layer.receptive_field is None:
+        return layer.sees
+    (size, right), (stride, _), (padding, _) = astuple(layer.receptive_field)
     assert size == right
     return size, stride, padding
 
