@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from page_store import FIRST, SECOND, OlderReader, atlas_id, cut, filled, filter_picture, nearest_index, reader
+from phosphene.atlases.verdict_text import verdict_shares
 from phosphene.storage.store import open_store
 from phosphene.web.store_reader import StoreReader
 from phosphene.web.urls import SpriteTile
