@@ -22,7 +22,8 @@ from .rendering.recipes import RECIPES, Recipe
 from .rendering.render import dream, render
 from .rendering.result import Rendered
 from .training.film_strip import film, save_film, strip
-from .training.gradient_norms import curves, verdicts
+from .training.gradient_plot import curves
+from .training.gradient_verdicts import verdicts
 from .training.history import History, open_history
 from .training.recorder import Recorder
 from .version import __version__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from phosphene.rendering.result import Rendered
+from phosphene.training.epoch_record import EpochRecord, recorded_kernels
 from phosphene.training.gradient_statistics import EXPONENTS, Gradient
-from phosphene.training.history import EpochRecord, History, kernels_of, resume_or_create
+from phosphene.training.history import History, resume_or_create
 
 
 def record_of(
@@ -24,16 +26,17 @@ def record_of(
     pictures: tuple[str, Sequence[Tensor]] | None = None,
     frozen: Sequence[str] = (),
 ) -> History:
-    """Return a record of these kernels (out, in, kh, kw) a layer and epoch, and of the other things where given.
+    """Return a record of these kernels (out, in, kh, kw) for each layer and epoch.
 
-    `gradients` are an epoch's by weight, `shapes` the weights', and `pictures` a layer with its filters (n, 3, h, w)
-    an epoch, and `frozen` weights that are not trained.
+    Args:
+        gradients: those of each epoch, by weight; shapes: of the weights; frozen: weights that are not trained.
+        pictures: a layer, and its filters (n, 3, h, w) for each epoch.
     """
     facts: dict[str, Any] = {
         "model": "net",
         "weights": [
-            {"name": name, "shape": list(one), "dtype": "float32", "trained": name not in frozen}
-            for name, one in (shapes or {}).items()
+            {"name": name, "shape": list(shape), "dtype": "float32", "trained": name not in frozen}
+            for name, shape in (shapes or {}).items()
         ],
         "layers": [{"path": path, "kind": "Conv2d"} for path in kernels],
         "gradients": "running" if gradients else None,
@@ -47,7 +50,9 @@ def record_of(
             EpochRecord(
                 epoch=epoch,
                 metrics=metrics[epoch] if metrics else {},
-                kernels={path: kernels_of(path, several[epoch], facts, epoch) for path, several in kernels.items()},
+                kernels={
+                    path: recorded_kernels(path, weights[epoch], facts, epoch) for path, weights in kernels.items()
+                },
                 gradients=gradients[epoch] if gradients else {},
                 weight_norms=dict.fromkeys(shapes or {}, weight_norm),
                 facts={"kind": "running", "read": "before clipping", "batches": 4} if gradients else {},
@@ -68,6 +73,17 @@ def rendered(layer: str, images: Tensor) -> Rendered:
 def gradient(
     norm: float, size: int = 9, mean_abs: float = 0.5, batches: int = 4, nonfinite: int = 0, first: int | None = None
 ) -> Gradient:
-    """Return what the gradients of a weight of so many entries came to."""
+    """Return the statistics of the gradients of a weight with so many entries."""
     counts = torch.zeros(EXPONENTS, dtype=torch.int64)
     return Gradient(torch.zeros(size), mean_abs, norm, counts, batches, nonfinite, first)
+
+
+SHAPES = {"a.weight": (4, 3, 3, 3), "a.bias": (4,), "b.weight": (4, 4, 3, 3), "c.weight": (5, 4)}
+FINE = {name: gradient(0.1 * math.sqrt(math.prod(shape))) for name, shape in SHAPES.items()}  # each entry 0.1
+
+
+def gradients_record(folder: Path, *epochs: Mapping[str, Gradient], weight_norm: float = 1.0) -> History:
+    """Return a record of these gradients; of a weight that an epoch does not name, each entry is 0.1."""
+    return record_of(
+        folder, {}, gradients=[FINE | dict(epoch) for epoch in epochs], shapes=SHAPES, weight_norm=weight_norm
+    )

@@ -1,6 +1,6 @@
 """Recording a Keras training on another backend than torch: `KERAS_BACKEND=jax python keras_subprocess.py FOLDER`.
 
-A script of its own, for Keras has one backend a process. It fails where something is not as it should be.
+A separate script, since Keras has only one backend in a process. It fails if something is not as expected.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def network() -> Any:
         ],
         name="whole",
     )
-    whole.compile(keras.optimizers.Adam(0.01), "categorical_crossentropy", metrics=["accuracy"])
+    # without XLA, whose compilation takes TensorFlow longer than the training; JAX needs it
+    jit = "auto" if BACKEND == "jax" else False
+    whole.compile(keras.optimizers.Adam(0.01), "categorical_crossentropy", metrics=["accuracy"], jit_compile=jit)
     return whole
 
 
@@ -78,7 +80,9 @@ def plain_gradients(net: Any, images: Any, classes: Any) -> list[Any]:
     if BACKEND == "tensorflow":
         with importlib.import_module("tensorflow").GradientTape() as tape:
             value = loss_of(net, images, classes)
-        return [one.numpy() for one in tape.gradient(value, [one.value for one in net.trainable_weights])]
+        return [
+            gradient.numpy() for gradient in tape.gradient(value, [weight.value for weight in net.trainable_weights])
+        ]
 
     def loss_at(values: list[Any], fixed: list[Any]) -> Any:
         pairs = [*zip(net.trainable_variables, values), *zip(net.non_trainable_variables, fixed)]  # noqa: B905
@@ -86,25 +90,25 @@ def plain_gradients(net: Any, images: Any, classes: Any) -> list[Any]:
             return loss_of(net, images, classes)
 
     compiled = importlib.import_module("jax").jit(loss_at)
-    fixed = [one.value for one in net.non_trainable_variables]
-    start = [number(one) for one in net.trainable_variables]
-    found, step = [], 1e-5
+    fixed = [variable.value for variable in net.non_trainable_variables]
+    start = [number(variable) for variable in net.trainable_variables]
+    gradients, step = [], 1e-5
     for which, weight in enumerate(start):
-        slopes = np.full(weight.size, np.nan)
-        for place in range(0, weight.size, max(1, weight.size // 6)):  # some entries of each
+        gradient = np.full(weight.size, np.nan)
+        for entry in range(0, weight.size, max(1, weight.size // 6)):  # some entries of each
             values = []
             for sign in (1, -1):
-                moved = [one.copy() for one in start]
-                moved[which].flat[place] += sign * step
+                moved = [value.copy() for value in start]
+                moved[which].flat[entry] += sign * step
                 values.append(float(compiled(moved, fixed)))
-            slopes[place] = (values[0] - values[1]) / (2 * step)
-        found.append(slopes.reshape(weight.shape))
-    return found
+            gradient[entry] = (values[0] - values[1]) / (2 * step)
+        gradients.append(gradient.reshape(weight.shape))
+    return gradients
 
 
 def state_of(net: Any) -> list[Any]:
     """Return the values of all variables: weights, random generators, optimizer, metrics."""
-    return [number(one) for one in (*net.variables, *net.optimizer.variables, *net.metrics_variables)]
+    return [number(variable) for variable in (*net.variables, *net.optimizer.variables, *net.metrics_variables)]
 
 
 class Plain(keras.callbacks.Callback):  # type: ignore[misc]
@@ -116,7 +120,7 @@ class Plain(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self.gradients.append(plain_gradients(self.model, *self.data))
-        self.kernels.append({one.path: number(one) for one in self.model.weights})
+        self.kernels.append({weight.path: number(weight) for weight in self.model.weights})
 
 
 def trained(callbacks: list[Any], images: Any, classes: Any) -> Any:
@@ -143,56 +147,56 @@ def check(folder: Path) -> None:
     assert "give gradients='epoch' with data=, or gradients=None" in why, why
 
     plain = Plain(images, classes)
-    parts = [(images[:6], classes[:6]), (torch.from_numpy(images[6:]), torch.from_numpy(classes[6:]))]
-    recorder = KerasRecorder(folder / "run", gradients="epoch", data=parts)
+    batches = [(images[:6], classes[:6]), (torch.from_numpy(images[6:]), torch.from_numpy(classes[6:]))]
+    recorder = KerasRecorder(folder / "run", gradients="epoch", data=batches)
     net = trained([recorder, plain], images, classes)
     history = recorder.history
     assert history is not None
     assert history.epochs == [0, 1]
     assert history.layers == ["inner/deep", "depthwise", "separable", "transposed", "frozen"], history.layers
-    assert history.weights == [one.path for one in net.trainable_weights]
+    assert history.weights == [weight.path for weight in net.trainable_weights]
     assert set(history.metrics(1)) == {"loss", "accuracy"}
 
     for epoch in (0, 1):
-        for name, own, by_hand in zip(
-            history.weights, history.gradients(epoch).values(), plain.gradients[epoch], strict=True
-        ):
-            seen = ~np.isnan(by_hand)
-            assert own.dtype == torch.float64
-            assert seen.any()
-            error = np.abs(own.numpy() - by_hand)[seen].max()
+        recorded = zip(history.weights, history.gradients(epoch).values(), plain.gradients[epoch], strict=True)
+        for name, gradient, by_hand in recorded:
+            computed = ~np.isnan(by_hand)
+            assert gradient.dtype == torch.float64
+            assert computed.any()
+            error = np.abs(gradient.numpy() - by_hand)[computed].max()
             assert error < (1e-12 if BACKEND == "tensorflow" else 1e-9), (name, error)
-        held = plain.kernels[epoch]
-        deep = next(one for path, one in held.items() if path.endswith("deep/kernel"))
+        weights = plain.kernels[epoch]
+        deep = next(weight for path, weight in weights.items() if path.endswith("deep/kernel"))
         assert np.array_equal(history.kernels("inner/deep", epoch).weights.numpy(), deep.transpose(3, 2, 0, 1))
-        depthwise = next(one for path, one in held.items() if path.endswith("depthwise/kernel"))
+        depthwise = next(weight for path, weight in weights.items() if path.endswith("depthwise/kernel"))
         kernels = history.kernels("depthwise", epoch).weights.numpy()
         assert kernels.shape == (8, 1, 3, 3)
         assert np.array_equal(kernels[5, 0], depthwise[:, :, 2, 1])
-        transposed = next(one for path, one in held.items() if path.endswith("transposed/kernel"))
+        transposed = next(weight for path, weight in weights.items() if path.endswith("transposed/kernel"))
         assert np.array_equal(history.kernels("transposed", epoch).weights.numpy(), transposed.transpose(2, 3, 0, 1)), (
             epoch
         )
     assert not np.array_equal(plain.kernels[0]["whole/depthwise/kernel"], plain.kernels[1]["whole/depthwise/kernel"])
 
     alone = trained([], images, classes)
-    for one, other in zip(state_of(alone), state_of(net), strict=True):
-        assert np.array_equal(one, other)
+    assert all(np.array_equal(a, b) for a, b in zip(state_of(alone), state_of(net), strict=True))
 
-    subject = keras_network(net)
+    recorded_network = keras_network(net)
     before = state_of(net)
-    mine = subject.total_gradient((images, classes), lambda outputs, targets: keras.ops.mean((outputs - targets) ** 2))
-    assert any(bool(one.any()) for one in mine.values())
-    assert all(np.array_equal(one, other) for one, other in zip(before, state_of(net), strict=True))
-    assert subject.model is None
-    assert not subject.has_grad
+    mine = recorded_network.total_gradient(
+        (images, classes), lambda outputs, targets: keras.ops.mean((outputs - targets) ** 2)
+    )
+    assert any(bool(gradient.any()) for gradient in mine.values())
+    assert all(np.array_equal(a, b) for a, b in zip(before, state_of(net), strict=True))
+    assert recorded_network.model is None
+    assert not recorded_network.has_grad
     if BACKEND == "tensorflow":
-        theirs = subject.total_gradient((images, classes), keras.losses.MeanSquaredError())
+        theirs = recorded_network.total_gradient((images, classes), keras.losses.MeanSquaredError())
         assert all(torch.allclose(mine[name], theirs[name], rtol=0, atol=1e-15) for name in mine)
         data = importlib.import_module("tensorflow").data.Dataset.from_tensor_slices((images, classes)).batch(3)
-        again = subject.total_gradient(data, keras.losses.MeanSquaredError())
+        again = recorded_network.total_gradient(data, keras.losses.MeanSquaredError())
         assert all(torch.allclose(again[name], theirs[name], rtol=0, atol=1e-14) for name in theirs)
-        assert "have no end" in refused(lambda: subject.total_gradient(data.repeat(), None))
+        assert "have no end" in refused(lambda: recorded_network.total_gradient(data.repeat(), None))
     film = KerasRecorder(folder / "film", gradients=None, filters="inner/deep:0")
     assert "filters are rendered with PyTorch" in refused(lambda: net.fit(images, classes, verbose=0, callbacks=[film]))
 

@@ -28,7 +28,7 @@ from phosphene.training.film_strip import (
     number,
     save_film,
     strip,
-    strip_plan,
+    strip_layout,
 )
 from phosphene.training.history import History
 
@@ -44,9 +44,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.fixture
 def history(tmp_path: Path) -> History:
     """Return three epochs of 4 filters of 2 channels; the last epoch's weights are the largest."""
-    several = [random(4, 2, 3, 3, seed=epoch) * (epoch + 1) for epoch in range(3)]
+    kernels = [random(4, 2, 3, 3, seed=epoch) * (epoch + 1) for epoch in range(3)]
     metrics = [{"loss": 1 / (epoch + 1), "accuracy": epoch / 4} for epoch in range(3)]
-    return record_of(tmp_path / "run", {"conv1": several}, metrics)
+    return record_of(tmp_path / "run", {"conv1": kernels}, metrics)
 
 
 def pixels(picture: display.Picture) -> Pixels:
@@ -66,9 +66,9 @@ def level(weight: float, low: float, high: float) -> int:
 
 def end_of(history: History, layer: str) -> float:
     """Return the end of the signed scale over all epochs, as plain loops have it."""
-    numbers = [float(one) for epoch in history.epochs for one in history.kernels(layer, epoch).weights.flatten()]
-    typical = math.sqrt(sum(one * one for one in numbers) / len(numbers))
-    return min(max(abs(one) for one in numbers), 4 * typical)
+    numbers = [float(weight) for epoch in history.epochs for weight in history.kernels(layer, epoch).weights.flatten()]
+    typical = math.sqrt(sum(number**2 for number in numbers) / len(numbers))
+    return min(max(map(abs, numbers)), 4 * typical)
 
 
 # --- strips -----------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def end_of(history: History, layer: str) -> float:
 @pytest.mark.parametrize("style", ["signed", "grey"])
 def test_a_strip_has_a_row_an_epoch_on_the_scale_of_all_epochs(history: History, style: str) -> None:
     page = pixels(strip(history, "conv1", style))
-    numbers = [float(one) for epoch in range(3) for one in history.kernels("conv1", epoch).weights.flatten()]
+    numbers = [float(weight) for epoch in range(3) for weight in history.kernels("conv1", epoch).weights.flatten()]
     end = end_of(history, "conv1")
     low, high = (-end, end) if style == "signed" else (min(numbers), max(numbers))
 
@@ -91,72 +91,72 @@ def test_a_strip_has_a_row_an_epoch_on_the_scale_of_all_epochs(history: History,
         for out, channel, y, x in ((0, 0, 0, 0), (3, 1, 2, 2), (1, 0, 2, 1), (2, 1, 0, 2)):
             down = top + epoch * (2 * side - 1 + 8) + channel * side + y * 16
             across = left + out * side + x * 16
-            wanted = colour(level(float(weights[out, channel, y, x]), low, high))
-            assert tuple(page[down, across]) == wanted
-            assert tuple(page[down + 15, across + 15]) == wanted
+            expected = colour(level(float(weights[out, channel, y, x]), low, high))
+            assert tuple(page[down, across]) == expected
+            assert tuple(page[down + 15, across + 15]) == expected
     assert tuple(page[top + 48, left + 5]) == (195, 195, 195)
 
 
 def test_a_first_layer_s_filters_are_in_colour(tmp_path: Path) -> None:
-    several = [random(5, 3, 3, 3, seed=epoch) for epoch in range(2)]
-    history = record_of(tmp_path / "run", {"conv1": several})
+    kernels = [random(5, 3, 3, 3, seed=epoch) for epoch in range(2)]
+    history = record_of(tmp_path / "run", {"conv1": kernels})
     page, end = pixels(strip(history, "conv1")), end_of(history, "conv1")
     top, left = first_tile(page, 2 * 96 + 8)
     for epoch in range(2):
         for out, y, x in ((0, 0, 0), (4, 2, 1), (2, 1, 2)):
             spot = page[top + epoch * (96 + 8) + y * 32, left + out * 97 + x * 32]
-            assert tuple(spot) == tuple(level(float(one), -end, end) for one in several[epoch][out, :, y, x])
+            assert tuple(spot) == tuple(level(float(weight), -end, end) for weight in kernels[epoch][out, :, y, x])
     grey = layer_strip(history, "conv1", "grey")
     assert grey.look.shape == (5, 3, 3, 3)  # R2.2b: a kernel a channel
 
 
 def test_a_strip_of_rendered_filters_shows_the_pictures_themselves(tmp_path: Path) -> None:
-    shown = [torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(epoch)) for epoch in range(4)]
-    history = record_of(tmp_path / "run", {"conv1": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", shown))
-    found = layer_strip(history, "conv2")
-    assert (found.look.noun, found.look.names, found.look.shape) == ("filters", ["3", "4", "5"], (3, 1, 64, 64))
-    page = pixels(found.strip())
+    images = [torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(epoch)) for epoch in range(4)]
+    history = record_of(tmp_path / "run", {"conv1": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", images))
+    drawn = layer_strip(history, "conv2")
+    assert (drawn.look.noun, drawn.look.names, drawn.look.shape) == ("filters", ["3", "4", "5"], (3, 1, 64, 64))
+    page = pixels(drawn.strip())
     top, left = first_tile(page, 4 * 64 + 3 * 8)
     for epoch in range(4):
         for index in range(3):
             tile = page[top + epoch * 72 : top + epoch * 72 + 64, left + index * 65 : left + index * 65 + 64]
-            assert np.array_equal(tile, (shown[epoch][index] * 255).round().byte().permute(1, 2, 0).numpy())
+            assert np.array_equal(tile, (images[epoch][index] * 255).round().byte().permute(1, 2, 0).numpy())
     assert layer_strip(history, "conv1").look.noun == "kernels"
-    both = record_of(tmp_path / "both", {"conv2": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", shown))
+    both = record_of(tmp_path / "both", {"conv2": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", images))
     assert [layer_strip(both, layer).look.noun for layer in ("conv2", 0)] == ["filters", "filters"]
 
 
 def test_kernels_with_nan_are_crossed_out_and_do_not_spoil_the_scale(tmp_path: Path) -> None:
-    sound, spoilt = random(4, 2, 3, 3), random(4, 2, 3, 3)
-    spoilt[1, 0, 2, 2] = float("nan")
-    history = record_of(tmp_path / "run", {"conv1": [sound, spoilt]})
-    found = layer_strip(history, "conv1")
-    page = pixels(found.strip())
+    finite, broken = random(4, 2, 3, 3), random(4, 2, 3, 3)
+    broken[1, 0, 2, 2] = float("nan")
+    history = record_of(tmp_path / "run", {"conv1": [finite, broken]})
+    drawn = layer_strip(history, "conv1")
+    page = pixels(drawn.strip())
     top, left = first_tile(page, 2 * 97 + 8)
     cross = pixels(grid.cross_out(grid.blank_tile(48, 48)))
     down = top + 2 * 49 - 1 + 8
     assert np.array_equal(page[down : down + 48, left + 49 : left + 49 + 48], cross)
     assert not np.array_equal(page[down : down + 48, left : left + 48], cross)
-    assert found.look.scale is not None
-    assert math.isfinite(found.look.scale[1])
-    assert "crossed out: NaN or infinity" in found.look.said
+    assert drawn.look.scale is not None
+    assert math.isfinite(drawn.look.scale[1])
+    assert "crossed out: NaN or infinity" in drawn.look.caption
 
 
 def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
     history = record_of(tmp_path / "run", {"conv1": [random(300, 40, 3, 3)]})
     for epoch in range(1, 150):
         history.place(epoch).symlink_to(history.place(0))
-    found = layer_strip(history, "conv1")
-    plan = strip_plan(found.look)
-    said = found.said(plan, "column", "line", "row")
-    assert said[0] == "the first 123 of 300 filters, one a column"  # 123 tiles of 13 pixels
-    assert said[1] == "the first 4 of 40 input channels, one a line"  # (1440 / 24 - 8) pixels for lines of 13
-    assert said[-1] == "24 of 150 epochs, evenly spread, one a row"
-    assert (plan.epochs[0], plan.epochs[-1]) == (0, 149)
-    page = found.strip()
+    drawn = layer_strip(history, "conv1")
+    layout = strip_layout(drawn.look)
+    caption = drawn.said(layout, "column", "line", "row")
+    assert caption[0] == "the first 123 of 300 filters, one a column"  # 123 tiles of 13 pixels
+    assert caption[1] == "the first 4 of 40 input channels, one a line"  # (1440 / 24 - 8) pixels for lines of 13
+    assert caption[-1] == "24 of 150 epochs, evenly spread, one a row"
+    assert (layout.epochs[0], layout.epochs[-1]) == (0, 149)
+    page = drawn.strip()
     assert page.width < STRIP[0] + 200
     assert page.height < STRIP[1] + 150
-    frame = frame_plan(found.look)
+    frame = frame_plan(drawn.look)
     assert (frame.filters, frame.lines, len(frame.epochs)) == (840 // 13, 40, 100)
 
 
@@ -167,7 +167,7 @@ def test_epochs_are_evenly_spread_with_both_ends() -> None:
 
 
 def test_numbers_have_the_digits_that_count() -> None:
-    assert [number(one) for one in (0.123456, 12345.6, 1e9, float("nan"), None)] == [
+    assert [number(value) for value in (0.123456, 12345.6, 1e9, float("nan"), None)] == [
         "0.123",
         "12,346",
         "1e+09",
@@ -186,10 +186,10 @@ def test_kernels_that_are_all_zero_are_white(tmp_path: Path) -> None:
 def test_metadata_says_run_layer_and_epochs(history: History, tmp_path: Path) -> None:
     path, facts = layer_strip(history, "conv1").save(tmp_path / "s.png")
     with Image.open(path) as image:
-        told = json.loads(image.text["phosphene"])  # type: ignore[attr-defined]
-    assert told == json.loads(json.dumps(facts))
-    assert (told["run"], told["layer"], told["epochs"]) == (str(history.folder), "conv1", [0, 1, 2])
-    assert told["scale"][1] == pytest.approx(end_of(history, "conv1"))
+        metadata = json.loads(image.text["phosphene"])  # type: ignore[attr-defined]
+    assert metadata == json.loads(json.dumps(facts))
+    assert (metadata["run"], metadata["layer"], metadata["epochs"]) == (str(history.folder), "conv1", [0, 1, 2])
+    assert metadata["scale"][1] == pytest.approx(end_of(history, "conv1"))
 
 
 # --- films ------------------------------------------------------------------------------------------------------------
@@ -197,14 +197,14 @@ def test_metadata_says_run_layer_and_epochs(history: History, tmp_path: Path) ->
 
 def test_a_frame_is_the_sheet_of_an_epoch_a_row_a_filter(history: History) -> None:
     frames, end = film(history, "conv1"), end_of(history, "conv1")
-    assert len({one.size for one in frames}) == 1
+    assert len({frame.size for frame in frames}) == 1
     for epoch, frame in enumerate(frames):
         page, weights = pixels(frame), history.kernels("conv1", epoch).weights
         top, left = first_tile(page, 4 * 49 - 1)
         for out, channel, y, x in ((0, 0, 0, 0), (3, 1, 2, 2), (1, 0, 2, 1)):
             spot = page[top + out * 49 + y * 16, left + channel * 49 + x * 16]
-            wanted = level(float(weights[out, channel, y, x]), -end, end)
-            assert tuple(spot) == tuple(colormaps["RdBu_r"](wanted, bytes=True)[:3])
+            expected = level(float(weights[out, channel, y, x]), -end, end)
+            assert tuple(spot) == tuple(colormaps["RdBu_r"](expected, bytes=True)[:3])
 
 
 def test_a_gif_has_a_frame_an_epoch_and_rests_on_the_last(history: History, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_an_mp4_read_back_is_what_was_drawn(
     if fallback:  # an ffmpeg without libx264
         monkeypatch.setattr(encode, "CODECS", (("-c:v", "lib-there-is-not"), encode.CODECS[1]))
     frames = [
-        one.crop((0, 0, one.width // 2 * 2 - 1, one.height // 2 * 2 - 1)) for one in film(history, "conv1")
+        frame.crop((0, 0, frame.width // 2 * 2 - 1, frame.height // 2 * 2 - 1)) for frame in film(history, "conv1")
     ]  # odd
     path = save_film(frames, tmp_path / "film.mp4")
     width, height = frames[0].width + 1, frames[0].height + 1

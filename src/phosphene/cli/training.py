@@ -27,6 +27,8 @@ from phosphene.inspection.kernels import kernels as read_kernels
 from phosphene.network.layers import file_prefix
 from phosphene.training.film_strip import check_film, found, layer_strip, number
 from phosphene.training.gradient_norms import GradientNorms
+from phosphene.training.gradient_plot import curve_facts, save_curves
+from phosphene.training.gradient_verdicts import verdicts_of
 from phosphene.training.history import History, is_history, open_history
 
 Command = Callable[..., None]
@@ -143,10 +145,10 @@ def gradients(
     """Draw how large the gradients of every weight were, epoch by epoch, and say what is wrong with them."""
     check_sheet(out)
     norms = GradientNorms.of(open_history(run))
-    path = norms.save(out)
-    report([path], as_json, {**norms.facts(), "weights": norms.rows()})
+    path = save_curves(norms, out)
+    report([path], as_json, {**curve_facts(norms), "weights": norms.rows()})
     if not as_json:
-        for sentence in norms.verdicts():
+        for sentence in verdicts_of(norms):
             to_stdout(sentence)
 
 

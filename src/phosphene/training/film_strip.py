@@ -1,4 +1,4 @@
-"""Film strips: what a layer looked like over a training, an epoch a row, or an epoch a frame of a film."""
+"""Film strips: how a layer looked over a training, as rows of a picture or frames of a film, one for each epoch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from phosphene.storage.atomic import check_writable, write_file
 from phosphene.training.history import History
 from phosphene.training.timeline import FilterTimeline, KernelTimeline, LayerTimeline
 
-STRIP, FRAME = (1600, 1440), (1200, 840)  # pixels that the tiles of a strip, or of a film's frame, take at most
+STRIP, FRAME = (1600, 1440), (1200, 840)  # most pixels for the tiles of a strip, or of a film's frame
 ROWS, FRAMES = 30, 100  # epochs that are shown at most, evenly spread
-READABLE, FEWER, LINES = 12, 24, 8  # side of a kernel, epochs and input channels of a strip where not everything fits
+READABLE, FEWER, LINES = 12, 24, 8  # side of a kernel, epochs and input channels of a strip if not everything fits
 EPOCH_GAP = 8  # pixels between the epochs of a strip
 METRICS = 3  # numbers that are written beside an epoch
-PACE = (80, 800)  # milliseconds that a frame of a film stays, between which 8 seconds are shared out
+PACE = (80, 800)  # least and most milliseconds of a frame; a film takes 8 seconds within these limits
 
 
 def strip(history: History, layer: str | int, style: str = "signed") -> display.Picture:
-    """Return a row an epoch of a layer: its rendered filters where the run holds them, else its kernels.
+    """Return a picture with a row for each epoch: a layer's rendered filters if they are recorded, else its kernels.
 
-    A column is a filter, and where kernels see several channels, the lines of a row are these. All epochs share one
-    scale (see `Kernels.grid`); a first layer's filters are in colour. Of more than fits, evenly spread epochs and the
+    A column is a filter; if kernels have several input channels, a row has a line for each. All epochs share one scale
+    (see `Kernels.grid`); a first layer's filters are in colour. If not everything fits, evenly spaced epochs and the
     first filters are shown, and the caption says so.
 
     Raises:
@@ -42,7 +42,7 @@ def strip(history: History, layer: str | int, style: str = "signed") -> display.
 
 
 def film(history: History, layer: str | int, style: str = "signed") -> list[display.Picture]:
-    """Return the sheet of a layer after each epoch, all of one size and on one scale; at most 100, evenly spread.
+    """Return the sheet of a layer after each epoch, of the same size and scale; at most 100, evenly spaced.
 
     Raises:
         LayerNotFound, InvalidRequest: as in `strip`.
@@ -51,7 +51,7 @@ def film(history: History, layer: str | int, style: str = "signed") -> list[disp
 
 
 def save_film(frames: Sequence[display.Picture], path: str | Path) -> Path:
-    """Write frames as an animated GIF, or an MP4 where the program `ffmpeg` is installed; both rest on the last one.
+    """Write frames as an animated GIF, or an MP4 if the program `ffmpeg` is installed; both stay longer on the last.
 
     Raises:
         InvalidRequest: there are no frames, or the name has another ending. ExtraMissing: there is no ffmpeg.
@@ -61,17 +61,13 @@ def save_film(frames: Sequence[display.Picture], path: str | Path) -> Path:
     check_film(target)
     if not frames:
         raise InvalidRequest("a film needs at least one frame")
-    shown = list(encode.same_size(frames))
-    pace = max(PACE[0], min(PACE[1], 8000 // len(shown)))
-    return write_file(target, encode.gif(shown, pace) if target.suffix.lower() == ".gif" else encode.mp4(shown, pace))
+    sized = list(encode.same_size(frames))
+    pace = max(PACE[0], min(PACE[1], 8000 // len(sized)))
+    return write_file(target, encode.gif(sized, pace) if target.suffix.lower() == ".gif" else encode.mp4(sized, pace))
 
 
 def check_film(target: Path) -> None:
-    """Find out before the work whether a film can be written.
-
-    Raises:
-        InvalidRequest, ExtraMissing, OutputRefused.
-    """
+    """Check before the frames are drawn whether a film can be written."""
     if target.suffix.lower() not in (".gif", ".mp4"):
         raise InvalidRequest(f"{target} does not end in .gif or .mp4; give the film one of these")
     if target.suffix.lower() == ".mp4" and shutil.which("ffmpeg") is None:
@@ -82,18 +78,18 @@ def check_film(target: Path) -> None:
 
 
 class StripLayout(NamedTuple):
-    """How much is shown, and how large."""
+    """How many tiles are shown, and how large."""
 
     size: tuple[int, int]  # of a tile
     filters: int
     lines: int
-    columns: int  # tiles across
+    columns: int  # tiles side by side
     epochs: list[int]
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStrip:
-    """What a layer looked like after each epoch of a training.
+    """How a layer looked after each epoch of a training.
 
     Attributes:
         history: the record.
@@ -107,16 +103,16 @@ class LayerStrip:
     look: LayerTimeline
     style: str
 
-    def facts(self, plan: StripLayout) -> dict[str, Any]:
-        """Return in JSON terms what a strip or film shows."""
+    def facts(self, layout: StripLayout) -> dict[str, Any]:
+        """Return what a strip or film shows, as JSON values."""
         return {
             "run": str(self.history.folder),
             "model": self.history.facts["model"],
             "layer": self.layer,
             "shows": self.look.noun,
-            "filters": self.look.names[: plan.filters],
-            "input_channels": plan.lines if self.look.shape[1] > 1 else None,
-            "epochs": plan.epochs,
+            "filters": self.look.names[: layout.filters],
+            "input_channels": layout.lines if self.look.shape[1] > 1 else None,
+            "epochs": layout.epochs,
             "finished": len(self.look.epochs),
             "style": self.style if self.look.noun == "kernels" else None,
             "scale": list(self.look.scale[:2]) if self.look.scale else None,
@@ -124,96 +120,91 @@ class LayerStrip:
         }
 
     def strip(self) -> display.Picture:
-        """Return a row an epoch."""
-        plan = strip_plan(self.look)
-        width, shown = plan.size[1], plan.epochs
-        rows = [self.mosaic(self.sized(epoch, plan).transpose(0, 1), plan) for epoch in shown]
+        """Return a picture with a row for each epoch."""
+        layout = strip_layout(self.look)
+        rows = [self.mosaic(self.sized(epoch, layout).transpose(0, 1), layout) for epoch in layout.epochs]
         body = captions.stack_images(rows, down=True, gap=EPOCH_GAP)
         step = rows[0].height + EPOCH_GAP
-        middles = {index * step + rows[0].height // 2: epoch for index, epoch in enumerate(shown)}
-        names = self.named(plan.columns, width + GAP)
-        sides = [captions.with_axis_labels(body, {y: f"epoch {epoch}" for y, epoch in middles.items()}, names)]
-        metrics = {epoch: self.history.metrics(epoch) for epoch in shown}
-        for name in list(metrics[shown[-1]])[:METRICS]:
+        middles = {index * step + rows[0].height // 2: epoch for index, epoch in enumerate(layout.epochs)}
+        names = self.filter_labels(layout.columns, layout.size[1] + GAP)
+        columns = [captions.with_axis_labels(body, {y: f"epoch {epoch}" for y, epoch in middles.items()}, names)]
+        metrics = {epoch: self.history.metrics(epoch) for epoch in layout.epochs}
+        for name in list(metrics[layout.epochs[-1]])[:METRICS]:
             cells = {y: number(metrics[epoch].get(name)) for y, epoch in middles.items()}
-            sides.append(captions.column(name, cells, body.height))
-        said = self.said(plan, "column", "line", "row")
-        return self.captioned(sides, f"{self.layer} · {self.look.noun}, epoch by epoch", said)
+            columns.append(captions.column(name, cells, body.height))
+        caption = self.said(layout, "column", "line", "row")
+        return self.captioned(columns, f"{self.layer} · {self.look.noun}, epoch by epoch", caption)
 
     def film(self) -> list[display.Picture]:
-        """Return a frame an epoch."""
-        plan = frame_plan(self.look)
-        said = self.said(plan, "row" if plan.lines > 1 else "", "column", "frame")
-        return list(encode.same_size([self.frame(epoch, plan, said) for epoch in plan.epochs]))
+        """Return a frame for each epoch."""
+        layout = frame_plan(self.look)
+        caption = self.said(layout, "row" if layout.lines > 1 else "", "column", "frame")
+        return list(encode.same_size([self.frame(epoch, layout, caption) for epoch in layout.epochs]))
 
-    def frame(self, epoch: int, plan: StripLayout, said: Sequence[str]) -> display.Picture:
-        """Return the sheet of one epoch, a row a filter and a column a channel, or filter by filter."""
-        sheet = self.mosaic(self.sized(epoch, plan), plan)
-        height, width = (side + GAP for side in plan.size)
-        if plan.lines > 1:
-            names = index_labels(range(plan.lines), width, 28)
-            body = captions.with_axis_labels(sheet, self.named(plan.filters, height, 14), names)
+    def frame(self, epoch: int, layout: StripLayout, caption: Sequence[str]) -> display.Picture:
+        """Return the sheet of an epoch: a row for each filter and a column for each channel, or filters only."""
+        sheet = self.mosaic(self.sized(epoch, layout), layout)
+        height, width = (side + GAP for side in layout.size)
+        if layout.lines > 1:
+            channels = index_labels(range(layout.lines), width, 28)
+            body = captions.with_axis_labels(sheet, self.filter_labels(layout.filters, height, 14), channels)
         else:
-            firsts = index_labels(range(0, plan.filters, plan.columns), height, 14)
-            body = captions.with_axis_labels(sheet, {y: self.look.names[int(one)] for y, one in firsts.items()})
-        found = list(self.history.metrics(epoch).items())[:METRICS]
-        metrics = " · ".join(f"{name} {number(one)}" for name, one in found) or " "
-        return self.captioned([body], f"{self.layer} · epoch {epoch}", said, metrics)
+            firsts = index_labels(range(0, layout.filters, layout.columns), height, 14)
+            body = captions.with_axis_labels(sheet, {y: self.look.names[int(first)] for y, first in firsts.items()})
+        metrics = list(self.history.metrics(epoch).items())[:METRICS]
+        line = " · ".join(f"{name} {number(value)}" for name, value in metrics) or " "
+        return self.captioned([body], f"{self.layer} · epoch {epoch}", caption, line)
 
-    def sized(self, epoch: int, plan: StripLayout) -> Tensor:
-        """Return the tiles of an epoch, (filters, lines, h, w, 3), uint8, as large as the plan has them."""
-        tiles, broken = self.look.tiles(epoch, plan.filters, plan.lines)
+    def sized(self, epoch: int, layout: StripLayout) -> Tensor:
+        """Return the tiles of an epoch at the layout's size, (filters, lines, h, w, 3), uint8."""
+        tiles, nonfinite = self.look.tiles(epoch, layout.filters, layout.lines)
         flat = tiles.flatten(0, 1).permute(0, 3, 1, 2)
-        levels = display.resized(flat.flatten(0, 1).double(), plan.size).round().to(torch.uint8)
-        sized = levels.view(*flat.shape[:2], *plan.size).permute(0, 2, 3, 1).view(*tiles.shape[:2], *plan.size, 3)
-        sign = grid.cross_out(grid.blank_tile(*plan.size))
-        sized[broken] = torch.from_numpy(np.array(sign))
+        levels = display.resized(flat.flatten(0, 1).double(), layout.size).round().to(torch.uint8)
+        sized = levels.view(*flat.shape[:2], *layout.size).permute(0, 2, 3, 1).view(*tiles.shape[:2], *layout.size, 3)
+        cross = grid.cross_out(grid.blank_tile(*layout.size))
+        sized[nonfinite] = torch.from_numpy(np.array(cross))
         return sized
 
-    def mosaic(self, tiles: Tensor, plan: StripLayout) -> display.Picture:
-        """Return tiles (rows, columns, h, w, 3) with lines between them that are grey where tiles may be white."""
-        return grid.mosaic(tiles.flatten(0, 1), plan.columns, GAP, BETWEEN if plan.lines > 1 else 255)
+    def mosaic(self, tiles: Tensor, layout: StripLayout) -> display.Picture:
+        """Return tiles (rows, columns, h, w, 3) side by side; grey lines separate kernels, which may be white."""
+        return grid.mosaic(tiles.flatten(0, 1), layout.columns, GAP, BETWEEN if layout.lines > 1 else 255)
 
-    def named(self, count: int, step: int, room: int = 28) -> dict[int, str]:
-        """Return the names of the first filters at the pixels where they belong."""
-        return {place: self.look.names[int(one)] for place, one in index_labels(range(count), step, room).items()}
+    def filter_labels(self, count: int, step: int, room: int = 28) -> dict[int, str]:
+        """Return the names of the first filters by the pixel where each is written."""
+        return {pixel: self.look.names[int(index)] for pixel, index in index_labels(range(count), step, room).items()}
 
     def captioned(
-        self, parts: list[display.Picture], title: str, said: Sequence[str], above: str = ""
+        self, parts: list[display.Picture], title: str, caption: Sequence[str], metrics: str = ""
     ) -> display.Picture:
-        """Return pictures side by side with the colour bar, under what is said about them."""
+        """Return pictures side by side with the colour bar, below a title and a caption."""
         bars = [captions.colour_bar(*self.look.scale, min(240, max(100, parts[0].height)))] if self.look.scale else []
         body = captions.stack_images([*parts, *bars])
-        note = captions.wrap_text([self.history.facts["model"], *said], max(body.width, 640))
-        return captions.with_caption(body, title, f"{above}\n{note}" if above else note)
+        note = captions.wrap_text([self.history.facts["model"], *caption], max(body.width, 640))
+        return captions.with_caption(body, title, f"{metrics}\n{note}" if metrics else note)
 
-    def said(self, plan: StripLayout, filter_: str, channel: str, epoch: str) -> list[str]:
-        """Return what is shown of how many, one filter a row or the like."""
-        count, lines = self.look.shape[:2]
-        every, shown = len(self.look.epochs), len(plan.epochs)
-        spread = f"{every:,} epochs" if shown == every else f"{shown} of {every:,} epochs, evenly spread"
+    def said(self, layout: StripLayout, filter_: str, channel: str, epoch: str) -> list[str]:
+        """Return the caption: how much of everything is shown; the words say what a filter, channel and epoch is."""
+        filters, lines = self.look.shape[:2]
+        total, drawn = len(self.look.epochs), len(layout.epochs)
+        epochs = f"{total:,} epochs" if drawn == total else f"{drawn} of {total:,} epochs, evenly spread"
         return [
-            amount(plan.filters, count, "filters") + f", one a {filter_}" * bool(filter_),
-            *[f"{amount(plan.lines, lines, 'input channels')}, one a {channel}"] * (lines > 1),
-            *self.look.said,
-            f"{spread}, one a {epoch}" if every > 1 else "one epoch",
+            amount(layout.filters, filters, "filters") + f", one a {filter_}" * bool(filter_),
+            *[f"{amount(layout.lines, lines, 'input channels')}, one a {channel}"] * (lines > 1),
+            *self.look.caption,
+            f"{epochs}, one a {epoch}" if total > 1 else "one epoch",
         ]
 
     def save(self, path: str | Path) -> tuple[Path, dict[str, Any]]:
-        """Write the strip as PNG, or the film as GIF or MP4, and return the path and what it shows in JSON terms.
-
-        Raises:
-            InvalidRequest, ExtraMissing, OutputRefused, Unfinished: as `save_film`.
-        """
+        """Write the strip as PNG, or the film as GIF or MP4, and return the path and what it shows as JSON values."""
         target = Path(path)
         if target.suffix.lower() == ".png":
-            facts = self.facts(strip_plan(self.look))
+            facts = self.facts(strip_layout(self.look))
             return write_file(target, encode.png(self.strip(), facts)), facts
         return save_film(self.film(), target), self.facts(frame_plan(self.look))
 
 
 def layer_strip(history: History, layer: str | int, style: str = "signed") -> LayerStrip:
-    """Return what a layer looked like over a training, ready to be drawn.
+    """Return how a layer looked over a training, ready to be drawn.
 
     Raises:
         LayerNotFound: the run holds neither kernels nor rendered filters of it. InvalidRequest: it holds no finished
@@ -224,7 +215,7 @@ def layer_strip(history: History, layer: str | int, style: str = "signed") -> La
     history.chosen(None)  # refuses a run without epochs
     rendered = (history.facts.get("filters") or {}).get("layer")
     path = rendered if layer == rendered and rendered else found(history, layer)
-    epochs = [one for one in history.epochs if history.entry(one)["filters"]] if path == rendered else []
+    epochs = [epoch for epoch in history.epochs if history.entry(epoch)["filters"]] if path == rendered else []
     if epochs:
         return LayerStrip(history, path, FilterTimeline(history, epochs), style)
     return LayerStrip(history, path, KernelTimeline(history, found(history, path), style), style)
@@ -235,67 +226,65 @@ def found(history: History, layer: str | int) -> str:
     try:
         return history.find(layer)
     except LayerNotFound as error:
-        rendered = [(history.facts.get("filters") or {}).get("layer")]
-        there = [*history.layers, *(one for one in rendered if one and one not in history.layers)]
-        near = f"the nearest are: {nearest(str(layer), there)}" if there else "it holds those of no layer"
+        rendered = (history.facts.get("filters") or {}).get("layer")
+        paths = [*history.layers, *([rendered] if rendered and rendered not in history.layers else [])]
+        near = f"the nearest are: {nearest(str(layer), paths)}" if paths else "it holds those of no layer"
         raise LayerNotFound(f"{history.folder} holds nothing of a layer {str(layer)!r}; {near}") from error
 
 
-def strip_plan(look: LayerTimeline) -> StripLayout:
-    """Return how a strip is laid out: everything as large as fits, else what is readable and the first of it."""
-    filters, lines = look.shape[:2]
-    rows = min(len(look.epochs), ROWS)
+def strip_layout(timeline: LayerTimeline) -> StripLayout:
+    """Return the layout of a strip: everything as large as it fits, else the first of it at a readable size."""
+    filters, lines = timeline.shape[:2]
+    rows = min(len(timeline.epochs), ROWS)
     across, down = STRIP
-    for height, width in look.sizes():
+    for height, width in timeline.sizes():
         if filters * (width + GAP) <= across and rows * (lines * (height + GAP) + EPOCH_GAP) <= down:
-            return StripLayout((height, width), filters, lines, filters, evenly(look.epochs, rows))
-    height, width = readable(look.sizes())
+            return StripLayout((height, width), filters, lines, filters, evenly(timeline.epochs, rows))
+    height, width = readable(timeline.sizes())
     filters, rows = max(1, min(filters, across // (width + GAP))), min(rows, FEWER)
     lines = max(1, min(lines, LINES, (down // rows - EPOCH_GAP) // (height + GAP)))
     rows = max(1, min(rows, down // (lines * (height + GAP) + EPOCH_GAP)))
-    return StripLayout((height, width), filters, lines, filters, evenly(look.epochs, rows))
+    return StripLayout((height, width), filters, lines, filters, evenly(timeline.epochs, rows))
 
 
-def frame_plan(look: LayerTimeline) -> StripLayout:
-    """Return how a film's frame is laid out: a row a filter and a column a channel, or filters in a near square."""
-    filters, lines = look.shape[:2]
+def frame_plan(timeline: LayerTimeline) -> StripLayout:
+    """Return the layout of a film's frame: a row a filter and a column a channel, or filters in a near square."""
+    filters, lines = timeline.shape[:2]
     across, down = FRAME
-    shown = evenly(look.epochs, FRAMES)
+    epochs = evenly(timeline.epochs, FRAMES)
     side = math.ceil(math.sqrt(filters))
-    for height, width in look.sizes():
+    for height, width in timeline.sizes():
         columns, rows = (lines, filters) if lines > 1 else (side, math.ceil(filters / side))
         if columns * (width + GAP) <= across and rows * (height + GAP) <= down:
-            return StripLayout((height, width), filters, lines, columns, shown)
-    height, width = readable(look.sizes())
+            return StripLayout((height, width), filters, lines, columns, epochs)
+    height, width = readable(timeline.sizes())
     columns, rows = max(1, across // (width + GAP)), max(1, down // (height + GAP))
     if lines > 1:
-        return StripLayout((height, width), min(filters, rows), min(lines, columns), min(lines, columns), shown)
-    return StripLayout((height, width), min(filters, rows * columns), 1, min(filters, columns), shown)
+        return StripLayout((height, width), min(filters, rows), min(lines, columns), min(lines, columns), epochs)
+    return StripLayout((height, width), min(filters, rows * columns), 1, min(filters, columns), epochs)
 
 
 def readable(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the smallest size at which a tile can be made out."""
-    return next((one for one in reversed(sizes) if max(one) >= READABLE), sizes[0])
+    """Return the smallest size at which a tile can be read."""
+    return next((size for size in reversed(sizes) if max(size) >= READABLE), sizes[0])
 
 
 def evenly(epochs: Sequence[int], count: int) -> list[int]:
-    """Return so many of the epochs, evenly spread from the first to the last; of one, the last."""
+    """Return at most so many of the epochs, evenly spaced from the first to the last; only the last if count is 1."""
     if len(epochs) <= count:
         return list(epochs)
-    return (
-        [epochs[round(index * (len(epochs) - 1) / (count - 1))] for index in range(count)]
-        if count > 1
-        else [epochs[-1]]
-    )
+    if count <= 1:
+        return [epochs[-1]]
+    return [epochs[round(index * (len(epochs) - 1) / (count - 1))] for index in range(count)]
 
 
-def amount(shown: int, count: int, noun: str) -> str:
+def amount(drawn: int, count: int, noun: str) -> str:
     """Return how many there are, and whether only the first are shown."""
-    return f"{count:,} {noun}" if shown == count else f"the first {shown:,} of {count:,} {noun}"
+    return f"{count:,} {noun}" if drawn == count else f"the first {drawn:,} of {count:,} {noun}"
 
 
 def number(value: float | None) -> str:
-    """Return a metric with three digits that count."""
+    """Return a metric with three significant digits."""
     if value is None:
         return ""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"

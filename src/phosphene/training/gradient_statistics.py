@@ -1,4 +1,4 @@
-"""What the gradients of an epoch come to, gathered from the backward passes that a training does anyway."""
+"""Mean, norm and histogram of an epoch's gradients, summed up over the backward passes that a training does anyway."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EXPONENTS = 256  # of float32, which are the bins of a histogram
+EXPONENTS = 256  # the exponents of float32, one for each bin of a histogram
 BIAS = 127
 
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """What the gradients of one weight tensor come to over an epoch.
+    """The gradients of one weight tensor over an epoch.
 
     Attributes:
-        mean: the mean over the batches, entry by entry, in the shape of the weight; on the CPU. Where the gradient of
-            the total loss was taken, that gradient.
+        mean: the mean over the batches, entry by entry, in the shape of the weight, on the CPU; or the gradient of the
+            total loss.
         mean_abs: mean over the batches of the mean magnitude of the entries; `norm`: of their L2 norm.
-        histogram: (256,) how many entries, of all batches, had which float32 exponent: bin k counts
-            2^(k-127) <= |g| < 2^(k-126), bin 0 also what is 0, bin 255 NaN and infinity.
+        histogram: (256,) number of entries, of all batches, by float32 exponent: bin k counts
+            2^(k-127) <= |g| < 2^(k-126), bin 0 also zeros, bin 255 NaN and infinity.
         batches: in how many the tensor had a gradient; in `nonfinite` of these it held NaN or infinity, for the first
             time in batch `first_nonfinite`, counted from 0.
     """
@@ -37,7 +37,7 @@ class Gradient:
 
 
 class RunningGradients:
-    """The sums that an epoch's gradients come to; nothing waits for the device until `take`."""
+    """Sums over the gradients of an epoch; nothing waits for the device until `take`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, RunningSum] = {}
@@ -45,25 +45,25 @@ class RunningGradients:
 
     def add(self, gradients: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Add one batch's gradients by name, each divided by `scale`."""
-        found = {name: dense(one, scale) for name, one in gradients.items()}
-        for name, one in found.items():
+        scaled = {name: dense(gradient, scale) for name, gradient in gradients.items()}
+        for name, gradient in scaled.items():
             if name not in self.sums:
-                self.sums[name] = RunningSum.of(one)
-        sums, batch = [self.sums[name] for name in found], list(found.values())
+                self.sums[name] = RunningSum.zeros_like(gradient)
+        sums, batch = [self.sums[name] for name in scaled], list(scaled.values())
         if not batch:
             return
-        torch._foreach_add_([one.entries for one in sums], batch)
+        torch._foreach_add_([running_sum.entries for running_sum in sums], batch)
         norms, magnitudes = torch._foreach_norm(batch, 2), torch._foreach_norm(batch, 1)
         counts = histograms(batch)
-        for total, norm, magnitude, count in zip(sums, norms, magnitudes, counts, strict=True):
-            total.add(norm, magnitude, count, self.batches)
+        for running_sum, norm, magnitude, count in zip(sums, norms, magnitudes, counts, strict=True):
+            running_sum.add(norm, magnitude, count, self.batches)
         self.batches += 1
 
     def take(self) -> dict[str, Gradient]:
-        """Return what was gathered by name, and start anew."""
-        taken = {name: one.taken() for name, one in self.sums.items()}
+        """Return the gradients by name, and reset the sums."""
+        gradients = {name: running_sum.mean() for name, running_sum in self.sums.items()}
         self.sums, self.batches = {}, 0
-        return taken
+        return gradients
 
 
 @dataclass
@@ -79,30 +79,30 @@ class RunningSum:
     batches: int = 0
 
     @classmethod
-    def of(cls, gradient: Tensor) -> RunningSum:
-        """Return sums of nothing, for gradients like this one."""
-        number, count = gradient.new_zeros((), dtype=torch.float64), gradient.new_zeros((), dtype=torch.int64)
+    def zeros_like(cls, gradient: Tensor) -> RunningSum:
+        """Return sums that are 0, for gradients like this one."""
+        zero, count = gradient.new_zeros((), dtype=torch.float64), gradient.new_zeros((), dtype=torch.int64)
         return cls(
             entries=torch.zeros_like(gradient),
-            norm=number,
-            magnitude=number.clone(),
+            norm=zero,
+            magnitude=zero.clone(),
             histogram=gradient.new_zeros(EXPONENTS, dtype=torch.int64),
             nonfinite=count,
             first=count - 1,
         )
 
     def add(self, norm: Tensor, magnitude: Tensor, histogram: Tensor, batch: int) -> None:
-        """Add what one batch's gradient measures."""
-        bad = histogram[-1] > 0
+        """Add the measures of one batch's gradient."""
+        nonfinite = histogram[-1] > 0
         self.norm += norm
         self.magnitude += magnitude
         self.histogram += histogram
-        self.first = torch.where(bad & (self.first < 0), batch, self.first)
-        self.nonfinite += bad
+        self.first = torch.where(nonfinite & (self.first < 0), batch, self.first)
+        self.nonfinite += nonfinite
         self.batches += 1
 
-    def taken(self) -> Gradient:
-        """Return means instead of sums, on the CPU."""
+    def mean(self) -> Gradient:
+        """Return the means over the batches, on the CPU."""
         first = int(self.first)
         return Gradient(
             mean=(self.entries / self.batches).cpu(),
@@ -115,41 +115,40 @@ class RunningSum:
         )
 
 
-class SinceLast:
-    """Tells apart what each backward pass gave where gradients accumulate over several.
+class AccumulationTracker:
+    """Separates what each backward pass adds to gradients that accumulate over several.
 
-    A `.grad` that is the very tensor it was, written to once since, had the new gradient added to it. Written to more
-    often, it was set to zero in between; not at all, this pass gave it nothing.
+    If a `.grad` is still the same tensor and was written to once since, the new gradient was added to it. If it was
+    written to more often, it was set to zero in between; if not at all, this pass gave it no gradient.
     """
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
-    def batch(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the last backward pass gave, by name; the gradients as they stand now are remembered."""
-        found: dict[str, Tensor] = {}
-        old, new = list[Tensor](), list[Tensor]()
+    def since_last(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the last backward pass added, by name, and remember the gradients as they are now."""
+        added: dict[str, Tensor] = {}
+        copies, originals = list[Tensor](), list[Tensor]()
         for name, gradient in gradients.items():
-            known, version, before = self.seen.get(name, NOTHING)
-            same = known() is gradient
+            reference, version, before = self.seen.get(name, NEVER_SEEN)
+            same = reference() is gradient
             if same and gradient._version == version:
                 continue
-            added = same and gradient._version == version + 1
-            found[name] = gradient - before if added else gradient
-            kept = before if before.shape == gradient.shape and before.dtype == gradient.dtype else gradient.clone()
-            old.append(kept)
-            new.append(gradient)
-            self.seen[name] = (weakref.ref(gradient), gradient._version, kept)
-        if new:
-            torch._foreach_copy_(old, new)
-        return found
+            added[name] = gradient - before if same and gradient._version == version + 1 else gradient
+            copy = before if before.shape == gradient.shape and before.dtype == gradient.dtype else gradient.clone()
+            copies.append(copy)
+            originals.append(gradient)
+            self.seen[name] = (weakref.ref(gradient), gradient._version, copy)
+        if originals:
+            torch._foreach_copy_(copies, originals)
+        return added
 
 
-NOTHING: tuple[weakref.ref[Tensor], int, Tensor] = (weakref.ref(torch.empty(0)), -1, torch.empty(0))
+NEVER_SEEN: tuple[weakref.ref[Tensor], int, Tensor] = (weakref.ref(torch.empty(0)), -1, torch.empty(0))
 
 
 def single_batch(gradient: Tensor) -> Gradient:
-    """Return what a single gradient comes to."""
+    """Return the statistics of a single gradient."""
     running = RunningGradients()
     running.add({"": gradient})
     return running.take()[""]
@@ -165,25 +164,25 @@ def dense(gradient: Tensor, scale: float) -> Tensor:
 
 def histograms(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return for each gradient the (256,) counts of its entries by float32 exponent."""
-    exponents = [upper_halves(one).bitwise_right_shift(7).bitwise_and(EXPONENTS - 1) for one in gradients]
-    on_cpu = all(one.device.type == "cpu" for one in exponents)
-    return counted(exponents) if on_cpu else counted_together(exponents)
+    exponents = [upper_halves(gradient).bitwise_right_shift(7).bitwise_and(EXPONENTS - 1) for gradient in gradients]
+    on_cpu = all(tensor.device.type == "cpu" for tensor in exponents)
+    return count_each(exponents) if on_cpu else count_at_once(exponents)
 
 
-def counted(exponents: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return how often each exponent occurs in each tensor, one tensor after another."""
-    return [torch.bincount(one, minlength=EXPONENTS) for one in exponents]
+def count_each(exponents: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return how often each exponent occurs in each tensor, counting one tensor after another."""
+    return [torch.bincount(tensor, minlength=EXPONENTS) for tensor in exponents]
 
 
-def counted_together(exponents: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the same from a single count, for a GPU, which has to be waited for at every count."""
-    marked = [one.int() + number * EXPONENTS for number, one in enumerate(exponents)]
-    return torch.bincount(torch.cat(marked), minlength=EXPONENTS * len(marked)).view(-1, EXPONENTS).unbind()
+def count_at_once(exponents: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the same from a single count, for a GPU, which every count has to wait for."""
+    shifted = [tensor.int() + index * EXPONENTS for index, tensor in enumerate(exponents)]
+    return torch.bincount(torch.cat(shifted), minlength=EXPONENTS * len(shifted)).view(-1, EXPONENTS).unbind()
 
 
 def upper_halves(gradient: Tensor) -> Tensor:
     """Return the upper 16 bits of each entry as float32, (n,) int16, in any order."""
-    whole = gradient.float()
-    dense = whole.is_contiguous() or whole.is_contiguous(memory_format=torch.channels_last)
-    flat = whole.as_strided((whole.numel(),), (1,)) if dense and whole.dim() == 4 else whole.reshape(-1)
+    full = gradient.float()
+    dense = full.is_contiguous() or full.is_contiguous(memory_format=torch.channels_last)
+    flat = full.as_strided((full.numel(),), (1,)) if dense and full.dim() == 4 else full.reshape(-1)
     return flat.view(torch.int16)[1::2]

@@ -7,56 +7,54 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from phosphene.arguments import whole_number
-from phosphene.errors import Interrupted, InvalidRequest, LayerNotFound, first_line
-from phosphene.network.channel_ranges import parse_channels
+from phosphene.errors import InvalidRequest, LayerNotFound
 from phosphene.network.loading.keras import is_keras_model
 from phosphene.network.model import Model
-from phosphene.rendering.objectives import channel
 from phosphene.rendering.recipes import Recipe, find_recipe
-from phosphene.rendering.render import render
-from phosphene.rendering.result import Rendered
 from phosphene.training.adapter import TrainedNetwork, torch_network
-from phosphene.training.disk_budget import bytes_of, bytes_per_epoch, check_cap, in_bytes
-from phosphene.training.gradient_statistics import Gradient, RunningGradients, SinceLast, single_batch
-from phosphene.training.history import EpochRecord, History, kernels_of, resume_or_create, size_of
+from phosphene.training.disk_budget import bytes_per_epoch, check_cap, folder_bytes, in_bytes, record_bytes
+from phosphene.training.epoch_filters import EpochFilters
+from phosphene.training.epoch_record import EpochRecord, nonfinite_notes, recorded_kernels
+from phosphene.training.gradient_statistics import AccumulationTracker, Gradient, RunningGradients, single_batch
+from phosphene.training.history import History, resume_or_create
 from phosphene.training.keras_adapter import keras_network
 from phosphene.training.writers import matched_writers, publish
 from phosphene.version import __version__
 
 CAP = 10 * 2**30
-KINDS = ("running", "epoch", None)
+GRADIENTS = ("running", "epoch", None)
 CLIPPING = {False: "before clipping", True: "after clipping"}
 
 
 class Recorder:
-    """Records a training, epoch by epoch, and leaves the training as it is.
+    """Records a training, epoch by epoch, and leaves the training unchanged.
 
     Args:
-        model: the network that is trained: a PyTorch module (also compiled, or in data parallelism), a Keras model, or
-            a `Model` from `load`, which also knows the preprocessing to render filters with.
-        store: the folder for the record. A record of the same network that is there is gone on with.
-        layers: glob over the convolutions whose kernels are kept, by path or kind; `conv*` means all of them.
-        gradients: `running`: the mean over the epoch's batches, from the backward passes that the training does
+        model: the network in training: a PyTorch module (also compiled, or in data parallelism), a Keras model, or a
+            `Model` from `load`, which also knows the preprocessing to render filters with.
+        store: the folder for the record. A record of the same network in it is continued.
+        layers: glob over the convolutions whose kernels are recorded, by path or kind; `conv*` means all of them.
+        gradients: `running`: the mean over the epoch's batches, from the backward passes of the training
             (`after_backward`); `epoch`: of the mean loss over `data`, at the end of each epoch (R2.2a); or None.
-        filters: LAYER:CHANNELS, such as `conv1:0:8`: filters to render after each epoch, from the same seed.
-        every: record the epochs whose number is divisible by this.
-        data, loss: for `gradients="epoch"`, see `subject.total_gradient`.
-        recipe: to render filters by.
-        writer: a TensorBoard `SummaryWriter` or a Weights & Biases run, or a list of such, that gets everything too.
-        epochs: how many are to come, where known, so that the cap can be looked at in advance.
-        cap: bytes that the record may take. Nothing is ever thinned out to fit.
+        filters: LAYER:CHANNELS, such as `conv1:0:8`: filters to render after each epoch, always from the same seed.
+        every: record only the epochs whose number is divisible by this.
+        data, loss: for `gradients="epoch"`, see `adapter.total_gradient`.
+        recipe: how to render the filters.
+        writer: a TensorBoard `SummaryWriter` or a Weights & Biases run, or a list of these, to show each epoch in too.
+        epochs: how many are planned, if known, so that the cap can be checked before the training.
+        cap: the most bytes that the record may take. Nothing is ever thinned out to fit.
 
-    In distributed training all processes make one, and that of rank 0 writes.
+    In distributed training every process makes a Recorder, and that of rank 0 writes.
 
     Raises:
         LayerNotFound, ChannelNotFound, RecipeNotFound: there is no such layer, channel, or recipe.
-        InvalidRequest: an argument is none, the record would outgrow the cap, or the folder holds another's.
+        InvalidRequest: an argument is not valid, the record would exceed the cap, or the folder holds something else.
         OutputRefused: the folder cannot be written.
 
     Example:
@@ -86,44 +84,44 @@ class Recorder:
         epochs: int | None = None,
         cap: int = CAP,
     ) -> None:
-        check_kinds(store=(store, str | Path), layers=(layers, str), filters=(filters, str | None), cap=(cap, int))
-        self.subject = as_subject(model)
-        self.layers = matching(layers, self.subject.kinds)
-        check(self.subject, gradients, data, every)
+        check_types(store=(store, str | Path), layers=(layers, str), filters=(filters, str | None), cap=(cap, int))
+        self.network = trained_network(model)
+        self.layers = matching_layers(layers, self.network.kinds)
+        check_settings(self.network, gradients, data, every)
         matched_writers(writer)
         find_recipe(recipe)
         if epochs is not None:
             whole_number(epochs, "epochs")
         store = Path(store).expanduser()
-        self.kind, self.every, self.data, self.loss, self.writer = gradients, every, data, loss, writer
-        self.film = None if filters is None else epoch_filters_of(self.subject, filters, recipe)
+        self.gradients, self.every, self.data, self.loss, self.writer = gradients, every, data, loss, writer
+        self.filters = None if filters is None else EpochFilters.parse(self.network, filters, recipe)
         if gradients == "epoch":
-            self.subject.total_gradient(data, loss, 1)  # what does not work is better known before the training
+            self.network.total_gradient(data, loss, 1)  # so that what does not work fails before the training
         self.cap = cap
-        self.running, self.since_last, self.clipped = RunningGradients(), SinceLast(), set[bool]()
+        self.running, self.accumulation, self.clipped = RunningGradients(), AccumulationTracker(), set[bool]()
         self.history: History | None = None
         if is_first_process():
             facts = self.facts()
-            kernels = [self.subject.kernels[path]() for path in self.layers]
-            weights = list(self.subject.weights().values()) if self.kind else []
-            each = bytes_per_epoch(kernels, weights, self.film.pixels if self.film else 0)
-            check_cap(store, each, -(-(epochs or 1) // self.every), cap)
+            kernels = [self.network.kernels[path]() for path in self.layers]
+            weights = list(self.network.weights().values()) if gradients else []
+            epoch_bytes = bytes_per_epoch(kernels, weights, self.filters.pixels if self.filters else 0)
+            check_cap(store, epoch_bytes, -(-(epochs or 1) // every), cap)
             self.history = resume_or_create(store, facts)
-            self.used = size_of(self.history.folder)
+            self.used = folder_bytes(self.history.folder)
             self.last = max(self.history.epochs, default=-1)
 
     def facts(self) -> dict[str, Any]:
-        """Return what is recorded, of which network, in JSON terms."""
-        trained = self.subject.weights()
+        """Return what is recorded, of which network, as JSON values."""
+        trainable = self.network.weights()
         return {
-            "model": self.subject.name,
+            "model": self.network.name,
             "weights": [
-                {"name": name, "shape": list(shape), "dtype": dtype, "trained": name in trained}
-                for name, shape, dtype in self.subject.described()
+                {"name": name, "shape": list(shape), "dtype": dtype, "trained": name in trainable}
+                for name, shape, dtype in self.network.weight_specs()
             ],
-            "layers": [{"path": path, "kind": self.subject.kinds[path]} for path in self.layers],
-            "gradients": self.kind,
-            "filters": self.film and self.film.facts(),
+            "layers": [{"path": path, "kind": self.network.kinds[path]} for path in self.layers],
+            "gradients": self.gradients,
+            "filters": self.filters and self.filters.facts(),
             "every": self.every,
             "versions": {"phosphene": __version__, "torch": torch.__version__},
         }
@@ -137,29 +135,30 @@ class Recorder:
         self.close()
 
     def close(self) -> None:
-        """Let go of the sums of an epoch that was not ended; what is recorded is on the disk already."""
-        self.running, self.since_last = RunningGradients(), SinceLast()
+        """Release the sums of an epoch that did not end; finished epochs are on the disk already."""
+        self.running, self.accumulation = RunningGradients(), AccumulationTracker()
 
     def after_backward(self, *, scaler: Any = None, clipped: bool = False) -> None:
-        """Take in the gradients as they stand in `.grad`.
+        """Add the gradients that are in `.grad` now.
 
-        To be called before `optimizer.step()` and `zero_grad()`: after each backward pass, which is then one batch,
-        also where gradients accumulate over several; or once after the last of these, so that what the optimizer is to
-        use is one batch. In distributed training that is after the gradients were averaged over the processes.
+        Call it before `optimizer.step()` and `zero_grad()`: after each backward pass, which then counts as one batch,
+        even if gradients accumulate over several passes; or once after the last of these, so that the gradient that the
+        optimizer uses counts as one batch. In distributed training the gradients are averaged over the processes then.
 
         Args:
-            scaler: the `GradScaler`, where there is one; whether its `unscale_` has been called is seen.
-            clipped: whether the gradients have been clipped before this call, which is noted in the record.
+            scaler: the `GradScaler`, if there is one; whether its `unscale_` has been called is detected.
+            clipped: whether the gradients have been clipped already, which the record then says.
 
         Raises:
             InvalidRequest: there is no gradient, or none since the last call.
         """
-        if self.history is None or self.kind != "running":
+        if self.history is None or self.gradients != "running":
             return
-        scale = self.subject.scale() if self.subject.scale else 1.0
+        scale = self.network.scale() if self.network.scale else 1.0
         scale *= scale_of(scaler)
-        found = {name: one.grad for name, one in self.subject.weights().items() if one.grad is not None}
-        batch = self.since_last.batch(found)
+        weights = self.network.weights()
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        batch = self.accumulation.since_last(gradients)
         if not batch:
             raise InvalidRequest(
                 "no weight has a new gradient: call after_backward() after loss.backward(), and before zero_grad()"
@@ -168,116 +167,87 @@ class Recorder:
         self.clipped.add(clipped)
 
     def end_epoch(self, epoch: int, /, **metrics: float | Tensor) -> None:
-        """Write the entry of an epoch; where the disk is full the training goes on with a warning.
+        """Record an epoch; if the disk is full the training continues with a warning.
 
         An epoch that was recorded before is moved to `replaced/` together with all later ones.
 
         Raises:
-            InvalidRequest: the number is none, a metric is no number, or no backward pass was seen.
+            InvalidRequest: the epoch or a metric is not a number, or there was no backward pass.
         """
         epoch = whole_number(epoch, "an epoch")
-        numbers = {name: as_number(name, one) for name, one in metrics.items()}
+        numbers = {name: as_number(name, value) for name, value in metrics.items()}
         if self.history is None:
             return
         if epoch % self.every:
             self.running.take()
             self.clipped.clear()
             return
-        if self.kind == "running" and not self.running.batches:
+        if self.gradients == "running" and not self.running.batches:
             raise InvalidRequest(
                 f"no backward pass was seen in epoch {epoch}: call recorder.after_backward() after each "
                 "loss.backward(), or record with gradients=None"
             )
-        entry = self.entry(epoch, numbers, self.history.facts)
-        for note in (*entry.notes, *self.keep(self.history, entry)):
+        record = self.epoch_record(epoch, numbers, self.history.facts)
+        for note in (*record.notes, *self.write(self.history, record)):
             warnings.warn(note, stacklevel=2)
         if self.writer is not None:
-            publish(self.writer, entry)
+            publish(self.writer, record)
 
-    def entry(self, epoch: int, metrics: Mapping[str, float], described: Mapping[str, Any]) -> EpochRecord:
-        """Return what is to be recorded of an epoch of what the record describes."""
-        facts: dict[str, Any] = {}
-        if self.kind == "running":
-            read = " and ".join(CLIPPING[one] for one in sorted(self.clipped))
-            facts = {"kind": "running", "read": read, "batches": self.running.batches}
-            found = self.running.take()
-            self.clipped.clear()
-        elif self.kind == "epoch":
-            facts = {"kind": "epoch", "read": "of the total loss", "batches": 1}
-            found = {name: single_batch(one) for name, one in self.subject.total_gradient(self.data, self.loss).items()}
-        else:
-            found = {}
-        weights = self.subject.weights()
-        kernels = {path: self.subject.kernels[path]().detach().cpu().clone().contiguous() for path in self.layers}
-        filters, notes = self.film.rendered() if self.film else (None, ())
-        ordered = {name: found[name] for name in weights if name in found}
+    def epoch_record(self, epoch: int, metrics: Mapping[str, float], facts: Mapping[str, Any]) -> EpochRecord:
+        """Return what is to be recorded of an epoch; `facts` are those of the whole record."""
+        gradient_facts, gradients = self.take_gradients()
+        weights = self.network.weights()
+        kernels = {path: self.network.kernels[path]().detach().cpu().clone().contiguous() for path in self.layers}
+        filters, notes = self.filters.render_all() if self.filters else (None, ())
+        ordered = {name: gradients[name] for name in weights if name in gradients}
         return EpochRecord(
             epoch=epoch,
             metrics=metrics,
-            kernels={path: kernels_of(path, one, described, epoch) for path, one in kernels.items()},
+            kernels={path: recorded_kernels(path, kernel, facts, epoch) for path, kernel in kernels.items()},
             gradients=ordered,
             weight_norms={name: float(weights[name].detach().norm()) for name in ordered},
-            facts=facts,
+            facts=gradient_facts,
             filters=filters,
-            notes=(*notes, *not_finite(epoch, ordered)),
+            notes=(*notes, *nonfinite_notes(epoch, ordered)),
         )
 
-    def keep(self, history: History, entry: EpochRecord) -> list[str]:
-        """Write an entry, and return what the user should know: that it does not fit the cap or the disk, or replaces.
+    def take_gradients(self) -> tuple[dict[str, Any], dict[str, Gradient]]:
+        """Return the epoch's gradients by weight, after how they were taken as JSON values; {} if none are recorded."""
+        if self.gradients == "running":
+            read = " and ".join(CLIPPING[clipped] for clipped in sorted(self.clipped))
+            self.clipped.clear()
+            return {"kind": "running", "read": read, "batches": self.running.batches}, self.running.take()
+        if self.gradients == "epoch":
+            gradients = self.network.total_gradient(self.data, self.loss)
+            facts = {"kind": "epoch", "read": "of the total loss", "batches": 1}
+            return facts, {name: single_batch(gradient) for name, gradient in gradients.items()}
+        return {}, {}
 
-        Whatever happens here, the training goes on.
+    def write(self, history: History, record: EpochRecord) -> list[str]:
+        """Write an epoch's record, and return warnings: that it exceeds the cap or the disk, or replaces another.
+
+        Whatever happens here, the training continues.
         """
-        size = bytes_of(entry)
+        size = record_bytes(record)
         if self.used + size > self.cap:
             return [
-                f"epoch {entry.epoch} is not recorded: {in_bytes(size)} more would take the record in "
+                f"epoch {record.epoch} is not recorded: {in_bytes(size)} more would take the record in "
                 f"{history.folder} beyond its cap of {in_bytes(self.cap)}; give a larger cap"
             ]
         notes = []
         try:
-            known = entry.epoch <= self.last or entry.epoch in history
-            if known and (aside := history.set_aside(entry.epoch)):
-                notes = [f"epoch {entry.epoch} was recorded before; it and what came after it is now in {aside}"]
-            self.used += history.write(entry)
-            self.last = entry.epoch
+            repeated = record.epoch <= self.last or record.epoch in history
+            if repeated and (replaced := history.set_aside(record.epoch)):
+                notes = [f"epoch {record.epoch} was recorded before; it and all later epochs are now in {replaced}"]
+            self.used += history.write(record)
+            self.last = record.epoch
         except OSError as error:
-            notes += [f"epoch {entry.epoch} is not recorded, the training goes on: {error}"]
+            notes += [f"epoch {record.epoch} is not recorded, the training goes on: {error}"]
         return notes
 
 
-class EpochFilters(NamedTuple):
-    """Filters that are rendered after every epoch, from the same seed."""
-
-    model: Model
-    layer: str
-    channels: list[int]
-    recipe: Recipe
-
-    @property
-    def pixels(self) -> int:
-        """How many bytes the pictures have before they are packed."""
-        return len(self.channels) * self.model.channels_in * self.recipe.size**2
-
-    def facts(self) -> dict[str, Any]:
-        """Return which filters, in JSON terms."""
-        return {"layer": self.layer, "channels": self.channels, "recipe": self.recipe.as_dict()}
-
-    def rendered(self) -> tuple[Rendered | None, tuple[str, ...]]:
-        """Return the filters as they are now, or what kept them from being rendered."""
-        try:
-            return render(self.model, channel(self.layer, self.channels), self.recipe), ()
-        except Interrupted:
-            raise
-        except Exception as error:  # whatever it is, the training goes on
-            return None, (f"filters were not rendered: {first_line(error)}",)
-
-
-def as_subject(model: Any) -> TrainedNetwork:
-    """Return what is recorded, whichever framework it is of.
-
-    Raises:
-        InvalidRequest: it is no network.
-    """
+def trained_network(model: Any) -> TrainedNetwork:
+    """Return a model of either framework as a network in training."""
     if isinstance(model, TrainedNetwork):
         return model
     if is_keras_model(model):
@@ -287,98 +257,63 @@ def as_subject(model: Any) -> TrainedNetwork:
     raise InvalidRequest(f"a Recorder watches a torch.nn.Module or a Keras model, not a {type(model).__name__}")
 
 
-def matching(pattern: str, kinds: Mapping[str, str]) -> list[str]:
-    """Return the paths of the convolutions that a glob means; `conv*` means all, whatever they are called.
-
-    Raises:
-        LayerNotFound: none; the message lists what there is.
-    """
-    names = {path: (path, path.lstrip("."), kind, kind.lower(), "convolution") for path, kind in kinds.items()}
-    found = [path for path, all_names in names.items() if any(fnmatch.fnmatchcase(one, pattern) for one in all_names)]
-    if not found and kinds:
+def matching_layers(pattern: str, kinds: Mapping[str, str]) -> list[str]:
+    """Return the paths of the convolutions that match a glob; `conv*` matches all of them, whatever their names."""
+    aliases = {path: (path, path.lstrip("."), kind, kind.lower(), "convolution") for path, kind in kinds.items()}
+    paths = [path for path, names in aliases.items() if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+    if not paths and kinds:
         raise LayerNotFound(f"no convolution matches {pattern!r}; there are: {', '.join(kinds)}")
-    return found
+    return paths
 
 
-def check(subject: TrainedNetwork, gradients: str | None, data: Any, every: int) -> None:
-    """Refuse settings that cannot be recorded."""
-    if any(type(one).__name__ == "DTensor" for one in subject.weights().values()):
+def check_settings(network: TrainedNetwork, gradients: str | None, data: Any, every: int) -> None:
+    """Refuse settings with which the network cannot be recorded."""
+    if any(type(weight).__name__ == "DTensor" for weight in network.weights().values()):
         raise InvalidRequest(
             "the weights are split up between processes (FSDP, tensor parallelism), so that none has a gradient to "
             "record; train in data parallelism (DDP), or on one device"
         )
-    if gradients not in KINDS:
+    if gradients not in GRADIENTS:
         raise InvalidRequest(f"gradients is 'running', 'epoch' or None, not {gradients!r}")
     if gradients == "epoch" and data is None:
         raise InvalidRequest("gradients='epoch' needs data=, over which the total loss is taken, and loss=")
-    if gradients == "running" and not subject.has_grad:
+    if gradients == "running" and not network.has_grad:
         raise InvalidRequest(
-            "gradients='running' reads what backward passes leave in .grad, which this backend has not; give "
+            "gradients='running' reads what backward passes leave in .grad, which this backend does not have; give "
             "gradients='epoch' with data=, or gradients=None"
         )
     whole_number(every, "every", 1)
-    if gradients == "running" and not subject.weights():
+    if gradients == "running" and not network.weights():
         raise InvalidRequest("no weight of the network is trained; unfreeze some, or record with gradients=None")
 
 
-def check_kinds(**given: tuple[Any, Any]) -> None:
-    """Refuse arguments of another kind than they have to be."""
-    for name, (value, kind) in given.items():
-        if not isinstance(value, kind):
-            what = getattr(kind, "__name__", str(kind))
-            raise InvalidRequest(f"{name} is of the kind {what}, not {value!r}")
+def check_types(**arguments: tuple[Any, Any]) -> None:
+    """Refuse arguments, each given as (value, type), that are of another type."""
+    for name, (value, expected) in arguments.items():
+        if not isinstance(value, expected):
+            raise InvalidRequest(f"{name} has the type {getattr(expected, '__name__', expected)}, not {value!r}")
 
 
 def scale_of(scaler: Any) -> float:
-    """Return what a `GradScaler` has multiplied the gradients with; 1 where its `unscale_` took that out again."""
+    """Return what a `GradScaler` has multiplied the gradients with; 1 if its `unscale_` has divided by that again."""
     if scaler is None:
         return 1.0
     if not hasattr(scaler, "get_scale"):
         raise InvalidRequest(f"scaler is a torch.amp.GradScaler, not a {type(scaler).__name__}")
-    stages = [one.get("stage") for one in getattr(scaler, "_per_optimizer_states", {}).values()]
-    taken_out = bool(stages) and all(getattr(one, "name", "") == "UNSCALED" for one in stages)
-    return 1.0 if taken_out else float(scaler.get_scale())
-
-
-def epoch_filters_of(subject: TrainedNetwork, filters: str, recipe: str | Recipe) -> EpochFilters:
-    """Return the filters that LAYER:CHANNELS means.
-
-    Raises:
-        LayerNotFound, ChannelNotFound, InvalidRequest: there are none such.
-    """
-    if subject.model is None:
-        raise InvalidRequest("filters are rendered with PyTorch; train on Keras' torch backend, or leave filters out")
-    layer, _, channels = filters.partition(":")
-    model = subject.model()
-    found = model.find(int(layer) if layer.isdigit() else layer)
-    if found.channels is None or not found.is_map:
-        raise InvalidRequest(f"{layer} has no map of channels to render; give a convolution as LAYER:0:8")
-    return EpochFilters(model, found.path, parse_channels(channels or "all", found.channels), find_recipe(recipe))
+    stages = [state.get("stage") for state in getattr(scaler, "_per_optimizer_states", {}).values()]
+    unscaled = bool(stages) and all(getattr(stage, "name", "") == "UNSCALED" for stage in stages)
+    return 1.0 if unscaled else float(scaler.get_scale())
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process of a distributed training that writes, or the only one."""
+    """Return whether this process writes: the only one, or that of rank 0 in distributed training."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def as_number(name: str, value: Any) -> float:
-    """Return a metric as a number.
-
-    Raises:
-        InvalidRequest: it is none.
-    """
+    """Return a metric as a number."""
     try:
         return float(value.detach()) if isinstance(value, Tensor) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidRequest(f"a metric is one number, and {name} is {value!r}") from error
-
-
-def not_finite(epoch: int, gradients: Mapping[str, Gradient]) -> list[str]:
-    """Return in words which gradients of an epoch were NaN or infinite."""
-    bad = [(name, one) for name, one in gradients.items() if one.nonfinite]
-    return [
-        f"epoch {epoch}: the gradient of {name} was NaN or infinite in {one.nonfinite} of {one.batches} batches, "
-        f"first in batch {one.first_nonfinite}"
-        for name, one in bad[:3]
-    ] + [f"epoch {epoch}: so were those of {len(bad) - 3} more weights"] * (len(bad) > 3)

@@ -12,7 +12,7 @@ from fake_training_record import record_of
 from page_store import random_tensor, training
 from phosphene.errors import EntryNotFound, WeightsRefused
 from phosphene.training.film_strip import LayerStrip
-from phosphene.training.gradient_norms import verdicts
+from phosphene.training.gradient_verdicts import verdicts
 from phosphene.web.templating import render_template
 from phosphene.web.urls import layer_slug
 from phosphene.web.views import training as training_view

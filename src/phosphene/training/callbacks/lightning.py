@@ -1,8 +1,8 @@
 """Watching a Lightning training: `Trainer(callbacks=[LightningRecorder("runs/a")])`.
 
-When Lightning 2 calls what (its source, `plugins/precision`): the backward passes of an accumulation, in distributed
-training with the mean over the processes in the last of them; then the scale of mixed precision is taken out; then
-`on_before_optimizer_step`, where the gradients are read; then they are clipped; then the optimizer steps.
+The order of a step in Lightning 2 (its source, `plugins/precision`): the backward passes of an accumulation, the last
+of which averages over the processes of distributed training; the scale of mixed precision is divided out;
+`on_before_optimizer_step`, where the gradients are read; they are clipped; the optimizer steps.
 """
 
 from __future__ import annotations
@@ -14,93 +14,79 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from phosphene.errors import InvalidRequest, nearest, require_extra
-from phosphene.rendering.recipes import Recipe
 from phosphene.training.adapter import TrainedNetwork, torch_network
+from phosphene.training.callbacks.options import RecorderOptions, recorder_arguments
 from phosphene.training.history import History, open_history
-from phosphene.training.recorder import CAP, Recorder
+from phosphene.training.recorder import Recorder
 from phosphene.training.writers import matched_writers
 
-PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # the same under two names
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # one package under two names
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")  # no process has a whole weight
 
 
 def callback_class() -> Any:
-    """Return Lightning's `Callback`, of the package that the user has imported where there are both.
-
-    Raises:
-        ExtraMissing: there is neither.
-    """
+    """Return Lightning's `Callback`; if both packages are installed, of the one that the user has imported."""
     imported = [name for name in PACKAGES if name in sys.modules]
     available = imported or [name for name in PACKAGES if find_spec(name.partition(".")[0])] or PACKAGES
     return require_extra(available[0], "lightning").Callback
 
 
 class LightningRecorder(callback_class()):  # type: ignore[misc]
-    """Records a Lightning training, epoch by epoch, and leaves the training as it is.
+    """Records a Lightning training, epoch by epoch, and leaves the training unchanged.
 
-    One batch of the record is one step of an optimizer: its gradient is the one that the optimizer is to use, over all
-    batches that were accumulated, the mean over all processes, without the scale of mixed precision, before clipping.
-    The metrics of an epoch are those of `trainer.callback_metrics` that were logged in it, validation included; what
-    the module logs only in its own `on_train_epoch_end` comes too late. A fit that goes on from a checkpoint goes on
-    with the record; epochs that it trains again replace what was recorded of them.
+    One batch of the record is one step of an optimizer. Its gradient is the one that the optimizer uses, over all
+    accumulated batches, the mean over all processes, without the scale of mixed precision, before clipping. The metrics
+    of an epoch are those of `trainer.callback_metrics` that were logged in it, validation included; what the module
+    logs only in its own `on_train_epoch_end` comes too late. A fit that continues from a checkpoint continues the
+    record; epochs that it trains again replace what was recorded of them.
 
     In manual optimisation each `optimizer.step()` is one batch, of the weights that this optimizer holds.
 
     Args:
-        store, layers, gradients, filters, every, data, loss, recipe, cap: as for `Recorder`.
+        store: the folder for the record.
         network: what to record of the LightningModule: the path of a module in it, or a function from it to one; by
             default all of it, with the names that it uses.
-        writer: as for `Recorder`; True for the TensorBoard and Weights & Biases loggers of the Trainer.
-        clipped: whether a module with manual optimisation has clipped its gradients by the time of `optimizer.step()`,
-            which cannot be seen from outside; it is noted in the record.
+        clipped: whether a module with manual optimisation has clipped its gradients before `optimizer.step()`, which
+            cannot be detected; the record says so.
+        options: `layers, gradients, filters, every, data, loss, recipe, writer, cap` of `Recorder`, the first four also
+            by position. `writer=True` stands for the TensorBoard and Weights & Biases loggers of the Trainer.
 
     Attributes:
-        recorder: the Recorder of the fit that goes on, or of the last one.
+        recorder: the Recorder of the current fit, or of the last one.
 
     Raises:
-        InvalidRequest, LayerNotFound, ...: at the start of the fit, as for `Recorder`; also where the weights are split
-            up between processes, or `writer=True` finds no logger to write to.
+        InvalidRequest, LayerNotFound, ...: at the start of the fit, as for `Recorder`; also if the weights are split
+            between processes, or `writer=True` finds no logger to write to.
     """
 
     def __init__(
         self,
         store: str | Path,
-        layers: str = "conv*",
-        gradients: str | None = "running",
-        filters: str | None = None,
-        every: int = 1,
-        *,
+        *positional: Any,
         network: str | Callable[[Any], nn.Module] | None = None,
-        data: Any = None,
-        loss: Any = None,
-        recipe: str | Recipe = "fast",
-        writer: Any = None,
-        cap: int = CAP,
         clipped: bool = False,
+        **options: Unpack[RecorderOptions],
     ) -> None:
         super().__init__()
-        self.store, self.network, self.writer, self.clipped = Path(store), network, writer, clipped
-        self.settings: dict[str, Any] = {
-            "layers": layers, "gradients": gradients, "filters": filters, "every": every,
-            "data": data, "loss": loss, "recipe": recipe, "cap": cap,
-        }  # fmt: skip
+        self.arguments = recorder_arguments(store, positional, options)
+        self.store, self.network, self.clipped = Path(store), network, clipped
         self.recorder: Recorder | None = None
-        self.stepping: set[int] | None = None  # the weights of the optimizer that steps now, by identity
+        self.stepping: set[int] | None = None  # identities of the weights of the optimizer that steps now
         self.steps = 0
-        self.earlier: dict[str, Any] = {}
+        self.logged: dict[str, Any] = {}  # the metrics of earlier epochs
 
     @property
     def history(self) -> History:
-        """The record as it lies on the disk, also where other processes did the training."""
+        """The record on the disk, also if other processes did the training."""
         return open_history(self.store)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin, or go on with, the record; the sanity check of the validation is over by now."""
+        """Create or continue the record; the sanity check of the validation is over by now."""
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED:
             raise InvalidRequest(
@@ -108,32 +94,32 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
                 "with strategy='ddp', or on one device"
             )
         limit = trainer.max_epochs
+        writer = self.arguments["writer"]
         self.recorder = Recorder(
-            self.watched(chosen(pl_module, self.network)),
-            self.store,
-            writer=loggers_of(trainer) if self.writer is True else self.writer,
+            self.with_stepping_weights(recorded_module(pl_module, self.network)),
             epochs=None if limit in (None, -1) else max(0, limit - trainer.current_epoch),
-            **self.settings,
+            **self.arguments | {"writer": loggers_of(trainer) if writer is True else writer},
         )
-        self.steps, self.earlier = 0, dict(trainer.callback_metrics)
+        self.steps, self.logged = 0, dict(trainer.callback_metrics)
 
-    def watched(self, network: nn.Module) -> TrainedNetwork:
-        """Return a network as a subject, whose weights are those of the optimizer that steps, while one does."""
-        subject = torch_network(network)
-        return replace(subject, weights=partial(self.stepping_only, subject.weights))
+    def with_stepping_weights(self, module: nn.Module) -> TrainedNetwork:
+        """Return a network whose weights are, while an optimizer steps, only those that it holds."""
+        network = torch_network(module)
+        return replace(network, weights=partial(self.stepping_weights, network.weights))
 
-    def stepping_only(self, weights: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the trainable weights, while an optimizer steps only its own."""
-        return {name: one for name, one in weights().items() if self.stepping is None or id(one) in self.stepping}
+    def stepping_weights(self, weights: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the trainable weights, while an optimizer steps only those that it holds."""
+        stepping = self.stepping
+        return {name: weight for name, weight in weights().items() if stepping is None or id(weight) in stepping}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Read the gradients that the optimizer is to use."""
+        """Read the gradients that the optimizer is about to use."""
         if self.recorder is None:
             return
-        self.stepping = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        self.stepping = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         try:
-            # a step of another network's optimizer has none, nor has one whose training_step returned None
-            if any(one.grad is not None for one in self.recorder.subject.weights().values()):
+            # the optimizer of another network has no gradients here, nor has a step whose training_step returned None
+            if any(weight.grad is not None for weight in self.recorder.network.weights().values()):
                 clipped = self.clipped and not pl_module.automatic_optimization
                 self.recorder.after_backward(scaler=scaler_of(trainer, optimizer), clipped=clipped)
                 self.steps += 1
@@ -141,14 +127,14 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
             self.stepping = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the epoch."""
+        """Record the epoch."""
         if self.recorder is None:
             return
-        now = dict(trainer.callback_metrics)
-        # a number that is still the same object was logged in an earlier epoch, such as by a validation every second
-        fresh = {name: one for name, one in now.items() if one is not self.earlier.get(name)}
-        self.earlier = now
-        if not self.steps and self.settings["gradients"] == "running":
+        metrics = dict(trainer.callback_metrics)
+        # a value that is still the same object was logged in an earlier epoch, such as by a validation every second one
+        fresh = {name: value for name, value in metrics.items() if value is not self.logged.get(name)}
+        self.logged = metrics
+        if not self.steps and self.arguments["gradients"] == "running":
             warnings.warn(
                 f"no optimizer step had a gradient in epoch {trainer.current_epoch}; not recorded", stacklevel=2
             )
@@ -157,67 +143,59 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
         self.recorder.end_epoch(trainer.current_epoch, **numbers(fresh))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let go of what is not needed any more."""
+        """Close the recorder."""
         if self.recorder is not None:
             self.recorder.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Let go of an epoch that was not ended; the finished ones are on the disk."""
+        """Close the recorder; finished epochs are on the disk."""
         self.on_train_end(trainer, pl_module)
 
 
-def chosen(module: nn.Module, network: str | Callable[[Any], nn.Module] | None) -> nn.Module:
-    """Return the part of a LightningModule that is to be recorded.
-
-    Raises:
-        InvalidRequest: there is no such part.
-    """
+def recorded_module(module: nn.Module, network: str | Callable[[Any], nn.Module] | None) -> nn.Module:
+    """Return the part of a LightningModule that is to be recorded."""
     if network is None:
         return module
     if isinstance(network, str):
-        parts: dict[str, nn.Module] = {path: one for path, one in module.named_modules() if path}
+        parts: dict[str, nn.Module] = {path: part for path, part in module.named_modules() if path}
         if network not in parts:
             raise InvalidRequest(f"the module has no part {network!r}; it has {nearest(network, parts)}")
         return parts[network]
-    found: nn.Module = network(module)
-    if not isinstance(found, nn.Module):
-        raise InvalidRequest(f"network= has to return a torch.nn.Module, not a {type(found).__name__}")
-    return found
+    part: nn.Module = network(module)
+    if not isinstance(part, nn.Module):
+        raise InvalidRequest(f"network= has to return a torch.nn.Module, not a {type(part).__name__}")
+    return part
 
 
 def scaler_of(trainer: Any, optimizer: Any) -> Any:
-    """Return the `GradScaler` whose scale is still in the gradients: of an optimizer that takes it out by itself.
+    """Return the `GradScaler` whose scale is still in the gradients: of an optimizer that divides by it itself.
 
-    Lightning leaves that to fused optimizers; from all others it has taken it out by now.
+    Lightning leaves that to fused optimizers; for all others it has divided by the scale by now.
     """
     plugin = trainer.precision_plugin if getattr(optimizer, "_step_supports_amp_scaling", False) else None
     return getattr(plugin, "scaler", None)
 
 
 def loggers_of(trainer: Any) -> list[Any]:
-    """Return what the Trainer's TensorBoard and Weights & Biases loggers write with, on the process that writes.
-
-    Raises:
-        InvalidRequest: it has no such logger.
-    """
+    """Return the writers of the Trainer's TensorBoard and Weights & Biases loggers, on the process that writes."""
     if not trainer.is_global_zero:
         return []
-    found = []
+    writers: list[Any] = []
     for logger in trainer.loggers:
         try:
-            found += [one for one, _ in matched_writers(logger.experiment)]
+            writers += [writer for writer, _ in matched_writers(logger.experiment)]
         except InvalidRequest:
             continue
-    if not found:
-        there = ", ".join(type(one).__name__ for one in trainer.loggers) or "none"
+    if not writers:
+        names = ", ".join(type(logger).__name__ for logger in trainer.loggers) or "none"
         raise InvalidRequest(
-            f"writer=True needs a TensorBoardLogger or a WandbLogger in the Trainer, which has {there}; "
+            f"writer=True needs a TensorBoardLogger or a WandbLogger in the Trainer, which has {names}; "
             "add one, or leave writer out"
         )
-    return found
+    return writers
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that are one number each; `epoch` is the entry's own."""
-    single = {name: one for name, one in metrics.items() if not isinstance(one, Tensor) or one.numel() == 1}
-    return {name: float(one) for name, one in single.items() if name not in ("epoch", "self")}
+    """Return the metrics that are one number each, without `epoch`, which the record has anyway."""
+    single = {name: value for name, value in metrics.items() if not isinstance(value, Tensor) or value.numel() == 1}
+    return {name: float(value) for name, value in single.items() if name not in ("epoch", "self")}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from phosphene.errors import EntryNotFound, PhospheneError
 from phosphene.training.film_strip import evenly, number
-from phosphene.training.gradient_norms import verdicts
+from phosphene.training.gradient_verdicts import verdicts
 from phosphene.training.history import History, listed
 from phosphene.web.cache import SizedCache
 from phosphene.web.urls import layer_slug

@@ -11,7 +11,8 @@ from phosphene.atlases.report import escape_formula
 from phosphene.images import encode
 from phosphene.images.display import Picture
 from phosphene.training.film_strip import LayerStrip, StripLayout, frame_plan, layer_strip
-from phosphene.training.gradient_norms import GradientNorms, curves
+from phosphene.training.gradient_norms import GradientNorms
+from phosphene.training.gradient_plot import curves
 from phosphene.training.history import History
 from phosphene.training.timeline import KernelTimeline
 from phosphene.web.urls import layer_path

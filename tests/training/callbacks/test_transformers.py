@@ -41,19 +41,19 @@ def samples() -> list[dict[str, Tensor]]:
 def batches(together: int = 1) -> list[list[dict[str, Tensor]]]:
     """Return the batches of an epoch as the Trainer makes them without shuffling, in groups."""
     cut = [samples()[start : start + BATCH] for start in range(0, SAMPLES, BATCH)]
-    stacked = [{name: torch.stack([one[name] for one in batch]) for name in batch[0]} for batch in cut]
+    stacked = [{name: torch.stack([sample[name] for sample in batch]) for name in batch[0]} for batch in cut]
     return [stacked[start : start + together] for start in range(0, len(stacked), together)]
 
 
 def trained(folder: Path, recorder: Any = None, model: Any = None, again: Any = None, **options: Any) -> Any:
     """Train with SGD under a Trainer, and return the model; `again` is the checkpoint to go on from."""
-    known = {
+    defaults = {
         "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH,
         "learning_rate": RATE, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
         "train_sampling_strategy": "sequential", "report_to": "none", "save_strategy": "no", "use_cpu": True,
         "disable_tqdm": True, "logging_strategy": "epoch", "dataloader_pin_memory": False, "seed": 3,
     }  # fmt: skip
-    arguments = transformers.TrainingArguments(output_dir=str(folder / "out"), **(known | options))
+    arguments = transformers.TrainingArguments(output_dir=str(folder / "out"), **(defaults | options))
     model = model or network()
     callbacks = [] if recorder is None else [recorder]
     trainer = transformers.Trainer(
@@ -84,7 +84,9 @@ def plain(epochs: int = EPOCHS, together: int = 1, clip: float = 0.0, bf16: bool
                 torch.autograd.backward(loss)
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
-            steps.append({name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None})
+            steps.append(
+                {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+            )
             optimizer.step()
             optimizer.zero_grad()
         record.append(steps)
@@ -96,18 +98,18 @@ def assert_record(folder: Path, expected: list[list[dict[str, Tensor]]], toleran
     history = open_history(folder)
     assert history.epochs == list(range(len(expected)))
     for epoch, steps in enumerate(expected):
-        found, described = history.gradients(epoch), history.entry(epoch)["gradients"]
-        assert described["batches"] == len(steps)
-        assert set(found) == set(steps[0])
+        gradients, facts = history.gradients(epoch), history.entry(epoch)["gradients"]
+        assert facts["batches"] == len(steps)
+        assert set(gradients) == set(steps[0])
         for name in steps[0]:
-            each = torch.stack([one[name] for one in steps]).double()
-            torch.testing.assert_close(found[name].double(), each.mean(0), rtol=0, atol=tolerance)
+            each = torch.stack([gradient[name] for gradient in steps]).double()
+            torch.testing.assert_close(gradients[name].double(), each.mean(0), rtol=0, atol=tolerance)
             norm = float(each.flatten(1).norm(dim=1).mean())
-            assert described["weights"][name]["norm"] == pytest.approx(norm, rel=1e-4, abs=tolerance)
+            assert facts["weights"][name]["norm"] == pytest.approx(norm, rel=1e-4, abs=tolerance)
 
 
-def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
-    assert all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
+    assert all(a.equal(b) for a, b in zip(model.state_dict().values(), expected.state_dict().values(), strict=True))
 
 
 # --- what the gradients are -------------------------------------------------------------------------------------------
@@ -126,12 +128,12 @@ def test_the_record_is_that_of_a_plain_loop_and_the_training_untouched(tmp_path:
     read = open_history(tmp_path / "run").entry(0)["gradients"]["read"]
     assert read == ("after clipping" if clip else "before clipping")
     if clip:  # it did clip: every step that the record is made of has the norm that was allowed
-        norms = [torch.cat([one.flatten() for one in step.values()]).norm() for step in expected[0]]
-        assert [float(one) for one in norms] == pytest.approx([clip] * len(norms), rel=1e-3)
+        norms = [torch.cat([gradient.flatten() for gradient in step.values()]).norm() for step in expected[0]]
+        assert [float(norm) for norm in norms] == pytest.approx([clip] * len(norms), rel=1e-3)
     assert_same_weights(recorded, trained(tmp_path, **options))
     if "bf16" not in options:
-        for one, other in zip(recorded.parameters(), model.parameters(), strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        for weight, expected_weight in zip(recorded.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected_weight, rtol=0, atol=1e-5)
 
 
 def test_the_scale_of_mixed_precision_is_taken_out_where_it_is_still_in() -> None:
@@ -152,26 +154,26 @@ def test_the_scale_of_mixed_precision_is_taken_out_where_it_is_still_in() -> Non
 # --- the epochs -------------------------------------------------------------------------------------------------------
 
 
-class Seen(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
-    """What there was at the end of each epoch."""
+class Observer(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    """Keeps the kernels at the end of each epoch."""
 
     def __init__(self) -> None:
         self.kernels: list[Tensor] = []
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        self.kernels.append(known["model"].resnet.embedder.embedder.convolution.weight.detach().clone())
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.kernels.append(kwargs["model"].resnet.embedder.embedder.convolution.weight.detach().clone())
 
 
 def test_the_numbers_of_an_epoch_are_its_own_although_they_come_after_its_end(tmp_path: Path) -> None:
-    recorder, model, seen = TransformersRecorder(tmp_path / "run"), network(), Seen()
+    recorder, model, observer = TransformersRecorder(tmp_path / "run"), network(), Observer()
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path / "out"), num_train_epochs=3, per_device_train_batch_size=BATCH, learning_rate=RATE,
         optim="sgd", report_to="none", save_strategy="epoch", use_cpu=True, disable_tqdm=True, logging_strategy="epoch",
         eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="worst", greater_is_better=True,
     )  # fmt: skip
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=samples(), eval_dataset=samples(), callbacks=[recorder, seen],
-        compute_metrics=lambda found: {"worst": -len(seen.kernels)},  # so the first epoch's weights are loaded last
+        model=model, args=arguments, train_dataset=samples(), eval_dataset=samples(), callbacks=[recorder, observer],
+        compute_metrics=lambda predictions: {"worst": -len(observer.kernels)},  # the first is best
     )  # fmt: skip
     trainer.train()
     logs = trainer.state.log_history
@@ -181,12 +183,12 @@ def test_the_numbers_of_an_epoch_are_its_own_although_they_come_after_its_end(tm
     for epoch in range(3):
         metrics = history.metrics(epoch)
         for name in ("loss", "eval_loss"):
-            (expected,) = [one[name] for one in logs if name in one and one["epoch"] == epoch + 1]
+            (expected,) = [log[name] for log in logs if name in log and log["epoch"] == epoch + 1]
             assert metrics[name] == pytest.approx(expected)
         assert metrics["eval_worst"] == -(epoch + 1)
         assert "train_runtime" not in metrics
-        assert history.kernels(layer, epoch).weights.equal(seen.kernels[epoch])
-    assert model.resnet.embedder.embedder.convolution.weight.equal(seen.kernels[0])  # the best was loaded
+        assert history.kernels(layer, epoch).weights.equal(observer.kernels[epoch])
+    assert model.resnet.embedder.embedder.convolution.weight.equal(observer.kernels[0])  # the best was loaded
 
 
 def test_a_training_that_ends_within_an_epoch_is_recorded_up_to_there(tmp_path: Path) -> None:
@@ -211,8 +213,8 @@ def test_the_gradient_of_the_total_loss_needs_batches_only(tmp_path: Path) -> No
     model.eval()
     loss = torch.stack([model(**batch).loss for batch in data]).mean()
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    for found, one in zip(recorder.history.gradients().values(), expected, strict=True):
-        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-6)
+    for gradient, expected_gradient in zip(recorder.history.gradients().values(), expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_part_of_the_model_is_recorded_and_shown(tmp_path: Path) -> None:
@@ -225,11 +227,11 @@ def test_a_part_of_the_model_is_recorded_and_shown(tmp_path: Path) -> None:
         )
         trained(tmp_path, recorder, num_train_epochs=3)
     assert recorder.history.epochs == [0, 2]
-    assert all(one.startswith("encoder.stages.0.") for one in recorder.history.layers)
-    held = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert all(path.startswith("encoder.stages.0.") for path in recorder.history.layers)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
     name = recorder.history.weights[0]
     assert name == "embedder.embedder.convolution.weight"
-    for event, epoch in zip(held.Scalars(f"gradient_norm/{name}"), (0, 2), strict=True):
+    for event, epoch in zip(events.Scalars(f"gradient_norm/{name}"), (0, 2), strict=True):
         norm = recorder.history.entry(epoch)["gradients"]["weights"][name]["norm"]
         assert (event.step, event.value) == (epoch, pytest.approx(norm, rel=1e-6))
 
@@ -239,7 +241,7 @@ def test_a_part_of_the_model_is_recorded_and_shown(tmp_path: Path) -> None:
 
 def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = network()
-    before = [one.clone() for one in model.state_dict().values()]
+    before = [value.clone() for value in model.state_dict().values()]
     with pytest.raises(errors.LayerNotFound, match=r"resnet\.embedder\.embedder\.convolution"):
         trained(tmp_path, TransformersRecorder(tmp_path / "run", layers="block*"), model)
     with pytest.raises(errors.InvalidRequest, match=r"2 epochs of .* and the cap is 3\.0 kB"):
@@ -247,7 +249,7 @@ def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path: Path
     split, recorder = SimpleNamespace(fsdp=["full_shard"]), TransformersRecorder(tmp_path / "run")
     with pytest.raises(errors.InvalidRequest, match="split up the weights between processes"):
         recorder.on_train_begin(split, None, None, model=model)
-    assert all(one.equal(other) for one, other in zip(before, model.state_dict().values(), strict=True))
+    assert all(old.equal(new) for old, new in zip(before, model.state_dict().values(), strict=True))
 
 
 def test_missing_transformers_are_named_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:

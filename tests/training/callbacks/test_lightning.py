@@ -20,7 +20,7 @@ from phosphene.training.history import open_history
 pytest.importorskip("lightning.pytorch")
 import lightning.pytorch as lightning
 
-from phosphene.training.callbacks.lightning import LightningRecorder, chosen
+from phosphene.training.callbacks.lightning import LightningRecorder, recorded_module
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
@@ -69,8 +69,8 @@ def trainer(folder: Path, *callbacks: Any, package: Any = lightning, **options: 
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    known = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "default_root_dir": folder}
-    return package.Trainer(callbacks=list(callbacks), **(quiet | known | options))
+    defaults = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "default_root_dir": folder}
+    return package.Trainer(callbacks=list(callbacks), **(quiet | defaults | options))
 
 
 def plain(
@@ -85,7 +85,9 @@ def plain(
                 loss = criterion(net(images), classes) / together
             torch.autograd.backward(loss)
             if (number + 1) % together == 0:
-                steps.append({name: one.grad.clone() for name, one in net.named_parameters() if one.grad is not None})
+                steps.append(
+                    {name: weight.grad.clone() for name, weight in net.named_parameters() if weight.grad is not None}
+                )
                 if clip:
                     nn.utils.clip_grad_norm_(net.parameters(), clip)
                 optimizer.step()
@@ -98,12 +100,12 @@ def assert_record(folder: Path, expected: list[list[dict[str, Tensor]]], toleran
     history = open_history(folder)
     assert history.epochs == list(range(len(expected)))
     for epoch, steps in enumerate(expected):
-        found, weights = history.gradients(epoch), history.entry(epoch)["gradients"]["weights"]
+        gradients, weights = history.gradients(epoch), history.entry(epoch)["gradients"]["weights"]
         assert history.entry(epoch)["gradients"]["batches"] == len(steps)
-        assert set(found) == {f"net.{name}" for name in steps[0]}
+        assert set(gradients) == {f"net.{name}" for name in steps[0]}
         for name in steps[0]:
-            each = torch.stack([one[name] for one in steps]).double()
-            torch.testing.assert_close(found[f"net.{name}"].double(), each.mean(0), rtol=0, atol=tolerance)
+            each = torch.stack([gradient[name] for gradient in steps]).double()
+            torch.testing.assert_close(gradients[f"net.{name}"].double(), each.mean(0), rtol=0, atol=tolerance)
             assert weights[f"net.{name}"]["norm"] == pytest.approx(
                 float(each.flatten(1).norm(dim=1).mean()), rel=100 * tolerance
             )
@@ -118,8 +120,8 @@ def fitted(folder: Path, recorder: Any = None, task: Any = None, **options: Any)
     return module.net
 
 
-def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
-    assert all(a.equal(b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+def assert_same_weights(net: nn.Module, expected: nn.Module) -> None:
+    assert all(a.equal(b) for a, b in zip(net.state_dict().values(), expected.state_dict().values(), strict=True))
 
 
 # --- what the gradients are -------------------------------------------------------------------------------------------
@@ -138,7 +140,10 @@ def test_the_record_is_that_of_a_plain_loop_and_the_training_untouched(tmp_path:
     assert_same_weights(recorded, fitted(tmp_path, **options))
     assert_same_weights(recorded, net)
     if "gradient_clip_val" in options:  # it did clip
-        assert min(float(torch.cat([one.flatten() for one in step.values()]).norm()) for step in expected[0]) > 0.05
+        assert (
+            min(float(torch.cat([gradient.flatten() for gradient in step.values()]).norm()) for step in expected[0])
+            > 0.05
+        )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -158,7 +163,7 @@ def test_the_scale_of_mixed_precision_is_taken_out(tmp_path: Path, fused: bool) 
 
 
 def test_kernels_and_metrics_are_those_at_the_end_of_each_epoch(tmp_path: Path) -> None:
-    class Seen(lightning.Callback):
+    class Observer(lightning.Callback):
         def __init__(self) -> None:
             self.kernels: list[Tensor] = []
             self.losses: list[float] = []
@@ -167,14 +172,14 @@ def test_kernels_and_metrics_are_those_at_the_end_of_each_epoch(tmp_path: Path) 
             self.kernels.append(pl_module.net[2].weight.detach().clone())
             self.losses.append(float(trainer.callback_metrics["loss"]))
 
-    seen, recorder = Seen(), LightningRecorder(tmp_path / "run", layers="net.2")
-    fit = trainer(tmp_path, recorder, seen, check_val_every_n_epoch=2, num_sanity_val_steps=2, max_epochs=3)
+    observer, recorder = Observer(), LightningRecorder(tmp_path / "run", layers="net.2")
+    fit = trainer(tmp_path, recorder, observer, check_val_every_n_epoch=2, num_sanity_val_steps=2, max_epochs=3)
     fit.fit(Task(network()), loader(), loader())
     history = recorder.history
     assert history.layers == history.facts["layers"] or len(history.layers) == 1
     for epoch in range(3):
-        assert history.kernels("net.2", epoch).weights.equal(seen.kernels[epoch])
-        assert history.metrics(epoch)["loss"] == pytest.approx(seen.losses[epoch], rel=1e-12)
+        assert history.kernels("net.2", epoch).weights.equal(observer.kernels[epoch])
+        assert history.metrics(epoch)["loss"] == pytest.approx(observer.losses[epoch], rel=1e-12)
     # validated after the second epoch only; the sanity check before the first is no validation
     assert ["val_loss" in history.metrics(epoch) for epoch in range(3)] == [False, True, False]
     assert history.entry(0)["gradients"]["batches"] == SAMPLES // BATCH
@@ -186,11 +191,11 @@ def test_a_part_of_the_module_is_recorded_by_its_own_names(tmp_path: Path) -> No
         recorder = LightningRecorder(tmp_path / f"run{number}", network=part)
         fitted(tmp_path, recorder, max_epochs=1)
         assert recorder.history.weights == [name for name, _ in network().named_parameters()]
-    assert chosen(Task(network()), "net.0").weight.shape == (4, 3, 3, 3)
+    assert recorded_module(Task(network()), "net.0").weight.shape == (4, 3, 3, 3)
     with pytest.raises(errors.InvalidRequest, match=r"no part 'nett'; it has net\b"):
-        chosen(Task(network()), "nett")
+        recorded_module(Task(network()), "nett")
     with pytest.raises(errors.InvalidRequest, match="not a int"):
-        chosen(Task(network()), lambda module: 3)  # type: ignore[arg-type, return-value]
+        recorded_module(Task(network()), lambda module: 3)  # type: ignore[arg-type, return-value]
 
 
 def test_the_gradient_of_the_total_loss_is_taken_at_the_end_of_the_epoch(tmp_path: Path) -> None:
@@ -199,8 +204,8 @@ def test_the_gradient_of_the_total_loss_is_taken_at_the_end_of_the_epoch(tmp_pat
     assert_same_weights(recorded, fitted(tmp_path))
     images, classes = samples()
     expected = torch.autograd.grad(criterion(recorded(images), classes), list(recorded.parameters()))
-    for found, one in zip(recorder.history.gradients().values(), expected, strict=True):
-        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-7)
+    for gradient, expected_gradient in zip(recorder.history.gradients().values(), expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 # --- manual optimisation ----------------------------------------------------------------------------------------------
@@ -224,16 +229,16 @@ class Pair(lightning.LightningModule):
         second.step()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(one.parameters(), lr=RATE) for one in (self.maker, self.judge)]
+        return [torch.optim.SGD(net.parameters(), lr=RATE) for net in (self.maker, self.judge)]
 
 
 def test_each_of_several_optimizers_gives_the_gradients_of_its_own_weights(tmp_path: Path) -> None:
     recorder, only = LightningRecorder(tmp_path / "both"), LightningRecorder(tmp_path / "judge", network="judge")
-    for one in (recorder, only):
+    for callback in (recorder, only):
         torch.manual_seed(0)
-        trainer(tmp_path, one, max_epochs=1).fit(Pair(), loader())
+        trainer(tmp_path, callback, max_epochs=1).fit(Pair(), loader())
     pair, makers, judges = Pair(), [], []
-    first, second = (torch.optim.SGD(one.parameters(), lr=RATE) for one in (pair.maker, pair.judge))
+    first, second = (torch.optim.SGD(net.parameters(), lr=RATE) for net in (pair.maker, pair.judge))
     for images, classes in loader():
         loss = pair.maker(images).square().mean()
         makers.append(torch.autograd.grad(loss, list(pair.maker.parameters())))
@@ -241,15 +246,15 @@ def test_each_of_several_optimizers_gives_the_gradients_of_its_own_weights(tmp_p
         loss = criterion(pair.judge(pair.maker(images)), classes)
         judges.append(torch.autograd.grad(loss, list(pair.judge.parameters())))
         step(second, pair.judge, judges[-1])
-    expected = {f"maker.{name}": one for name, one in zip(names(pair.maker), means(makers), strict=True)}
-    own = dict(zip(names(pair.judge), means(judges), strict=True))
-    expected |= {f"judge.{name}": one for name, one in own.items()}
-    for history, wanted in ((recorder.history, expected), (only.history, own)):
-        found = history.gradients(0)
-        assert set(found) == set(wanted)
-        for name, mean in wanted.items():
-            torch.testing.assert_close(found[name], mean, rtol=1e-5, atol=1e-7)
-    assert {one["batches"] for one in recorder.history.entry(0)["gradients"]["weights"].values()} == {4}
+    expected = {f"maker.{name}": mean for name, mean in zip(names(pair.maker), means(makers), strict=True)}
+    of_judge = dict(zip(names(pair.judge), means(judges), strict=True))
+    expected |= {f"judge.{name}": mean for name, mean in of_judge.items()}
+    for history, means_by_name in ((recorder.history, expected), (only.history, of_judge)):
+        gradients = history.gradients(0)
+        assert set(gradients) == set(means_by_name)
+        for name, mean in means_by_name.items():
+            torch.testing.assert_close(gradients[name], mean, rtol=1e-5, atol=1e-7)
+    assert {weight["batches"] for weight in recorder.history.entry(0)["gradients"]["weights"].values()} == {4}
 
 
 def names(net: nn.Module) -> list[str]:
@@ -257,12 +262,12 @@ def names(net: nn.Module) -> list[str]:
 
 
 def means(steps: list[Any]) -> list[Tensor]:
-    return [torch.stack(one).mean(0) for one in zip(*steps, strict=True)]
+    return [torch.stack(gradients).mean(0) for gradients in zip(*steps, strict=True)]
 
 
-def step(optimizer: Any, net: nn.Module, slopes: Any) -> None:
-    for one, slope in zip(net.parameters(), slopes, strict=True):
-        one.grad = slope
+def step(optimizer: Any, net: nn.Module, gradients: Any) -> None:
+    for weight, gradient in zip(net.parameters(), gradients, strict=True):
+        weight.grad = gradient
     optimizer.step()
 
 
@@ -300,24 +305,24 @@ def test_the_trainer_s_loggers_get_everything(tmp_path: Path) -> None:
     recorder = LightningRecorder(tmp_path / "run", writer=True)
     fitted(tmp_path, recorder, logger=[CSVLogger(tmp_path), board])
     board.experiment.close()
-    held = EventAccumulator(board.log_dir).Reload()
+    events = EventAccumulator(board.log_dir).Reload()
     for epoch in range(EPOCHS):
         weights = recorder.history.entry(epoch)["gradients"]["weights"]
-        for name, one in weights.items():
-            assert held.Scalars(f"gradient_norm/{name}")[epoch].value == pytest.approx(one["norm"], rel=1e-6)
-    assert [one.step for one in held.Images("kernels/net.0")] == [0, 1]
+        for name, weight in weights.items():
+            assert events.Scalars(f"gradient_norm/{name}")[epoch].value == pytest.approx(weight["norm"], rel=1e-6)
+    assert [image.step for image in events.Images("kernels/net.0")] == [0, 1]
     with pytest.raises(errors.InvalidRequest, match="has CSVLogger; add one"):
         fitted(tmp_path, LightningRecorder(tmp_path / "other", writer=True), logger=CSVLogger(tmp_path))
 
 
 def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path: Path) -> None:
     task = Task(network())
-    before = [one.clone() for one in task.net.state_dict().values()]
+    before = [value.clone() for value in task.net.state_dict().values()]
     with pytest.raises(errors.LayerNotFound, match=r"net\.0, net\.2"):
         fitted(tmp_path, LightningRecorder(tmp_path / "run", layers="block*"), task)
     with pytest.raises(errors.InvalidRequest, match=r"2 epochs of .* and the cap is 5\.0 kB"):
         fitted(tmp_path, LightningRecorder(tmp_path / "run", cap=5000), task)
-    assert all(one.equal(other) for one, other in zip(before, task.net.state_dict().values(), strict=True))
+    assert all(old.equal(new) for old, new in zip(before, task.net.state_dict().values(), strict=True))
     fit = SimpleNamespace(strategy=type("FSDPStrategy", (), {})())
     with pytest.raises(errors.InvalidRequest, match="FSDPStrategy splits up the weights"):
         LightningRecorder(tmp_path / "run").on_train_start(fit, task)
@@ -363,14 +368,12 @@ def test_two_processes_write_one_record_of_the_averaged_gradient(tmp_path: Path,
         for start in range(0, SAMPLES // 2, BATCH):
             each = []
             for order in orders:
-                chosen = order[start : start + BATCH]
-                each.append(
-                    torch.autograd.grad(criterion(net(images[chosen]), classes[chosen]), list(net.parameters()))
-                )
+                rows = order[start : start + BATCH]
+                each.append(torch.autograd.grad(criterion(net(images[rows]), classes[rows]), list(net.parameters())))
             steps.append(dict(zip(names(net), means(each), strict=True)))
             step(optimizer, net, steps[-1].values())
         expected.append(steps)
     assert_record(tmp_path / "run", expected)
     files = [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert files.count("gradients.safetensors") == EPOCHS
-    assert not [one for one in files if one.endswith(".part")]
+    assert not [name for name in files if name.endswith(".part")]
