@@ -24,15 +24,9 @@ class EpochFilters(NamedTuple):
 
     @classmethod
     def parse(cls, network: TrainedNetwork, filters: str, recipe: str | Recipe) -> EpochFilters:
-        """Return the filters that LAYER:CHANNELS means.
-
-        Raises:
-            LayerNotFound, ChannelNotFound, InvalidRequest: there are no such filters.
-        """
+        """Return the filters that LAYER:CHANNELS means."""
         if network.model is None:
-            raise InvalidRequest(
-                "filters are rendered with PyTorch; train on Keras' torch backend, or leave filters out"
-            )
+            raise InvalidRequest("filters are rendered with PyTorch; train on Keras' torch backend, or leave them out")
         path, _, channels = filters.partition(":")
         model = network.model()
         layer = model.find(int(path) if path.isdigit() else path)

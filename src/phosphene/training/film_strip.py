@@ -89,19 +89,12 @@ class StripLayout(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerStrip:
-    """How a layer looked after each epoch of a training.
-
-    Attributes:
-        history: the record.
-        layer: the layer's path.
-        look: its kernels or rendered filters.
-        style: how kernels are coloured.
-    """
+    """How a layer looked after each epoch of a training."""
 
     history: History
-    layer: str
+    layer: str  # its path
     look: LayerTimeline
-    style: str
+    style: str  # of kernels
 
     def facts(self, layout: StripLayout) -> dict[str, Any]:
         """Return what a strip or film shows, as JSON values."""

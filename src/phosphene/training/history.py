@@ -222,12 +222,7 @@ def is_history(path: str | Path) -> bool:
 
 
 def resume_or_create(folder: Path, facts: Mapping[str, Any]) -> History:
-    """Return the record in a folder, a new one or one to be continued.
-
-    Raises:
-        InvalidRequest: it holds the record of another network, or one with other contents, or something else.
-        OutputRefused: it cannot be written.
-    """
+    """Return the record in a folder, a new one or one to be continued; refuse a folder that holds anything else."""
     check_writable(folder, folder=True)
     facts = json.loads(json.dumps(facts))  # as they will be read
     if not is_history(folder):

@@ -25,9 +25,6 @@ def keras_network(network: Any) -> TrainedNetwork:
     """Return a Keras network for a recorder, on whichever backend it runs: torch, TensorFlow or JAX.
 
     Weights are named by their Keras path, layers by the address that `load` gives them.
-
-    Raises:
-        ModelRefused: it has no weights yet, or runs on another backend.
     """
     if not network.built or not network.variables:
         raise ModelRefused(f"{network.name} has no weights yet; build it, or run it once, before it is recorded")

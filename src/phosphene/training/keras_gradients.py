@@ -36,20 +36,16 @@ GradientFunction = Callable[[Batch, Any], Sequence[Tensor]]  # (batch, loss) -> 
 def total_gradient(
     network: Any, batch_gradients: GradientFunction, data: Any, loss: Any, limit: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the gradient of the mean loss over all samples with respect to every trainable weight (R2.2a).
-
-    The network is in inference mode, so that the result does not depend on how the data are divided into batches. The
-    network, its `.grad`, its metrics and the random state are left unchanged.
+    """Return the same as `adapter.total_gradient` for a Keras network, whose metrics are left unchanged, too (R2.2a).
 
     Args:
         data: what `fit` takes: (inputs, targets) or (inputs, targets, weights of samples), or an iterable of such
             batches that can be iterated once an epoch: a DataLoader, PyDataset, `tf.data.Dataset`.
         loss: (outputs, targets) -> the mean loss over the batch, which is then all of the loss; a `keras.losses.Loss`;
             or None for the loss that the network was compiled with, and all that its layers and regularisers add.
-        limit: how many batches to take at most, to try whether it works.
 
     Raises:
-        InvalidRequest: there are no samples, a batch is none, or there is no loss.
+        InvalidRequest: there are no samples, a batch is not valid, or there is no loss.
     """
     if loss is None and not getattr(network, "compiled", False):
         raise InvalidRequest(

@@ -19,23 +19,14 @@ SIDES = (160, 128, 96, 64, 48)  # pixels of a rendered picture's longer side
 
 
 class LayerTimeline(ABC):
-    """The pictures of a layer after each epoch.
+    """The pictures of a layer after each epoch."""
 
-    Attributes:
-        noun: what is pictured, `kernels` or `filters`.
-        epochs: those that have pictures.
-        names: of the filters, short.
-        shape: (filters, lines, h, w); a line is an input channel of a kernel, if each has a picture of its own.
-        scale: the lowest and highest number, and the colour map; None if the pictures have no scale.
-        caption: parts of the caption.
-    """
-
-    noun: str
-    epochs: list[int]
-    names: list[str]
-    shape: tuple[int, int, int, int]
-    scale: tuple[float, float, str] | None = None
-    caption: tuple[str, ...]
+    noun: str  # what is pictured, `kernels` or `filters`
+    epochs: list[int]  # those that have pictures
+    names: list[str]  # of the filters, short
+    shape: tuple[int, int, int, int]  # (filters, lines, h, w); several lines if each input channel has its own picture
+    scale: tuple[float, float, str] | None = None  # the lowest and highest number, and the colour map
+    caption: tuple[str, ...]  # parts of it
 
     @abstractmethod
     def tiles(self, epoch: int, filters: int, lines: int) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,6 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
         options: `layers, gradients, filters, every, data, loss, recipe, writer, cap` of `Recorder`, the first four also
             by position. `writer=True` stands for the TensorBoard and Weights & Biases loggers of the Trainer.
 
-    Attributes:
-        recorder: the Recorder of the current fit, or of the last one.
-
     Raises:
         InvalidRequest, LayerNotFound, ...: at the start of the fit, as for `Recorder`; also if the weights are split
             between processes, or `writer=True` finds no logger to write to.
@@ -75,7 +72,7 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
         super().__init__()
         self.arguments = recorder_arguments(store, positional, options)
         self.store, self.network, self.clipped = Path(store), network, clipped
-        self.recorder: Recorder | None = None
+        self.recorder: Recorder | None = None  # of the current fit, or of the last one
         self.stepping: set[int] | None = None  # identities of the weights of the optimizer that steps now
         self.steps = 0
         self.logged: dict[str, Any] = {}  # the metrics of earlier epochs
@@ -93,8 +90,7 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
                 f"{strategy} splits up the weights between processes, so that none has a gradient to record; train "
                 "with strategy='ddp', or on one device"
             )
-        limit = trainer.max_epochs
-        writer = self.arguments["writer"]
+        limit, writer = trainer.max_epochs, self.arguments["writer"]
         self.recorder = Recorder(
             self.with_stepping_weights(recorded_module(pl_module, self.network)),
             epochs=None if limit in (None, -1) else max(0, limit - trainer.current_epoch),

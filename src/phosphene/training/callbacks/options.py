@@ -28,11 +28,7 @@ class RecorderOptions(TypedDict, total=False):
 def recorder_arguments(store: str | Path, positional: Sequence[Any], options: RecorderOptions) -> dict[str, Any]:
     """Return what a Recorder takes besides `model` and `epochs`, by name, with its defaults.
 
-    Args:
-        positional: the values of `layers`, `gradients`, `filters` and `every`, or of the first of these.
-
-    Raises:
-        TypeError: there are too many values, or an option is unknown or given twice.
+    `positional` are the values of `layers`, `gradients`, `filters` and `every`, or of the first of these.
     """
     bound = inspect.signature(Recorder).bind(None, store, *positional, epochs=None, **options)
     bound.apply_defaults()

@@ -50,9 +50,6 @@ class TransformersRecorder(callback_class()):  # type: ignore[misc]
             by position. `data` for `gradients="epoch"` may be batches as the model takes them, mappings with `labels`;
             then no loss is needed.
 
-    Attributes:
-        recorder: the Recorder of the current training, or of the last one.
-
     Raises:
         InvalidRequest, LayerNotFound, ...: at the start of the training, as for `Recorder`; also if the weights are
             split between processes.
@@ -68,7 +65,7 @@ class TransformersRecorder(callback_class()):  # type: ignore[misc]
         super().__init__()
         self.arguments = recorder_arguments(store, positional, options)
         self.store, self.network = Path(store), network
-        self.recorder: Recorder | None = None
+        self.recorder: Recorder | None = None  # of the current training, or of the last one
         self.steps = 0
         self.ended: int | None = None  # the epoch that ended and whose metrics are not complete
         self.metrics: dict[str, float] = {}
