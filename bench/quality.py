@@ -84,7 +84,7 @@ def channel_means(model: ph.Model, layers: list[str], pictures: Tensor, batch: i
     rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     with model.reading(layers) as read, torch.no_grad():
         for chunk in torch.split(pictures, batch):
-            image = chunk.to(model.like) / (255 if chunk.dtype == torch.uint8 else 1)
+            image = chunk.to(model.prototype_tensor) / (255 if chunk.dtype == torch.uint8 else 1)
             for layer, act in read(image).items():
                 rows[str(layer)].append(act.mean((-2, -1)).cpu())
     return {layer: torch.cat(means) for layer, means in rows.items()}

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from phosphene.atlases import entries
-from phosphene.atlases.entries import SavedPicture, kernels_of, saved, strip_of
+from phosphene.atlases.entries import SavedPicture, kernels_of, saved_pictures, strip_of
 from phosphene.atlases.job_film import JobFilm
 from phosphene.atlases.report import report
 from phosphene.atlases.run import run
@@ -22,7 +22,7 @@ from phosphene.atlases.verdicts import Verdict
 from phosphene.images.encode import METADATA
 from phosphene.network.loading import load
 from phosphene.storage.store import Store, open_store
-from tiny_atlas import Here, contents, tiny, tiny_atlas, tiny_model
+from tiny_atlas import InProcessRunner, contents, tiny, tiny_atlas, tiny_model
 
 
 def entries_of(store: Store) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -39,7 +39,7 @@ def weight_colour(share: float) -> list[int]:
 
 def test_kernels_png_holds_every_weight_of_the_filters_that_are_drawn(tmp_path: Path) -> None:
     net = tiny()
-    run(tiny_atlas(load(net, input_size=24), channels=[1, 4, 5]), tmp_path, Here())
+    run(tiny_atlas(load(net, input_size=24), channels=[1, 4, 5]), tmp_path, InProcessRunner())
     store = open_store(tmp_path)
     for path, colours in ((".0", "rgb"), (".2", "signed")):
         digest, manifest = entries_of(store)[path]
@@ -72,7 +72,7 @@ def test_kernels_png_holds_every_weight_of_the_filters_that_are_drawn(tmp_path: 
 
 
 def test_a_layer_without_kernels_has_none_in_its_entry(tmp_path: Path) -> None:
-    run(tiny_atlas(tiny_model(), layers=".1"), tmp_path, Here())
+    run(tiny_atlas(tiny_model(), layers=".1"), tmp_path, InProcessRunner())
     ((digest, manifest),) = entries_of(open_store(tmp_path)).values()
     assert "kernels" not in manifest
     assert {*manifest["files"]} == {"sheet.webp", "strip.webp"}
@@ -125,7 +125,7 @@ def test_a_strip_shows_vivid_filters(names: list[str], expected: list[int]) -> N
 
 
 def test_the_entry_of_the_atlas_repeats_the_strips(tmp_path: Path) -> None:
-    summary = run(tiny_atlas(tiny_model(), channels=range(6)), tmp_path, Here())
+    summary = run(tiny_atlas(tiny_model(), channels=range(6)), tmp_path, InProcessRunner())
     store = open_store(tmp_path)
     assert summary.atlas is not None
     rows = store.manifest("atlases", summary.atlas)["layers"]
@@ -144,7 +144,7 @@ def test_the_entry_of_the_atlas_repeats_the_strips(tmp_path: Path) -> None:
 
 def test_a_job_s_manifest_is_read_once_for_all_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = tiny_atlas(tiny_model())
-    run(plan, tmp_path, Here())
+    run(plan, tmp_path, InProcessRunner())
     store, read = open_store(tmp_path), list[str]()
     plain = Store.manifest
 
@@ -153,7 +153,7 @@ def test_a_job_s_manifest_is_read_once_for_all_its_pictures(tmp_path: Path, monk
         return plain(self, kind, digest)
 
     monkeypatch.setattr(Store, "manifest", noted)
-    pictures = list(saved(store, plan.jobs[0]))
+    pictures = list(saved_pictures(store, plan.jobs[0]))
     assert read == [plan.jobs[0].digest]
     for picture, channel in zip(pictures, range(4), strict=True):
         with Image.open(tmp_path / f"jobs/{plan.jobs[0].digest}/filter_{channel}.png") as image:
@@ -170,16 +170,16 @@ def test_an_older_store_gets_new_entries_and_renders_nothing_again(
     with monkeypatch.context() as patch:
         patch.setattr(entries, "ENTRY_VERSION", 1)
         patch.setattr(JobFilm, "sheet", lambda *_: None)
-        old = run(plan, tmp_path / "s", Here())
+        old = run(plan, tmp_path / "s", InProcessRunner())
     before = contents(tmp_path / "s")
     assert not any(name.endswith("film.webp") for name in before)
-    again = Here()
+    again = InProcessRunner()
     new = run(plan, tmp_path / "s", again)
     assert (again.done, new.rendered, new.verdicts) == ([], 0, old.verdicts)
     assert new.atlas not in (old.atlas, None)
     after = contents(tmp_path / "s")
     assert before.items() <= after.items()  # what is there stays
-    run(plan, tmp_path / "whole", Here())
+    run(plan, tmp_path / "whole", InProcessRunner())
     fresh = contents(tmp_path / "whole")
     added = {name for name in after if name not in before}
     assert {name: after[name] for name in added} == {

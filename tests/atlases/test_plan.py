@@ -50,7 +50,7 @@ def test_a_job_is_named_after_its_whole_spec(model: Model) -> None:
         "input_size": [24, 24],
         "layer": ".0",
         "channels": [4, 5],
-        "recipe": RECIPES["fourier"].at(steps=3).digest,
+        "recipe": RECIPES["fourier"].with_settings(steps=3).digest,
         "size": 16,
         "precision": "fp32",
         "versions": {"torch": torch.__version__, "pictures": PICTURES_VERSION},

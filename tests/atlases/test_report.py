@@ -22,7 +22,7 @@ from phosphene.atlases import report
 from phosphene.atlases.verdict_text import ORDER
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound, InvalidRequest, StoreRefused
-from phosphene.evidence.collect import Evidence, PhotoStatistics
+from phosphene.evidence.statistics import Evidence, PhotoStatistics
 from phosphene.images.display import Picture
 from phosphene.images.sprites import sprite_sheets
 from phosphene.storage.store import Store, digest_of, open_store

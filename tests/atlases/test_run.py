@@ -30,12 +30,12 @@ from phosphene.evidence.collect import evidence
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.storage.store import Store, open_store
-from tiny_atlas import NETS, Here, contents, tiny, tiny_atlas, tiny_model
+from tiny_atlas import NETS, InProcessRunner, contents, tiny, tiny_atlas, tiny_model
 
 
 def test_all_jobs_are_done_once_and_none_again(tmp_path: Path) -> None:
     plan = tiny_atlas(tiny_model())
-    first, again = Here(), Here()
+    first, again = InProcessRunner(), InProcessRunner()
     heard: list[tuple[str, int, int]] = []
     summary = run(plan, tmp_path, first, watch=lambda *progress: heard.append(progress))
     assert first.done == list(plan.jobs)
@@ -52,10 +52,10 @@ def test_all_jobs_are_done_once_and_none_again(tmp_path: Path) -> None:
 
 def test_only_what_is_missing_is_done(tmp_path: Path) -> None:
     plan = tiny_atlas(tiny_model())
-    run(plan, tmp_path, Here())
+    run(plan, tmp_path, InProcessRunner())
     before = contents(tmp_path)
     (tmp_path / "jobs" / plan.jobs[2].digest / "manifest.json").unlink()
-    runner = Here()
+    runner = InProcessRunner()
     assert run(plan, tmp_path, runner).rendered == 1
     assert runner.done == [plan.jobs[2]]
     assert contents(tmp_path) == before
@@ -63,8 +63,8 @@ def test_only_what_is_missing_is_done(tmp_path: Path) -> None:
 
 def test_a_larger_atlas_takes_over_the_jobs_of_a_smaller_one(tmp_path: Path) -> None:
     model = tiny_model()
-    run(tiny_atlas(model, layers=0), tmp_path, Here())
-    runner = Here()
+    run(tiny_atlas(model, layers=0), tmp_path, InProcessRunner())
+    runner = InProcessRunner()
     summary = run(tiny_atlas(model), tmp_path, runner)
     assert [job.layer for job in runner.done] == [".2", ".2"]
     assert (summary.done, summary.rendered) == (4, 2)
@@ -72,10 +72,10 @@ def test_a_larger_atlas_takes_over_the_jobs_of_a_smaller_one(tmp_path: Path) -> 
 
 def test_nothing_of_weights_that_differ_by_one_bit_is_served(tmp_path: Path) -> None:
     net = tiny()
-    run(tiny_atlas(load(net, input_size=24)), tmp_path, Here())
+    run(tiny_atlas(load(net, input_size=24)), tmp_path, InProcessRunner())
     with torch.no_grad():
         cast(Tensor, net[0].weight).view(torch.int32)[0, 0, 0, 0] ^= 1
-    runner = Here()
+    runner = InProcessRunner()
     plan = tiny_atlas(load(net, input_size=24))
     assert run(plan, tmp_path, runner).rendered == 4
     assert runner.done == list(plan.jobs)
@@ -85,7 +85,7 @@ def test_nothing_of_weights_that_differ_by_one_bit_is_served(tmp_path: Path) -> 
 def test_a_layer_has_its_sheet_and_verdicts(tmp_path: Path) -> None:
     model = tiny_model()
     plan = tiny_atlas(model, layers=1, size=120, seeds=2)
-    run(plan, tmp_path / "s", Here())
+    run(plan, tmp_path / "s", InProcessRunner())
     store = open_store(tmp_path / "s")
     (digest,) = store.done("layers")
     entry = store.manifest("layers", digest)
@@ -122,7 +122,7 @@ def test_a_layer_has_its_sheet_and_verdicts(tmp_path: Path) -> None:
 def test_the_atlas_tells_what_it_is_made_of(tmp_path: Path) -> None:
     model = tiny_model()
     plan = tiny_atlas(model)
-    summary = run(plan, tmp_path, Here())
+    summary = run(plan, tmp_path, InProcessRunner())
     store = open_store(tmp_path)
     assert summary.atlas is not None
     entry = store.manifest("atlases", summary.atlas)
@@ -143,7 +143,7 @@ def test_photos_are_looked_at_once_and_at_the_size_of_the_pictures(tmp_path: Pat
     photos = [torch.rand(3, 30, 40, generator=generator) for _ in range(12)]
     plan = tiny_atlas(model)
     heard: list[tuple[str, int, int]] = []
-    summary = run(plan, tmp_path, Here(), photos, watch=lambda *progress: heard.append(progress))
+    summary = run(plan, tmp_path, InProcessRunner(), photos, watch=lambda *progress: heard.append(progress))
     assert [progress for progress in heard if progress[0] == "photos"][-1] == ("photos", 12, 12)
     store = open_store(tmp_path)
     expected = evidence(model, photos, [".0", ".2"], size=16)
@@ -158,7 +158,7 @@ def test_photos_are_looked_at_once_and_at_the_size_of_the_pictures(tmp_path: Pat
             above = verdict["excitation"] * (most - mean)
             assert above == pytest.approx(verdict["score"] - mean, abs=1e-5)  # the score is told with 5 digits
     before = contents(tmp_path)
-    run(plan, tmp_path, Here(), photos)
+    run(plan, tmp_path, InProcessRunner(), photos)
     assert contents(tmp_path) == before
 
 
@@ -168,7 +168,7 @@ def test_photos_are_looked_at_once_and_at_the_size_of_the_pictures(tmp_path: Pat
 def test_a_job_that_fails_is_recorded_and_tried_again(tmp_path: Path) -> None:
     plan = tiny_atlas(tiny_model())
     bad = plan.jobs[3].digest
-    summary = run(plan, tmp_path / "s", Here(bad))
+    summary = run(plan, tmp_path / "s", InProcessRunner(bad))
     store = open_store(tmp_path / "s")
     assert (summary.failed, summary.done, store.failures("jobs")) == ({bad: "it failed"}, 3, {bad: "it failed"})
     layers = {
@@ -176,10 +176,10 @@ def test_a_job_that_fails_is_recorded_and_tried_again(tmp_path: Path) -> None:
     }
     assert (layers[".0"]["missing"], layers[".2"]["missing"]) == ([], [bad])
     assert [row["channel"] for row in layers[".2"]["pictures"]] == [0, 1, 2, 3]
-    mended = Here()
+    mended = InProcessRunner()
     after = run(plan, tmp_path / "s", mended)
     assert (mended.done, after.failed, after.done, store.failures("jobs")) == ([plan.jobs[3]], {}, 4, {})
-    run(plan, tmp_path / "whole", Here())
+    run(plan, tmp_path / "whole", InProcessRunner())
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
@@ -189,14 +189,14 @@ def test_a_layer_that_overflows_spoils_no_other(tmp_path: Path) -> None:
         cast(Tensor, net[0].bias).add_(100)  # so that the second layer sees large numbers
         cast(Tensor, net[2].weight)[5].fill_(3e38)
     plan = tiny_atlas(load(net, input_size=24))
-    summary = run(plan, tmp_path, Here())
+    summary = run(plan, tmp_path, InProcessRunner())
     assert list(summary.failed) == [plan.jobs[3].digest]
     assert "filter_5 at '.2' became NaN or infinite" in summary.failed[plan.jobs[3].digest]
 
 
 def test_nothing_but_failures(tmp_path: Path) -> None:
     plan = tiny_atlas(tiny_model())
-    summary = run(plan, tmp_path, Here(*(job.digest for job in plan.jobs)))
+    summary = run(plan, tmp_path, InProcessRunner(*(job.digest for job in plan.jobs)))
     assert (summary.done, summary.atlas, len(summary.failed)) == (0, None, 4)
     assert open_store(tmp_path).done("layers") == set()
 
@@ -219,23 +219,23 @@ class Full(Store):
 @pytest.mark.parametrize("room", range(6))
 def test_a_store_that_fails_stops_the_run_and_keeps_what_it_has(tmp_path: Path, room: int) -> None:
     plan = tiny_atlas(tiny_model())
-    run(plan, tmp_path / "whole", Here())
+    run(plan, tmp_path / "whole", InProcessRunner())
     open_store(tmp_path / "s", create=True)
-    runner = Here()
+    runner = InProcessRunner()
     with pytest.raises(errors.Unfinished) as caught:
         run(plan, Full(tmp_path / "s", room), runner)
     jobs = {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 5: 4}[room]  # the third entry is the first layer's
     assert str(caught.value) == f"the place is full ({jobs} of 4 jobs are done)"
     assert caught.value.finished.done == jobs  # type: ignore[attr-defined]
     assert runner.closed
-    again = Here()
+    again = InProcessRunner()
     run(plan, tmp_path / "s", again)
     assert len(again.done) == 4 - jobs
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
 def test_ctrl_c_ends_the_runner_and_keeps_what_is_done(tmp_path: Path) -> None:
-    class Stopped(Here):
+    class Stopped(InProcessRunner):
         def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
             for number, outcome in enumerate(super().run(model, jobs)):
                 if number == 2:
@@ -246,7 +246,7 @@ def test_ctrl_c_ends_the_runner_and_keeps_what_is_done(tmp_path: Path) -> None:
     with pytest.raises(errors.Interrupted) as caught:
         run(plan, tmp_path / "s", Stopped())
     assert str(caught.value) == "stopped; 2 of 4 jobs are done and kept, run the same again to go on"
-    assert run(plan, tmp_path / "s", Here()).rendered == 2
+    assert run(plan, tmp_path / "s", InProcessRunner()).rendered == 2
 
 
 @pytest.mark.parametrize("bad", ["a file", "other files"])
@@ -257,7 +257,7 @@ def test_what_is_no_store_is_refused_before_anything_is_rendered(tmp_path: Path,
     else:
         place.mkdir()
         (place / "diary.txt").touch()
-    runner = Here()
+    runner = InProcessRunner()
     with pytest.raises((errors.StoreRefused, errors.OutputRefused)):
         run(tiny_atlas(tiny_model()), place, runner)
     assert runner.done == []
@@ -272,7 +272,7 @@ def test_what_another_driver_has_done_is_not_begun(tmp_path: Path) -> None:
     other_store = open_store(tmp_path / "s", create=True)
     done_by_other = set(plan.jobs[1::2])
 
-    class Meanwhile(Here):
+    class Meanwhile(InProcessRunner):
         def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
             for job in done_by_other:  # after this driver has seen what there is
                 other_store.put("jobs", job.digest, *work_of(model, job))
@@ -283,7 +283,7 @@ def test_what_another_driver_has_done_is_not_begun(tmp_path: Path) -> None:
     assert set(runner.done) == set(plan.jobs) - done_by_other
     assert len(runner.done) == len(set(runner.done))
     assert (summary.done, summary.rendered) == (14, 7)
-    run(plan, tmp_path / "whole", Here())
+    run(plan, tmp_path / "whole", InProcessRunner())
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
@@ -297,7 +297,7 @@ def test_a_driver_that_meets_another_goes_on_elsewhere(tmp_path: Path) -> None:
     plan = tiny_atlas(model, per_job=1)
     behind: list[Job] = []
 
-    class Shadowed(Here):
+    class Shadowed(InProcessRunner):
         """Whatever this driver does first, the other has done by then."""
 
         def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
@@ -396,5 +396,5 @@ def test_ray_fills_a_store_with_the_same_bytes(tmp_path: Path) -> None:
 
 def test_photos_that_are_not_there_are_refused_before_a_store_is_made(tmp_path: Path) -> None:
     with pytest.raises(errors.PhotoRefused, match="there is no"):
-        run(tiny_atlas(tiny_model()), tmp_path / "store", Here(), tmp_path / "nowhere")
+        run(tiny_atlas(tiny_model()), tmp_path / "store", InProcessRunner(), tmp_path / "nowhere")
     assert not (tmp_path / "store").exists()

@@ -76,14 +76,14 @@ def test_a_failing_job_ends_in_exit_code_1(run: Run) -> None:
 
 
 def test_a_store_that_fails_on_the_way_ends_in_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = open_store("s", create=True).place.__class__.write
+    put = open_store("s", create=True).filesystem.__class__.write
 
     def full(self: Any, name: str, content: bytes) -> None:
         if name.endswith("filter_4.png"):
             raise OSError(28, "No space left on device")
         put(self, name, content)
 
-    monkeypatch.setattr(open_store("s").place.__class__, "write", full)
+    monkeypatch.setattr(open_store("s").filesystem.__class__, "write", full)
     ran = run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--quiet")
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
     assert "No space left on device" in ran.err

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from phosphene import errors
-from phosphene.evidence.collect import evidence, packed, plan_photo_pass, unpacked
+from phosphene.evidence.collect import evidence, pack_partial, plan_photo_pass, unpack_partial
 from phosphene.evidence.photo_pass import Partial, empty_partial, merge
 from phosphene.evidence.statistics import load_evidence
-from phosphene.evidence.top_photos import NONE
+from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.network.model import Model
 from phosphene.storage.store import open_store
 from random_photos import (
@@ -51,7 +51,7 @@ def test_photos_that_cannot_be_read_are_left_out_and_named(small_net: nn.Sequent
         "reason": "photo 1 of the dataset cannot be read: OSError('torn')",
     }
     numbers = [photo for photo in range(20) if photo not in (1, 9, 10)]
-    assert sorted(result[".0"].photos[0].tolist()) == [NONE] * 3 + numbers
+    assert sorted(result[".0"].photos[0].tolist()) == [NO_PHOTO] * 3 + numbers
     assert result[".0"].count.tolist() == [17] * 6
     with pytest.raises(errors.PhotoRefused, match="of 20 photos none can be read; the first: photo 0 of the dataset"):
         evidence(small_model(small_net), GeneratedPhotos(20, broken=tuple(range(20))), [0])
@@ -103,8 +103,8 @@ def test_watch_counts_every_photo(small_net: nn.Sequential) -> None:
 def test_a_partial_result_survives_its_file(small_net: nn.Sequential) -> None:
     photo_pass = plan_photo_pass(small_model(small_net), random_photos(12), [0])
     partial = reduce(merge, photo_pass.partials([0]), empty_partial(6, 9))
-    content = packed(partial, 5)
-    done, copy = unpacked(content)
+    content = pack_partial(partial, 5)
+    done, copy = unpack_partial(content)
     assert done == 5
     assert_equal_but_for_rounding(partial, copy)
     keys = (
@@ -152,7 +152,7 @@ def test_a_partial_result_that_is_damaged_is_begun_anew(small_net: nn.Sequential
     model, photos = small_model(small_net), random_photos(20)
     store = open_store(tmp_path, create=True)
     expected = evidence(model, photos, [0])
-    for content in (b"", b"rubbish", packed(empty_partial(6, 9), 1)[:-40]):
+    for content in (b"", b"rubbish", pack_partial(empty_partial(6, 9), 1)[:-40]):
         store.write(f"evidence/{expected.digest}/partial.safetensors", content)
         assert evidence(model, photos, [0], store=store).files() == expected.files()
         for path in (tmp_path / "evidence" / expected.digest).iterdir():
@@ -239,7 +239,7 @@ def test_ray_gives_the_same_bytes(small_net: nn.Sequential, tmp_path: Path) -> N
     model, runner = small_model(small_net.float()), RayPhotoRunner(workers=2)
     expected = evidence(model, tmp_path, "*", top=3)
     steps: list[int] = []
-    result = evidence(model, tmp_path, "*", top=3, show=runner, watch=lambda more, total: steps.append(more))
+    result = evidence(model, tmp_path, "*", top=3, runner=runner, watch=lambda more, total: steps.append(more))
     assert result.files() == expected.files()
     assert result.about["lost"] == 1
     assert steps == [0, 512, 512, 76]

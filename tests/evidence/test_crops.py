@@ -15,7 +15,7 @@ from torch import nn
 from phosphene.evidence import crops
 from phosphene.evidence.collect import evidence, plan_photo_pass
 from phosphene.evidence.statistics import Evidence
-from phosphene.evidence.top_photos import NONE
+from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.images.encode import png
 from phosphene.network.layers import ReceptiveField
 from phosphene.network.model import Model
@@ -140,11 +140,11 @@ def test_many_photos_go_on_several_sheets_each_whole_when_it_is_full() -> None:
 
 def test_of_too_many_photos_the_strongest_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     top = [
-        crops.TopPositions(torch.tensor([[7, 3, 9], [8, 7, NONE]]), torch.zeros(2, 3, 2)),
+        crops.TopPositions(torch.tensor([[7, 3, 9], [8, 7, NO_PHOTO]]), torch.zeros(2, 3, 2)),
         crops.TopPositions(torch.tensor([[5, 1, 2]]), torch.zeros(1, 3, 2)),
     ]
     assert crops.whole_photos(top) == [1, 2, 3, 5, 7, 8, 9]
     for most, expected in ((4, [3, 5, 7, 8]), (2, [7, 8]), (5, [1, 3, 5, 7, 8])):
         monkeypatch.setattr(crops, "MAX_WHOLE", most)
         assert crops.whole_photos(top) == expected
-    assert crops.whole_photos([crops.TopPositions(torch.full((2, 3), NONE), torch.zeros(2, 3, 2))]) == []
+    assert crops.whole_photos([crops.TopPositions(torch.full((2, 3), NO_PHOTO), torch.zeros(2, 3, 2))]) == []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from phosphene.evidence.collect import evidence, plan_photo_pass
 from phosphene.evidence.statistics import Evidence, layer_statistics, load_evidence
-from phosphene.evidence.top_photos import NONE
+from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.rendering.objectives import channel
 from phosphene.storage.store import open_store
 from random_photos import (
@@ -82,7 +82,7 @@ def test_maps_with_nan_or_infinity_are_left_out_and_counted() -> None:
     assert float(statistics.mean[0]) == pytest.approx(float(expected[[*range(3), *range(4, 10)]].mean()), rel=1e-6)
     for column in (statistics.mean, statistics.std, statistics.maximum, statistics.quantiles[:, 0]):
         assert column.isnan().tolist() == [False, False, True]
-    assert statistics.photos[2].tolist() == [NONE] * 12
+    assert statistics.photos[2].tolist() == [NO_PHOTO] * 12
 
 
 @pytest.mark.parametrize("channels", [1, 5])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from phosphene.evidence.collect import evidence
-from phosphene.evidence.top_photos import NONE, TopPhotos, empty_top_photos, merge_top_photos
+from phosphene.evidence.top_photos import NO_PHOTO, TopPhotos, empty_top_photos, merge_top_photos
 from random_photos import random_photos, small_chunks, small_model
 
 
@@ -27,7 +27,7 @@ def test_the_strongest_by_hand() -> None:
         assert both.peaks.tolist() == [[5, 3, 3]]
         assert both.positions[0, :, 0].tolist() == [1, 2, 7]
     few = merge_top_photos(top_photos([(5.0, 1, 9)]), top_photos([(5.0, 4, 9)]))
-    assert few.photos.tolist() == [[1, NONE, NONE]]
+    assert few.photos.tolist() == [[1, NO_PHOTO, NO_PHOTO]]
     assert few.peaks.tolist() == [[5, -torch.inf, -torch.inf]]
 
 
@@ -38,7 +38,7 @@ def test_the_same_image_under_two_names_is_listed_once(small_net: nn.Sequential)
     statistics = evidence(small_model(small_net), photos, [0], top=20)[".0"]
     for channel in range(6):
         numbers = statistics.photos[channel].tolist()
-        assert sorted(numbers) == [NONE, NONE, 0, 1, *range(3, 17), 18, 19]  # 2 is 0 again
+        assert sorted(numbers) == [NO_PHOTO, NO_PHOTO, 0, 1, *range(3, 17), 18, 19]  # 2 is 0 again
     assert statistics.count.tolist() == [20] * 6
 
 

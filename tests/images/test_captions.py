@@ -11,10 +11,10 @@ from phosphene.images.captions import (
     LETTERS,
     SHADE,
     colour_bar,
-    column,
-    lettering,
+    label_font,
     stack_images,
     table,
+    text_column,
     with_axis_labels,
     with_caption,
     wrap_text,
@@ -78,7 +78,7 @@ def test_a_table_keeps_its_columns_and_fills_the_width() -> None:
 
 
 def test_a_note_is_wrapped_between_its_parts() -> None:
-    width = int(lettering().getlength("alpha · beta")) + 1
+    width = int(label_font().getlength("alpha · beta")) + 1
     assert wrap_text(["alpha", "beta", "gamma", "a part that is wider than a line"], width) == (
         "alpha · beta\ngamma\na part that is wider than a line"
     )
@@ -86,7 +86,7 @@ def test_a_note_is_wrapped_between_its_parts() -> None:
 
 
 def test_cells_of_a_column_are_centred_on_their_pixels_and_end_at_the_right() -> None:
-    page = np.asarray(column("mean", {30: "1", 70: "8"}, 100))[..., 0]
+    page = np.asarray(text_column("mean", {30: "1", 70: "8"}, 100))[..., 0]
     assert page.shape[0] == LETTERS + 4 + 100
     for y in (30, 70):
         ink = np.argwhere(page[LETTERS + 4 + y - 12 : LETTERS + 4 + y + 12] < 200)

@@ -13,7 +13,7 @@ from phosphene.images.display import (
     DISPLAYS,
     apply_colormap,
     colormap_image,
-    resized,
+    resize_maps,
     standardise,
     standardise_map,
     stretch,
@@ -79,5 +79,5 @@ def test_levels_get_the_colours_of_the_map_s_table() -> None:
 
 def test_resizing_averages_areas_and_repeats() -> None:
     level = torch.tensor([[[0.0, 4.0, 8.0, 8.0]]])
-    assert resized(level, (2, 2)).tolist() == [[[2, 8], [2, 8]]]
-    assert resized(level[..., :2], (1, 6)).tolist() == [[[0, 0, 0, 4, 4, 4]]]
+    assert resize_maps(level, (2, 2)).tolist() == [[[2, 8], [2, 8]]]
+    assert resize_maps(level[..., :2], (1, 6)).tolist() == [[[0, 0, 0, 4, 4, 4]]]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from phosphene.images.display import colormap_image
-from phosphene.images.encode import METADATA, decode_image, gif, png, same_size, webp
+from phosphene.images.encode import METADATA, decode_image, gif, pad_to_same_size, png, webp
 
 
 def grey_tile(value: int, width: int = 4, height: int = 3, mode: str = "RGB") -> Image.Image:
@@ -63,7 +63,7 @@ def test_a_webp_is_the_same_twice_and_close_to_the_picture() -> None:
 
 
 def test_frames_of_other_sizes_lie_on_white_paper() -> None:
-    small, large = same_size([grey_tile(10, 2, 5), grey_tile(20, 4, 3)])
+    small, large = pad_to_same_size([grey_tile(10, 2, 5), grey_tile(20, 4, 3)])
     assert small.size == large.size == (4, 5)
     assert np.asarray(small)[..., 0].tolist() == [[10, 10, 255, 255]] * 5
     assert np.asarray(large)[..., 0].tolist() == [[20] * 4] * 3 + [[255] * 4] * 2

@@ -216,7 +216,7 @@ def test_photos_of_several_sizes_at_once(small_net: nn.Sequential) -> None:
     model = model_of(small_net, 16)
     photos = [noise(1, 3, 20, 36), noise(1, 3, 40, 17, seed=2)]
     with explaining(model, method="hirescam") as explainer:
-        both = explainer.several(photos, [1, 2])
+        both = explainer.explain_batch(photos, [1, 2])
         alone = [explainer(photo, target) for photo, target in zip(photos, (1, 2), strict=True)]
     for heat, wanted in zip(both, alone, strict=True):
         torch.testing.assert_close(heat.map, wanted.map)
@@ -259,9 +259,9 @@ def test_nothing_speaks_for_a_class(small_net: nn.Sequential) -> None:
     with torch.no_grad():
         small_net[-1].weight[2] = -small_net[-1].weight[2].abs()  # type: ignore[index,operator]
     heat = explain(model_of(small_net, 16), noise(1, 3, 16, 16), 2, layer=".5")  # after a ReLU
-    assert heat.silent
-    assert heat.sentence() == "nothing speaks for class 2 at .5"
-    assert not explain(model_of(small_net, 16), noise(1, 3, 16, 16), 2, method="gradient").silent
+    assert heat.is_empty
+    assert heat.empty_message() == "nothing speaks for class 2 at .5"
+    assert not explain(model_of(small_net, 16), noise(1, 3, 16, 16), 2, method="gradient").is_empty
 
 
 def small_vit() -> nn.Module:

@@ -82,9 +82,9 @@ def test_a_spot_is_laid_where_the_photo_has_it() -> None:
 
 def test_a_silent_map_says_so() -> None:
     silent = heatmap(-SMALL.abs(), size=(100, 200), region=Region(0, 0, 100, 200))
-    assert silent.silent
-    assert not heatmap().silent
-    assert silent.sentence() == "nothing speaks for tiger cat at conv"
+    assert silent.is_empty
+    assert not heatmap().is_empty
+    assert silent.empty_message() == "nothing speaks for tiger cat at conv"
     assert not silent.upsampled(photo(100, 200)).any()
     for style in ("plain", "jet"):
         picture = pixels(silent.overlay(photo(100, 200), style))

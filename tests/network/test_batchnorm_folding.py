@@ -106,7 +106,7 @@ def test_a_subclass_of_the_convolution(bias: bool) -> None:
 def unfolded(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return what `heatmaps` does, without folding anything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("phosphene.inspection.explain"), "SEVERAL", 1000)
+        patch.setattr(importlib.import_module("phosphene.inspection.explain"), "LEAST_BATCH", 1000)
         return heatmaps(*arguments)
 
 
@@ -116,7 +116,7 @@ def test_what_is_not_folded(kind: type[Net]) -> None:
     net, images = with_statistics(kind()), noise(4, 2, 8, 8)
     model = Model(net, "net", (8, 8), channels_in=2)
     assert folding_of(net).pairs == []
-    layer = next(layer.path for layer in model.layers() if layer.place.path == "norm")
+    layer = next(layer.path for layer in model.layers() if layer.tensor_address.path == "norm")
     torch.testing.assert_close(heatmaps(model, images, 1, layer)[0], unfolded(model, images, 1, layer)[0])
 
 
@@ -223,7 +223,7 @@ def test_everything_is_given_back(untouched: Untouched, error: type[BaseExceptio
 def test_the_fingerprint_is_that_of_the_network_itself() -> None:
     model = Model(with_statistics(models.resnet18(num_classes=5)), "net", (32, 32))
     with explaining(model) as explainer:
-        heat = explainer.several([noise(1, 3, 32, 32)] * 4)[0]
+        heat = explainer.explain_batch([noise(1, 3, 32, 32)] * 4)[0]
         assert heat.spec["fingerprint"] == model.fingerprint
 
 

@@ -27,7 +27,7 @@ def handle(module: nn.Module, size: int = 8, **options: Any) -> Model:
 def test_forward_is_the_module_on_the_preprocessed_image_in_any_type(small_net: nn.Sequential, dtype: Any) -> None:
     net = small_net.to(dtype)
     model = handle(net, preprocessing=Preprocessing((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
-    assert model.like.dtype == dtype
+    assert model.prototype_tensor.dtype == dtype
     image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     by_hand = torch.stack([(image[:, k] - (0.1, 0.2, 0.3)[k]) / (0.5, 0.6, 0.7)[k] for k in range(3)], 1)
     tolerance = 1e-12 if dtype == torch.float64 else 0.02

@@ -115,7 +115,7 @@ def test_the_field_in_a_torchvision_network_is_where_the_gradient_is_not_zero(na
     assert len(centred) >= 5
     chosen = list(centred)[:: max(1, len(centred) // 5)] + list(centred)[-1:]
     whole = [layer.path for layer in table if layer.sees == "whole" and layer.is_map and layer.channels != 1000][:1]
-    addresses = {path: table.find(path).place for path in chosen + whole}
+    addresses = {path: table.find(path).tensor_address for path in chosen + whole}
     modules = {address.path: net.get_submodule(address.path) for address in addresses.values()}
     with capture(net, modules, addresses) as read:
         acts = read(image.requires_grad_())

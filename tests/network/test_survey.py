@@ -98,7 +98,7 @@ def test_efficientnet_lite0_is_as_published(lite0: Layers) -> None:
 
 def test_a_module_that_runs_twice_has_a_row_a_call(lite0: Layers) -> None:
     assert [lite0.find(f"_swish@{call}").channels for call in (0, 1)] == [32, 1280]
-    assert lite0.find("_swish@1").place == TensorAddress("_swish", 1)
+    assert lite0.find("_swish@1").tensor_address == TensorAddress("_swish", 1)
     with pytest.raises(LayerRefused, match="'_swish' stands for 2 results; choose one of: _swish@0, _swish@1"):
         lite0.find("_swish")
 
@@ -161,7 +161,7 @@ def test_only_convolutions_count_and_no_containers_of_them(name: str, side: int,
     net = models.get_model(name, weights=None, **({"init_weights": False} if name == "inception_v3" else {}))
     layers = table(net, 3, side, side)
     assert [layer.path for layer in layers.convolutions] == [
-        layer.path for layer in layers if isinstance(net.get_submodule(layer.place.path), nn.Conv2d)
+        layer.path for layer in layers if isinstance(net.get_submodule(layer.tensor_address.path), nn.Conv2d)
     ]
     assert len(layers.convolutions) == count
     counted = {layer.kind for layer in layers.convolutions}
@@ -245,8 +245,12 @@ def test_every_call_and_every_part_has_its_row() -> None:
         (".0#logits", 1, None),
         (".0#maps.0", 2, (2, 3)),
     ]
-    assert layers.find(".0#maps.0").place == layers.find("0#maps.0").place == TensorAddress("0", 0, "maps.0")
-    assert layers.find("0.split#1").place == TensorAddress("0.split", 0, "1")
+    assert (
+        layers.find(".0#maps.0").tensor_address
+        == layers.find("0#maps.0").tensor_address
+        == TensorAddress("0", 0, "maps.0")
+    )
+    assert layers.find("0.split#1").tensor_address == TensorAddress("0.split", 0, "1")
     for address in ("0", ".0"):
         with pytest.raises(LayerRefused, match=r"choose one of: \.0#logits, \.0#maps\.0"):
             layers.find(address)

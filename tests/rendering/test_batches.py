@@ -160,7 +160,7 @@ def test_a_dead_filter_is_marked_after_the_relu_and_followed_uphill_before_it(
     dead_net: nn.Sequential, name: str
 ) -> None:
     model = ph.load(dead_net, input_size=32)
-    recipe = RECIPES[name].at(steps=4)
+    recipe = RECIPES[name].with_settings(steps=4)
     recipe = dataclasses.replace(recipe, sizes=(12, 16) if len(recipe.sizes) > 1 else (16,))
     after = ph.render(model, ph.channel("1", range(3)), recipe)
     assert after.dead.tolist() == [False, True, False]

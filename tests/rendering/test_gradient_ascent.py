@@ -82,7 +82,7 @@ def test_the_gradient_of_an_image_in_a_batch_equals_its_gradient_alone_exactly(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_picture_alone_equals_the_same_picture_in_a_batch_exactly(model: ph.Model, name: str) -> None:
-    recipe = RECIPES[name].at(steps=3)
+    recipe = RECIPES[name].with_settings(steps=3)
     recipe = dataclasses.replace(recipe, sizes=(16, 20, 24) if len(recipe.sizes) > 1 else (24,))
     together = ph.render(model, ph.channel("4", [6, 1, 4]), recipe)
     for index, channel in enumerate((6, 1, 4)):

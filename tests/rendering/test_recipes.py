@@ -50,16 +50,16 @@ def test_the_order_of_options_does_not_matter() -> None:
 def test_at_scales_a_whole_schedule() -> None:
     recipe = RECIPES["multi-scale"]
     assert recipe.size == 408
-    half = recipe.at(size=204)
+    half = recipe.with_settings(size=204)
     assert half.sizes == (28, 34, 40, 48, 58, 69, 82, 99, 118, 142, 170, 204)
     assert half.steps == recipe.steps
-    assert recipe.at() == recipe
-    assert recipe.at(steps=3, seed=9) == dataclasses.replace(recipe, steps=3, seed=9)
-    assert recipe.at(size=1).sizes == (1,) * 12
+    assert recipe.with_settings() == recipe
+    assert recipe.with_settings(steps=3, seed=9) == dataclasses.replace(recipe, steps=3, seed=9)
+    assert recipe.with_settings(size=1).sizes == (1,) * 12
 
 
 def test_updates_shrink_evenly_over_the_cooldown() -> None:
-    recipe = RECIPES["fourier"].at(steps=8)
+    recipe = RECIPES["fourier"].with_settings(steps=8)
     factors = {0.0: [1.0] * 8, 0.5: [1.0] * 5 + [0.75, 0.5, 0.25], 1.0: [1 - step / 8 for step in range(8)]}
     for cooldown, expected in factors.items():
         chosen = dataclasses.replace(recipe, cooldown=cooldown)
@@ -73,7 +73,7 @@ def test_growing_cuts_to_whole_pixels() -> None:
 
 def test_recipes_are_found_by_name_or_used_as_they_are() -> None:
     assert find_recipe(DEFAULT).name == DEFAULT
-    custom = RECIPES["rms"].at(steps=2)
+    custom = RECIPES["rms"].with_settings(steps=2)
     assert find_recipe(custom) is custom
     with pytest.raises(RecipeNotFound, match=r"no recipe 'forier'; did you mean one of: fourier"):
         find_recipe("forier")

@@ -167,7 +167,7 @@ def test_networks_of_any_number_of_channels(channels: int, name: str) -> None:
     net = seeded(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3))
     model = ph.load(net, input_size=32)
     assert model.channels_in == channels
-    recipe = RECIPES[name].at(steps=4)
+    recipe = RECIPES[name].with_settings(steps=4)
     recipe = dataclasses.replace(recipe, sizes=(26, 32) if len(recipe.sizes) > 1 else (32,))
     pictures = ph.render(model, ph.channel("3", [4, 2]), recipe)
     assert pictures.images.shape == (2, channels, 32, 32)

@@ -72,7 +72,7 @@ def test_every_png_says_how_it_was_made(pictures: Rendered, tmp_path: Path) -> N
         assert metadata["dead"] is False
         recipe = {key: value for key, value in metadata["recipe"].items() if key != "digest"}
         again = ph.Recipe.from_json(json.dumps(recipe))
-        assert again == ph.RECIPES["fast"].at(size=16, steps=3, seed=5)
+        assert again == ph.RECIPES["fast"].with_settings(size=16, steps=3, seed=5)
         assert metadata["recipe"]["digest"] == again.digest
     grid = metadata_of(written[3])
     assert grid["objective"] == {"objective": "channel", "layer": "4", "channels": [6, 0, 3]}

@@ -307,7 +307,7 @@ def take_lock(files: FileSystem) -> None:
 
 
 def test_a_process_begun_while_an_entry_is_written_keeps_nobody_waiting(tmp_path: Path) -> None:
-    files = open_store(tmp_path, create=True).place
+    files = open_store(tmp_path, create=True).filesystem
     with files.lock("jobs/ab"):
         child = fork.Process(target=time.sleep, args=(60,), daemon=True)
         child.start()

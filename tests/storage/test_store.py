@@ -96,7 +96,7 @@ def test_an_entry_without_its_manifest_is_not_done_and_put_removes_all_other_fil
     store.fail("jobs", "cd", "no such layer")
     for name in ("a.png", "partial.safetensors"):
         store.write(f"jobs/ab/{name}", b"half")
-    store.place.write("jobs/ab/.a.png.77.part", b"ha")
+    store.filesystem.write("jobs/ab/.a.png.77.part", b"ha")
     assert store.done("jobs") == set()
     assert not store.has("jobs", "ab")
     assert store.failures("jobs") == {"ab": "out of memory", "cd": "no such layer"}
@@ -144,7 +144,7 @@ def test_until_a_replacement_is_complete_there_is_no_entry(tmp_path: Path, monke
 def test_a_partial_result_stays_until_the_manifest_is_written(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(url, create=True)
     store.write("evidence/ab/partial.safetensors", b"hours of work")
-    write = type(store.place).write
+    write = type(store.filesystem).write
 
     def failing(self: Any, name: str, content: bytes) -> None:
         if name.endswith("manifest.json"):
@@ -152,12 +152,12 @@ def test_a_partial_result_stays_until_the_manifest_is_written(url: str, monkeypa
         write(self, name, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(store.place), "write", failing)
+        patch.setattr(type(store.filesystem), "write", failing)
         with pytest.raises(OutputRefused, match="No space left on device"):
             store.put("evidence", "ab", {"statistics.safetensors": b"1"}, {})
     assert store.read("evidence/ab/partial.safetensors") == b"hours of work"
     store.put("evidence", "ab", {"statistics.safetensors": b"1"}, {})
-    assert not store.place.has("evidence/ab/partial.safetensors")
+    assert not store.filesystem.has("evidence/ab/partial.safetensors")
 
 
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../a", "jobs/../../a", "jobs//a", "jobs/./a", "a/", ".a"])
@@ -212,13 +212,13 @@ def test_every_single_flipped_bit_and_every_truncation_is_found() -> None:
         for bit, copy in enumerate(flipped):
             copy[bit // 8] ^= 1 << bit % 8
         for changed in [*map(bytes, flipped), *(content[:end] for end in range(len(content))), content + b"\0"]:
-            store.place.write(f"jobs/ab/{name}", changed)
+            store.filesystem.write(f"jobs/ab/{name}", changed)
             message = refusal(lambda: (store.get("jobs", "ab", "a.png"), store.manifest("jobs", "ab")), intact)
             harmless = json_of(changed) == json_of(content) is not None  # white space, or the newline at the end
             assert harmless or f"atlas/jobs/ab/{name} is damaged: it" in message
             assert harmless or message.endswith("atlas/jobs/ab and run the same command again")
-        store.place.write(f"jobs/ab/{name}", content)
-    store.place.remove("jobs/ab/a.png")
+        store.filesystem.write(f"jobs/ab/{name}", content)
+    store.filesystem.remove("jobs/ab/a.png")
     with pytest.raises(StoreRefused, match=r"jobs/ab/a.png is damaged: it is gone; delete .*jobs/ab and run the same"):
         store.get("jobs", "ab", "a.png")
     store.put("jobs", "ab", files, {"scores": [1.5, -2.0], "dead": False})
@@ -247,7 +247,9 @@ def test_a_damaged_store_file_is_one_sentence(url: str, content: bytes) -> None:
 def test_a_newer_format_is_refused_and_left_alone(url: str) -> None:
     open_store(url, create=True).write("store.json", b'{"format": 2, "new": "thing"}')
     for create in (False, True):
-        with pytest.raises(StoreRefused, match="atlas has format 2, and this phosphene knows formats up to 1; update"):
+        with pytest.raises(
+            StoreRefused, match="atlas has format 2, and this phosphene knows formats up to 1; update it"
+        ):
             open_store(url, create=create)
     assert Store(url).read("store.json") == b'{"format": 2, "new": "thing"}'
 

@@ -36,7 +36,7 @@ from phosphene.web.live.routes import live_routes
 from phosphene.web.server import Server, application, listening, uvicorn_config
 from phosphene.web.site import Site
 from phosphene.web.store_reader import StoreReader, stores_and_records_at
-from tiny_atlas import Here
+from tiny_atlas import InProcessRunner
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 LAYERS = ("_blocks.1._depthwise_conv", "_blocks.4._project_conv")
@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     parts_of_chelsea(folder / "photos")
     made = atlas(load("builtin/efficientnet-lite0"), list(LAYERS), f"0:{FILTERS}", "fast", size=SIDE)
-    run(made, folder / "shown/atlas", Here(), photos=str(folder / "photos"))
+    run(made, folder / "shown/atlas", InProcessRunner(), photos=str(folder / "photos"))
     training_run(folder / "shown/flowers")
     return folder / "shown"
 

@@ -113,11 +113,11 @@ def drop(fault: Callable[[str], str | Exception | None]) -> None:
 
 def contents(store: Store) -> dict[str, bytes]:
     """Return all files of a store, hidden ones too."""
-    if isinstance(store.place, LocalFolder):
-        root = store.place.path
+    if isinstance(store.filesystem, LocalFolder):
+        root = store.filesystem.path
         return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    assert isinstance(store.place, RemoteFiles)
-    memory, prefix = store.place.files.store, store.place.root + "/"
+    assert isinstance(store.filesystem, RemoteFiles)
+    memory, prefix = store.filesystem.files.store, store.filesystem.root + "/"
     return {name.removeprefix(prefix): file.getvalue() for name, file in memory.items() if name.startswith(prefix)}
 
 

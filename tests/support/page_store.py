@@ -22,7 +22,7 @@ from phosphene.web.cache import SizedCache
 from phosphene.web.store_reader import Filter, StoreReader
 from phosphene.web.urls import SpriteTile
 from phosphene.web.views.training import TrainingView
-from tiny_atlas import Here, tiny_atlas, tiny_model
+from tiny_atlas import InProcessRunner, tiny_atlas, tiny_model
 
 FIRST, SECOND = ".0", ".2"  # 6 and 8 filters, fields of 3 and 5 px
 NAMES = ("a.png", "b.png", "c.png", "d.png")
@@ -43,7 +43,7 @@ def filled(folder: Path, *failing: str, names: Sequence[str] = NAMES, **options:
     """Return a store with a finished atlas, of photos with these names; jobs given by digest fail."""
     store = open_store(folder / "store", create=True)
     plan = tiny_atlas(tiny_model(), **options)
-    run(plan, store, Here(*failing), photos(folder / "photos", names) if names else None)
+    run(plan, store, InProcessRunner(*failing), photos(folder / "photos", names) if names else None)
     return store
 
 

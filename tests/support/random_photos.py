@@ -59,7 +59,7 @@ def small_chunks() -> Iterator[None]:
 def activations_one_by_one(model: Model, photos: Tensor, path: str) -> Tensor:
     """Return the activations (n, c, h, w) of all photos, read one at a time."""
     with model.reading([path]) as read, torch.no_grad():
-        return torch.cat([read(photo[None].to(model.like))[path] for photo in photos])
+        return torch.cat([read(photo[None].to(model.prototype_tensor))[path] for photo in photos])
 
 
 def top_by_hand(maps: Tensor, photos: Tensor, channel: int, top: int) -> list[tuple[float, int, int, int]]:

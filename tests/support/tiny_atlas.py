@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-class Here:
+class InProcessRunner:
     """A runner in this process that remembers its jobs; the jobs of the digests `failing` fail."""
 
     def __init__(self, *failing: str) -> None:

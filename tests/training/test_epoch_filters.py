@@ -21,7 +21,7 @@ from small_training import network, train
 def test_filters_are_rendered_after_each_epoch_from_one_seed(tmp_path: Path) -> None:
 
     net = network()
-    recipe = find_recipe("fast").at(32, 3)
+    recipe = find_recipe("fast").with_settings(32, 3)
     with Recorder(net, tmp_path, filters=".4:1,3", recipe=recipe) as recorder:
         train(net, recorder)
         expected = render(load(net), channel(".4", [1, 3]), recipe)

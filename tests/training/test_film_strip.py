@@ -21,11 +21,11 @@ from phosphene import errors
 from phosphene.images import display, encode, grid
 from phosphene.training.film_strip import (
     STRIP,
-    evenly,
+    evenly_spaced,
     film,
-    frame_plan,
+    format_metric,
+    frame_layout,
     layer_strip,
-    number,
     save_film,
     strip,
     strip_layout,
@@ -107,23 +107,27 @@ def test_a_first_layer_s_filters_are_in_colour(tmp_path: Path) -> None:
             spot = page[top + epoch * (96 + 8) + y * 32, left + out * 97 + x * 32]
             assert tuple(spot) == tuple(level(float(weight), -end, end) for weight in kernels[epoch][out, :, y, x])
     grey = layer_strip(history, "conv1", "grey")
-    assert grey.look.shape == (5, 3, 3, 3)  # R2.2b: a kernel a channel
+    assert grey.timeline.shape == (5, 3, 3, 3)  # R2.2b: a kernel a channel
 
 
 def test_a_strip_of_rendered_filters_shows_the_pictures_themselves(tmp_path: Path) -> None:
     images = [torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(epoch)) for epoch in range(4)]
     history = record_of(tmp_path / "run", {"conv1": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", images))
     drawn = layer_strip(history, "conv2")
-    assert (drawn.look.noun, drawn.look.names, drawn.look.shape) == ("filters", ["3", "4", "5"], (3, 1, 64, 64))
+    assert (drawn.timeline.noun, drawn.timeline.names, drawn.timeline.shape) == (
+        "filters",
+        ["3", "4", "5"],
+        (3, 1, 64, 64),
+    )
     page = pixels(drawn.strip())
     top, left = first_tile(page, 4 * 64 + 3 * 8)
     for epoch in range(4):
         for index in range(3):
             tile = page[top + epoch * 72 : top + epoch * 72 + 64, left + index * 65 : left + index * 65 + 64]
             assert np.array_equal(tile, (images[epoch][index] * 255).round().byte().permute(1, 2, 0).numpy())
-    assert layer_strip(history, "conv1").look.noun == "kernels"
+    assert layer_strip(history, "conv1").timeline.noun == "kernels"
     both = record_of(tmp_path / "both", {"conv2": [random(3, 2, 3, 3)] * 4}, pictures=("conv2", images))
-    assert [layer_strip(both, layer).look.noun for layer in ("conv2", 0)] == ["filters", "filters"]
+    assert [layer_strip(both, layer).timeline.noun for layer in ("conv2", 0)] == ["filters", "filters"]
 
 
 def test_kernels_with_nan_are_crossed_out_and_do_not_spoil_the_scale(tmp_path: Path) -> None:
@@ -137,18 +141,18 @@ def test_kernels_with_nan_are_crossed_out_and_do_not_spoil_the_scale(tmp_path: P
     down = top + 2 * 49 - 1 + 8
     assert np.array_equal(page[down : down + 48, left + 49 : left + 49 + 48], cross)
     assert not np.array_equal(page[down : down + 48, left : left + 48], cross)
-    assert drawn.look.scale is not None
-    assert math.isfinite(drawn.look.scale[1])
-    assert "crossed out: NaN or infinity" in drawn.look.caption
+    assert drawn.timeline.scale is not None
+    assert math.isfinite(drawn.timeline.scale[1])
+    assert "crossed out: NaN or infinity" in drawn.timeline.caption
 
 
 def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
     history = record_of(tmp_path / "run", {"conv1": [random(300, 40, 3, 3)]})
     for epoch in range(1, 150):
-        history.place(epoch).symlink_to(history.place(0))
+        history.epoch_folder(epoch).symlink_to(history.epoch_folder(0))
     drawn = layer_strip(history, "conv1")
-    layout = strip_layout(drawn.look)
-    caption = drawn.said(layout, "column", "line", "row")
+    layout = strip_layout(drawn.timeline)
+    caption = drawn.caption_parts(layout, "column", "line", "row")
     assert caption[0] == "the first 123 of 300 filters, one a column"  # 123 tiles of 13 pixels
     assert caption[1] == "the first 4 of 40 input channels, one a line"  # (1440 / 24 - 8) pixels for lines of 13
     assert caption[-1] == "24 of 150 epochs, evenly spread, one a row"
@@ -156,18 +160,18 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
     page = drawn.strip()
     assert page.width < STRIP[0] + 200
     assert page.height < STRIP[1] + 150
-    frame = frame_plan(drawn.look)
+    frame = frame_layout(drawn.timeline)
     assert (frame.filters, frame.lines, len(frame.epochs)) == (840 // 13, 40, 100)
 
 
 def test_epochs_are_evenly_spread_with_both_ends() -> None:
-    assert evenly(range(500), 5) == [0, 125, 250, 374, 499]
-    assert evenly([3, 4, 9], 3) == [3, 4, 9]
-    assert evenly([3, 4, 9], 1) == [9]
+    assert evenly_spaced(range(500), 5) == [0, 125, 250, 374, 499]
+    assert evenly_spaced([3, 4, 9], 3) == [3, 4, 9]
+    assert evenly_spaced([3, 4, 9], 1) == [9]
 
 
 def test_numbers_have_the_digits_that_count() -> None:
-    assert [number(value) for value in (0.123456, 12345.6, 1e9, float("nan"), None)] == [
+    assert [format_metric(value) for value in (0.123456, 12345.6, 1e9, float("nan"), None)] == [
         "0.123",
         "12,346",
         "1e+09",

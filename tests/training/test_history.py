@@ -142,10 +142,10 @@ def test_a_damaged_epoch_is_named_and_the_others_are_read(tmp_path: Path) -> Non
     recorder.end_epoch(0)
     recorder.end_epoch(1)
     history = open_history(tmp_path)
-    (history.place(1) / "kernels.safetensors").write_bytes(b"abc")
+    (history.epoch_folder(1) / "kernels.safetensors").write_bytes(b"abc")
     with pytest.raises(errors.WeightsRefused, match=r"000001/kernels.safetensors is damaged .* delete .*000001 to"):
         history.kernels(".0")
-    (history.place(1) / "manifest.json").write_text("{")
+    (history.epoch_folder(1) / "manifest.json").write_text("{")
     with pytest.raises(errors.WeightsRefused, match=r"000001/manifest.json is damaged"):
         history.entry()
     assert history.kernels(".0", 0).weights.shape == (4, 3, 3, 3)

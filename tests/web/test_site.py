@@ -222,7 +222,7 @@ def test_a_page_is_kept_until_its_manifest_changes(site: Site, atlas_id: str, tm
     files = {name: store.get("layers", digest, name) for name in manifest["files"]}
     store.put("layers", digest, files, {**manifest, "missing": ["one"]})
     assert "1 job of this layer failed" in Page(changing.get(here).body).words
-    store.place.remove(f"atlases/{store.done('atlases').pop()}/manifest.json")
+    store.filesystem.remove(f"atlases/{store.done('atlases').pop()}/manifest.json")
     with pytest.raises(EntryNotFound):
         changing.get(here)
 

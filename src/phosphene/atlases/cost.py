@@ -60,11 +60,13 @@ def costs_per_picture(model: Model, jobs: list[Job]) -> list[tuple[float, float]
 
 def measure_job(model: Model, job: Job) -> tuple[float, float]:
     """Return the seconds and bytes of one picture of a job, from renders of two short lengths."""
-    channels = job.channels[:PICTURES] if model.like.device.type == "cpu" else job.channels
-    _, size = time_job(model, replace(job, channels=channels, recipe=job.recipe.at(steps=1)))  # a warm-up as well
+    channels = job.channels[:PICTURES] if model.prototype_tensor.device.type == "cpu" else job.channels
+    _, size = time_job(
+        model, replace(job, channels=channels, recipe=job.recipe.with_settings(steps=1))
+    )  # a warm-up as well
     few, many = (
         min(
-            time_job(model, replace(job, channels=channels, recipe=job.recipe.at(steps=steps)))[0]
+            time_job(model, replace(job, channels=channels, recipe=job.recipe.with_settings(steps=steps)))[0]
             for _ in range(REPEATS)
         )
         for steps in STEPS

@@ -28,7 +28,7 @@ from phosphene.atlases.verdicts import (
     verdicts,
 )
 from phosphene.errors import LayerRefused, WeightsRefused
-from phosphene.evidence.collect import Evidence
+from phosphene.evidence.statistics import Evidence
 from phosphene.images.display import Picture
 from phosphene.images.encode import decode_image, png
 from phosphene.images.sprites import TILE, SpriteSheet, preview_strip, sprite_sheets
@@ -64,7 +64,7 @@ def atlas_digest(plan: Atlas, evidence: Evidence | None) -> str:
 
 def layer_facts(layer: Layer) -> dict[str, Any]:
     """Return what the entries say of a layer, in JSON terms."""
-    return {key: value for key, value in asdict(layer).items() if key != "place"}
+    return layer.to_json()
 
 
 def write_layer(
@@ -76,7 +76,7 @@ def write_layer(
 ) -> None:
     """Write a layer's entry from its finished jobs, whose digests are in `done`: sheets, kernels and verdicts."""
     jobs = plan.jobs_of(layer)
-    pictures = [picture for job in jobs if job.digest in done for picture in saved(store, job)]
+    pictures = [picture for job in jobs if job.digest in done for picture in saved_pictures(store, job)]
     if not pictures:
         return
     digests = [job.digest for job in plan.jobs if job.layer == layer.path]
@@ -124,7 +124,7 @@ def kernels_of(model: Model, layer: Layer, channels: Sequence[int]) -> SpriteShe
     return SpriteSheet("kernels.png", png(image, about), {"file": "kernels.png", **facts})
 
 
-def saved(store: Store, job: Job) -> Iterator[SavedPicture]:
+def saved_pictures(store: Store, job: Job) -> Iterator[SavedPicture]:
     """Yield the pictures of a finished job from the store."""
     manifest = store.manifest("jobs", job.digest)
     for entry in manifest["pictures"]:

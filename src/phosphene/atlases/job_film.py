@@ -10,7 +10,7 @@ from torch import Tensor
 from phosphene.images.display import Picture, to_bytes
 from phosphene.images.encode import webp
 from phosphene.images.grid import picture
-from phosphene.images.sprites import SIDE, SMALL, SpriteSheet, thumbnail, tile, tile_size
+from phosphene.images.sprites import MAX_SIDE, STRIP_TILE, SpriteSheet, thumbnail, tile, tile_size
 from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.result import Rendered
 
@@ -57,7 +57,7 @@ class JobFilm:
         The facts are `file`, `tile` (width, height), `columns` and `steps` (the step of each column). None if the
         pictures are too many for one file.
         """
-        side = min(SMALL, SIDE // len(rendered))
+        side = min(STRIP_TILE, MAX_SIDE // len(rendered))
         if not side:
             return None
         steps = sorted(self.moments)
@@ -82,4 +82,4 @@ def kept_steps(steps: int) -> frozenset[int]:
 def film_tile(image: Tensor) -> Picture:
     """Return an image (c, h, w), uint8, as a tile of a film."""
     tile = picture(image).convert("RGB")
-    return thumbnail(tile, tile_size(tile.size, SMALL))
+    return thumbnail(tile, tile_size(tile.size, STRIP_TILE))

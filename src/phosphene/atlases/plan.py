@@ -145,9 +145,9 @@ def atlas(
     """
     whole_number(per_job, "per_job", 1)
     whole_number(seeds, "seeds", 1)
-    find_recipe(recipe).at(size)
-    first = find_recipe(recipe).at(steps=steps, seed=seed)
-    recipes = tuple(first.at(seed=first.seed + number) for number in range(seeds))
+    find_recipe(recipe).with_settings(size)
+    first = find_recipe(recipe).with_settings(steps=steps, seed=seed)
+    recipes = tuple(first.with_settings(seed=first.seed + number) for number in range(seeds))
     matching = chosen_layers(model, layers)
     fingerprint, precision = model.fingerprint, chosen_precision(model, precision)
     jobs = tuple(
@@ -174,7 +174,7 @@ def chosen_layers(model: Model, layers: str | int | Sequence[str | int]) -> list
         raise LayerRefused(
             f"{names} names no layer that returns maps of channels; `phosphene layers` lists what each returns"
         )
-    order = [*model.layers(), *model.layers().unlisted]
+    order = [*model.layers(), *model.layers().inner_layers]
     return sorted(dict.fromkeys(matching), key=order.index)
 
 

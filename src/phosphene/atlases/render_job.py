@@ -49,7 +49,7 @@ def render_job(
             channel(job.layer, job.channels),
             job.recipe,
             size=job.size,
-            batch=AT_ONCE if model.like.device.type == "cpu" else len(job.channels),
+            batch=AT_ONCE if model.prototype_tensor.device.type == "cpu" else len(job.channels),
             precision=job.precision,
             watch=film.also_calling(watch),
         )
@@ -143,5 +143,5 @@ def spec_and_recipe(job: Job, rendered: Rendered) -> dict[str, Any]:
 def picture_size(model: Model, job: Job) -> tuple[int, int]:
     """Return the height and width that a job's pictures will have; see `render`."""
     with fast_forward_pass(model, channel(job.layer, job.channels[:1])) as (read, _):
-        recipe, base = fit_to_network(model, read, job.recipe.at(job.size), job.size is not None, None)
+        recipe, base = fit_to_network(model, read, job.recipe.with_settings(job.size), job.size is not None, None)
     return base.shape(recipe.size)[1:]

@@ -14,8 +14,8 @@ from PIL import Image
 from phosphene.atlases.report_page import LayerSection, PhotoCrop, page
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import InvalidRequest
-from phosphene.evidence.collect import Evidence, load_evidence
-from phosphene.evidence.top_photos import NONE
+from phosphene.evidence.statistics import Evidence, load_evidence
+from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.images.display import Picture
 from phosphene.images.encode import decode_image, webp
 from phosphene.storage.store import Store
@@ -64,7 +64,7 @@ def report(store: Store, atlas: str | None = None) -> tuple[bytes, bytes]:
     ]
     rows = [(section.path, verdict) for section in sections for verdict in section.verdicts]
     photos = f"{evidence.about['seen']:,}" if evidence else "none"
-    facts, notes = facts_of(manifest, len(rows), photos), notes_of(manifest)
+    facts, notes = facts_of_atlas(manifest, len(rows), photos), notes_on_atlas(manifest)
     limits = layers[0][1]["thresholds"] if layers else asdict(THRESHOLDS)
     html = page(manifest["model"], facts, notes, sections, limits, scale.picture)
     return html.encode(), verdict_csv(rows)
@@ -79,7 +79,7 @@ def layer_section(
     return LayerSection(
         path=path,
         facts=facts_of_layer(layer["layer"]),
-        note=note_on(layer),
+        note=note_on_layer(layer),
         verdicts=verdicts,
         pictures=[webp_thumbnail(tile, scale.picture) for tile in sheet_tiles(store, digest, layer, count)],
         photos=list(photo_crops(store, evidence, path, channels, scale)) if evidence and path in evidence else [],
@@ -97,13 +97,17 @@ def chosen_atlas(store: Store, prefix: str | None) -> str:
     if len(matching) == 1:
         return matching[0]
     if not digests:
-        raise InvalidRequest(f"{store.shown('')} holds no finished atlas yet; run `phosphene atlas` to its end first")
+        raise InvalidRequest(
+            f"{store.display_path('')} holds no finished atlas yet; run `phosphene atlas` to its end first"
+        )
     listed = ", ".join(
         f"{digest} ({summary(store.manifest('atlases', digest))})" for digest in (matching or digests)[:5]
     )
     if not matching:
-        raise InvalidRequest(f"{store.shown('')} holds no atlas {prefix!r}; it has {listed}")
-    raise InvalidRequest(f"{store.shown('')} holds {len(matching)} atlases; name the one that you mean: {listed}")
+        raise InvalidRequest(f"{store.display_path('')} holds no atlas {prefix!r}; it has {listed}")
+    raise InvalidRequest(
+        f"{store.display_path('')} holds {len(matching)} atlases; name the one that you mean: {listed}"
+    )
 
 
 def summary(manifest: Mapping[str, Any]) -> str:
@@ -158,7 +162,9 @@ def photo_crops(
                 webp_thumbnail(sheet.crop((rank * tile, row * tile, (rank + 1) * tile, (row + 1) * tile)), scale.photo),
                 names[str(photo)],
             )
-            for rank, photo in enumerate(photo for photo in photos[channel, : scale.photos].tolist() if photo != NONE)
+            for rank, photo in enumerate(
+                photo for photo in photos[channel, : scale.photos].tolist() if photo != NO_PHOTO
+            )
         ]
 
 
@@ -176,24 +182,24 @@ def facts_of_layer(layer: Mapping[str, Any]) -> dict[str, str]:
     return {
         "kind": layer["kind"],
         "channels": f"{layer['channels']:,}",
-        "map": sides(layer["size"]),
-        "sees": f"{sides(field['size'])} px" if field else sees,
+        "map": size_text(layer["size"]),
+        "sees": f"{size_text(field['size'])} px" if field else sees,
     }
 
 
-def sides(pair: Sequence[int]) -> str:
+def size_text(pair: Sequence[int]) -> str:
     """Return a height and a width as text."""
     return "×".join(map(str, pair))
 
 
-def note_on(layer: Mapping[str, Any]) -> str:
+def note_on_layer(layer: Mapping[str, Any]) -> str:
     """Return the warnings about a layer, or an empty text."""
     lost = len(layer["missing"])
     failed = f"{lost} {'job' if lost == 1 else 'jobs'} of this layer failed; run the atlas again to try once more."
     return " ".join(([f"Not judged: {layer['remark']}."] if layer["remark"] else []) + ([failed] if lost else []))
 
 
-def facts_of(manifest: Mapping[str, Any], pictures: int, photos: str) -> dict[str, str]:
+def facts_of_atlas(manifest: Mapping[str, Any], pictures: int, photos: str) -> dict[str, str]:
     """Return the facts on an atlas of so many pictures, as text by name; `photos` says how many photos were seen."""
     recipe, seeds = manifest["recipe"], manifest["seeds"]
     drawn = f"{pictures:,}" if pictures == manifest["filters"] else f"{pictures:,} of {manifest['filters']:,}"
@@ -207,7 +213,7 @@ def facts_of(manifest: Mapping[str, Any], pictures: int, photos: str) -> dict[st
     }
 
 
-def notes_of(manifest: Mapping[str, Any]) -> list[str]:
+def notes_on_atlas(manifest: Mapping[str, Any]) -> list[str]:
     """Return the warnings about an atlas, as sentences."""
     notes = [f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in manifest["notes"]]
     if manifest["missing"]:

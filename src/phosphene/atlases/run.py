@@ -22,8 +22,9 @@ from phosphene.atlases.runners.pool import Outcome, Runner
 from phosphene.atlases.runners.ray import RayRunner
 from phosphene.atlases.runners.ray_photos import RayPhotoRunner
 from phosphene.errors import EntryNotFound, Interrupted, OutputRefused, StoreRefused, Unfinished
-from phosphene.evidence.collect import Evidence, evidence
+from phosphene.evidence.collect import evidence
 from phosphene.evidence.photo_dataset import open_photos
+from phosphene.evidence.statistics import Evidence
 from phosphene.network.layers import Layer
 from phosphene.storage.store import Store, open_store
 
@@ -80,10 +81,10 @@ def run(
     if photos is not None:  # refused, if need be, before a store is made
         photos = open_photos(photos, atlas.model.channels_in)
     atlas_run = AtlasRun(atlas, store if isinstance(store, Store) else open_store(store, create=True), watch)
-    with stopping(atlas_run):
+    with errors_with_summary(atlas_run):
         if photos is not None:
             atlas_run.collect_evidence(photos, runner)
-        for _ in atlas_run.go(runner):
+        for _ in atlas_run.finished_layers(runner):
             pass
         return atlas_run.end()
 
@@ -102,7 +103,7 @@ class AtlasRun:
 
     def __init__(self, atlas: Atlas, store: Store, watch: AtlasProgress | None) -> None:
         self.atlas, self.store, self.watch = atlas, store, watch
-        self.there: set[str] = set()
+        self.done: set[str] = set()
         self.pictures, self.total = 0, sum(len(job.channels) for job in atlas.jobs)
         self.unfinished = Counter(job.layer for job in atlas.jobs)
         self.waiting: deque[Job] = deque()
@@ -115,7 +116,7 @@ class AtlasRun:
         model, deepest = self.atlas.model, self.atlas.jobs[-1]
         size = picture_size(model, deepest)
         side = None if size == model.input_size else size[0]
-        show = RayPhotoRunner(runner.address, runner.workers, runner.gpu) if isinstance(runner, RayRunner) else None
+        on_ray = RayPhotoRunner(runner.address, runner.workers, runner.gpu) if isinstance(runner, RayRunner) else None
         seen = 0
 
         def on_photos(more: int, total: int) -> None:
@@ -125,9 +126,9 @@ class AtlasRun:
                 self.watch("photos", seen, total)
 
         paths = [layer.path for layer in self.atlas.layers]
-        self.evidence = evidence(model, photos, paths, size=side, store=self.store, watch=on_photos, show=show)
+        self.evidence = evidence(model, photos, paths, size=side, store=self.store, watch=on_photos, runner=on_ray)
 
-    def go(self, runner: Runner) -> Iterator[Layer]:
+    def finished_layers(self, runner: Runner) -> Iterator[Layer]:
         """Have the missing jobs done, and yield each layer when the last of its jobs is done."""
         self.begin()
         yield from (layer for layer in self.atlas.layers if not self.unfinished[layer.path])
@@ -146,7 +147,7 @@ class AtlasRun:
 
     def count(self, job: Job) -> None:
         """Count a job that is in the store."""
-        self.there.add(job.digest)
+        self.done.add(job.digest)
         self.pictures += len(job.channels)
         self.unfinished[job.layer] -= 1
 
@@ -185,13 +186,13 @@ class AtlasRun:
         """Write the entry of a layer, unless the store has a complete one."""
         digest = layer_digest(self.atlas, layer, self.evidence)
         if not self.store.has("layers", digest) or self.store.manifest("layers", digest)["missing"]:
-            write_layer(self.store, self.atlas, layer, self.there, self.evidence)
+            write_layer(self.store, self.atlas, layer, self.done, self.evidence)
 
     def end(self) -> Summary:
         """Write the missing entries of layers, and the entry of the atlas last."""
         for layer in self.atlas.layers:
             self.finish(layer)
-        if not self.there:
+        if not self.done:
             return self.summary()
         verdicts = write_atlas(self.store, self.atlas, self.evidence)
         return self.summary(atlas_digest(self.atlas, self.evidence), verdicts)
@@ -205,18 +206,18 @@ class AtlasRun:
         """Return the state of the run."""
         jobs = len(self.atlas.jobs)
         return Summary(
-            self.store.shown(""), atlas, jobs, len(self.there), self.rendered, dict(self.failed), verdicts or {}
+            self.store.display_path(""), atlas, jobs, len(self.done), self.rendered, dict(self.failed), verdicts or {}
         )
 
 
 @contextmanager
-def stopping(atlas_run: AtlasRun) -> Iterator[None]:
+def errors_with_summary(atlas_run: AtlasRun) -> Iterator[None]:
     """Turn Ctrl-C and failures of the store into errors that say how much of a run is done."""
     try:
         yield
     except KeyboardInterrupt as error:
-        kept = f"{len(atlas_run.there)} of {len(atlas_run.atlas.jobs)} jobs are done and kept"
+        kept = f"{len(atlas_run.done)} of {len(atlas_run.atlas.jobs)} jobs are done and kept"
         raise Interrupted(f"stopped; {kept}, run the same again to go on", atlas_run.summary()) from error
     except (OutputRefused, StoreRefused, EntryNotFound) as error:
-        done = f"{len(atlas_run.there)} of {len(atlas_run.atlas.jobs)} jobs are done"
+        done = f"{len(atlas_run.done)} of {len(atlas_run.atlas.jobs)} jobs are done"
         raise Unfinished(f"{error} ({done})", atlas_run.summary()) from error

@@ -203,7 +203,9 @@ def measure(
             return act.mean((-2, -1), dtype=torch.promote_types(act.dtype, torch.float32)).double().cpu()
 
         def all_channels(images: Tensor, move: Move = torch.clone) -> Tensor:
-            return torch.cat([means(move(batch.to(model.like) / 255)) for batch in torch.split(images, AT_ONCE)])
+            return torch.cat(
+                [means(move(batch.to(model.prototype_tensor) / 255)) for batch in torch.split(images, AT_ONCE)]
+            )
 
         def shown_channels(images: Tensor, move: Move = torch.clone) -> Tensor:
             return pick_channels(all_channels(images, move), channels)
@@ -250,14 +252,15 @@ def verdicts(
     second = measurements.second_seed
     figures = {
         "score": score,
-        "excitation": missing if photos is None else gain / span(photos)[channels],
-        "stability": (measurements.moved - base) / torch.where(same(score, base) | (gain < 0), torch.nan, gain),
+        "excitation": missing if photos is None else gain / photo_range(photos)[channels],
+        "stability": (measurements.moved - base)
+        / torch.where(within_rounding(score, base) | (gain < 0), torch.nan, gain),
         "agreement": missing if second is None else seed_agreement(gain, second - base),
         "retrieval": picture_rank,
         "own": channel_rank,
     }
     rows = [dict(zip(figures, row, strict=True)) for row in torch.stack(list(figures.values()), 1).tolist()]
-    is_dead, share_better = dead | same(score, grey), shares_better.nan_to_num(0).amax(0)
+    is_dead, share_better = dead | within_rounding(score, grey), shares_better.nan_to_num(0).amax(0)
     return tuple(map(verdict, channels.tolist(), is_dead.tolist(), share_better.tolist(), rows))
 
 
@@ -296,15 +299,15 @@ def rounded(figure: float) -> float | None:
     return None if math.isnan(figure) else float(f"{figure:.{DIGITS}g}")
 
 
-def same(a: Tensor, b: Tensor) -> Tensor:
+def within_rounding(a: Tensor, b: Tensor) -> Tensor:
     """Return where two scores differ by no more than rounding."""
     return (a - b).abs() <= ROUNDING * torch.maximum(a.abs(), b.abs())
 
 
-def span(photos: LayerStatistics) -> Tensor:
+def photo_range(photos: LayerStatistics) -> Tensor:
     """Return (c,) how far the strongest photo is above the mean, NaN for a channel that all photos excite alike."""
     mean, maximum = photos.mean.double().cpu(), photos.maximum.double().cpu()
-    return torch.where(same(mean, maximum), torch.nan, maximum - mean)
+    return torch.where(within_rounding(mean, maximum), torch.nan, maximum - mean)
 
 
 def picture_ranks(scores: Tensor) -> Tensor:
@@ -314,7 +317,7 @@ def picture_ranks(scores: Tensor) -> Tensor:
 
 def channel_ranks(plain: Tensor, channels: Tensor, photos: LayerStatistics) -> Tensor:
     """Return (n,) the rank of each picture's channel among all, NaN for a channel that all photos excite alike."""
-    has_span = ~span(photos).isnan()
+    has_span = ~photo_range(photos).isnan()
     scores = torch.where(has_span, (plain - photos.mean.double().cpu()) / photos.std.double().cpu(), -torch.inf)
     rank = (scores > pick_channels(scores, channels)[:, None]).sum(1) + 1.0
     return torch.where(has_span[channels], rank, torch.nan)

@@ -15,7 +15,7 @@ from phosphene.atlases.plan import PER_JOB, Atlas
 from phosphene.atlases.plan import atlas as plan_atlas
 from phosphene.atlases.report import report as report_of
 from phosphene.atlases.run import AtlasProgress, Summary, run
-from phosphene.atlases.runners.local import LocalRunner, places_for
+from phosphene.atlases.runners.local import LocalRunner, worker_devices
 from phosphene.atlases.runners.pool import Runner
 from phosphene.atlases.runners.ray import RayRunner
 from phosphene.cli.options import (
@@ -74,7 +74,7 @@ def atlas(
     as_json: AsJson = False,
 ) -> None:
     """Draw every filter of many layers into a store; finished jobs are skipped."""
-    find_recipe(recipe).at(size, steps, seed)
+    find_recipe(recipe).with_settings(size, steps, seed)
     chosen = chosen_runner(runner, ray_address, workers)
     per_job = filters_per_job(batch)
     plan = plan_atlas(
@@ -158,7 +158,7 @@ def progress_of_run(quiet: bool, name: str = "atlas") -> Iterator[AtlasProgress]
 def print_cost(plan: Atlas, store: str, workers: int | None, as_json: bool) -> None:
     """Print what an atlas would cost."""
     cost = estimate(plan, done_in(store))
-    count = max(1, min(len(places_for(plan.model, workers)), cost.missing))
+    count = max(1, min(len(worker_devices(plan.model, workers)), cost.missing))
     seconds = cost.seconds / count
     if as_json:
         report([], as_json, {**asdict(cost), "seconds": seconds, "workers": count})

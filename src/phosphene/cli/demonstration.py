@@ -10,9 +10,9 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
-from phosphene.atlases.entries import saved
+from phosphene.atlases.entries import saved_pictures
 from phosphene.atlases.plan import Atlas, atlas
-from phosphene.atlases.run import AtlasRun, stopping
+from phosphene.atlases.run import AtlasRun, errors_with_summary
 from phosphene.atlases.runners.local import LocalRunner
 from phosphene.cli.atlases import progress_of_run
 from phosphene.cli.options import AsJson, Device, Quiet
@@ -114,10 +114,10 @@ def sheets(store: Store, plan: Atlas, watch: Callable[[str, int, int], None] | N
         Unfinished: a picture could not be drawn.
     """
     atlas_run = AtlasRun(plan, store, watch)
-    with stopping(atlas_run):
-        for layer in atlas_run.go(LocalRunner()):
-            done = [job for job in plan.jobs_of(layer) if job.digest in atlas_run.there]
-            pictures = [picture for job in done for picture in saved(store, job)]
+    with errors_with_summary(atlas_run):
+        for layer in atlas_run.finished_layers(LocalRunner()):
+            done = [job for job in plan.jobs_of(layer) if job.digest in atlas_run.done]
+            pictures = [picture for job in done for picture in saved_pictures(store, job)]
             tiles = [cross_out(picture.image) if picture.entry["dead"] else picture.image for picture in pictures]
             if tiles:
                 yield layer, grid(tiles, COLUMNS)

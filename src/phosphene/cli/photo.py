@@ -88,8 +88,8 @@ def print_classes(heat: Heatmap) -> None:
     """Print the most probable classes, whether the map is empty, and the limits of its method."""
     for guess in heat.top:
         to_stderr(f"{guess.probability:6.1%}  {guess.name}")
-    if heat.silent:
-        to_stderr(heat.sentence())
+    if heat.is_empty:
+        to_stderr(heat.empty_message())
     if heat.caution:
         to_stderr(f"{heat.method}: {heat.caution}")
 
@@ -121,7 +121,7 @@ def explain_folder(
             for start in range(0, len(files), BATCH):
                 batch = files[start : start + BATCH]
                 photos = dict(readable(explainer.model, batch, refused))
-                heatmaps = explainer.several(list(photos.values()), target) if photos else []
+                heatmaps = explainer.explain_batch(list(photos.values()), target) if photos else []
                 for (path, image), heat in zip(photos.items(), heatmaps, strict=True):
                     written = heat.save(out / names[path], image, style)
                     done.append({"photo": path.name, "file": written.name, **heat.metadata()})

@@ -79,7 +79,7 @@ def filters(
     as_json: AsJson = False,
 ) -> None:
     """Draw the picture that each filter of a layer answers to."""
-    find_recipe(recipe).at(size, steps, seed)
+    find_recipe(recipe).with_settings(size, steps, seed)
     handle = open_model()
     target_layer = chosen_layer(handle, layer, quiet)
     score = objective_for(target_layer, objective, channels)
@@ -170,7 +170,7 @@ def dream(
     as_json: AsJson = False,
 ) -> None:
     """Change a photo so that a layer sees more of what it saw in it (DeepDream)."""
-    find_recipe(recipe).at(size, steps, seed)
+    find_recipe(recipe).with_settings(size, steps, seed)
     check_target(out, ".png", folders=False)
     handle = open_model()
     image = read(photo, handle.channels_in)

@@ -25,7 +25,7 @@ from phosphene.images import captions
 from phosphene.inspection.kernels import STYLES, write_pages
 from phosphene.inspection.kernels import kernels as read_kernels
 from phosphene.network.layers import file_prefix
-from phosphene.training.film_strip import check_film, found, layer_strip, number
+from phosphene.training.film_strip import check_film, format_metric, layer_strip, recorded_layer
 from phosphene.training.gradient_norms import GradientNorms
 from phosphene.training.gradient_plot import curve_facts, save_curves
 from phosphene.training.gradient_verdicts import verdicts_of
@@ -69,7 +69,7 @@ def kernels_of_run(
     check_style(style)
     check_sheet(out)
     history = open_history(run)
-    chosen = history.chosen(epoch)
+    chosen = history.resolve_epoch(epoch)
     path = recorded(history, layer, quiet)
     target = out or Path(f"{sheet_name(path)}_epoch_{chosen}.png")
     check_sheet(target)
@@ -79,7 +79,7 @@ def kernels_of_run(
             f"after epoch {chosen} the kernels of {path} hold NaN or infinity; choose an earlier --epoch, and see what "
             f"`phosphene gradients {run}` says"
         )
-    metrics = "".join(f" · {name} {number(value)}" for name, value in history.metrics(chosen).items())
+    metrics = "".join(f" · {name} {format_metric(value)}" for name, value in history.metrics(chosen).items())
     pages = [captions.with_caption(page, f"epoch {chosen}{metrics}") for page in weights.pictures(style)]
     facts = {**weights.spec, "run": str(run), "epoch": chosen, "style": style}
     report(write_pages(pages, target, facts), as_json, facts)
@@ -154,7 +154,7 @@ def gradients(
 
 def recorded(history: History, layer: str, quiet: bool) -> str:
     """Return the path of a recorded layer, and print which one a number means."""
-    path = found(history, address(layer))
+    path = recorded_layer(history, address(layer))
     if layer.isdigit() and not quiet:
         to_stderr(f"layer {layer} of the record is {path}")
     return path

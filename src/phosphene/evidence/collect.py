@@ -21,11 +21,8 @@ from phosphene.evidence import crops
 from phosphene.evidence.photo_dataset import open_photos
 from phosphene.evidence.photo_pass import Partial, PhotoPass, RefusedPhoto, empty_partial, merge
 from phosphene.evidence.quantile_sketch import QuantileSketch
-from phosphene.evidence.statistics import Evidence as Evidence
-from phosphene.evidence.statistics import PhotoStatistics as PhotoStatistics
-from phosphene.evidence.statistics import layer_statistics
-from phosphene.evidence.statistics import load_evidence as load_evidence
-from phosphene.evidence.top_photos import NONE, TopPhotos
+from phosphene.evidence.statistics import Evidence, layer_statistics, load_evidence
+from phosphene.evidence.top_photos import NO_PHOTO, TopPhotos
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 from phosphene.storage.store import Store, digest_of
@@ -48,7 +45,7 @@ def evidence(
     store: Store | None = None,
     watch: PhotoProgress | None = None,
     save_interval: float = SAVE_INTERVAL,
-    show: PhotoRunner | None = None,
+    runner: PhotoRunner | None = None,
 ) -> Evidence:
     """Return what photos do to every channel of layers, from one pass that ends at the deepest of them.
 
@@ -65,7 +62,7 @@ def evidence(
             that an interrupted pass goes on from it.
         watch: called with (n, total): n more of all the photos are done.
         save_interval: seconds between two partial results.
-        show: runs the photos through the network, by default in this process; see `atlases.runners.ray_photos`.
+        runner: runs the photos through the network, by default in this process; see `atlases.runners.ray_photos`.
 
     Raises:
         LayerNotFound, LayerRefused, SizeRefused, InvalidRequest, OutOfMemory.
@@ -79,7 +76,8 @@ def evidence(
     digest = digest_of(photo_pass.spec)
     if store and store.has("evidence", digest):
         return load_evidence(store, digest)
-    result = assemble(photo_pass, collect_partials(photo_pass, store, watch, save_interval, show or PhotoPass.partials))
+    partial = collect_partials(photo_pass, store, watch, save_interval, runner or PhotoPass.partials)
+    result = assemble(photo_pass, partial)
     if store:
         store.put("evidence", digest, result.files(), {key: result.about[key] for key in ("spec", "seen", "lost")})
     return result
@@ -115,7 +113,7 @@ def layers_with_maps(model: Model, layers: str | Sequence[str | int]) -> list[La
 
 
 def collect_partials(
-    photo_pass: PhotoPass, store: Store | None, watch: PhotoProgress | None, save_interval: float, show: PhotoRunner
+    photo_pass: PhotoPass, store: Store | None, watch: PhotoProgress | None, save_interval: float, runner: PhotoRunner
 ) -> Partial:
     """Return the result of all photos; chunks are merged in their order, so that sums are rounded alike."""
     name = f"evidence/{digest_of(photo_pass.spec)}/{PARTIAL}"
@@ -127,11 +125,11 @@ def collect_partials(
             watch(more, total)
 
     report(merged.seen + merged.lost)
-    with closing(show(photo_pass, range(done, photo_pass.chunk_count), report)) as partials:
+    with closing(runner(photo_pass, range(done, photo_pass.chunk_count), report)) as partials:
         for partial in partials:
             merged, done = merge(merged, partial), done + 1
             if store and monotonic() - saved >= save_interval:
-                store.write(name, packed(merged, done))
+                store.write(name, pack_partial(merged, done))
                 saved = monotonic()
     return merged
 
@@ -140,13 +138,13 @@ def load_partial(store: Store | None, name: str, photo_pass: PhotoPass) -> tuple
     """Return how many chunks the store has the result of, and that result."""
     if store:
         try:
-            return unpacked(store.read(name))
+            return unpack_partial(store.read(name))
         except (EntryNotFound, SafetensorError, LookupError, ValueError):  # none yet, or unusable
             pass
     return 0, empty_partial(sum(photo_pass.channels), photo_pass.top)
 
 
-def packed(partial: Partial, done: int = 0) -> bytes:
+def pack_partial(partial: Partial, done: int = 0) -> bytes:
     """Return a partial result, and how many chunks are done, as safetensors."""
     columns = zip(PARTIAL_KEYS, (*partial.top_photos, *partial.sketch), strict=True)
     about = json.dumps([done, partial.seen, partial.lost, partial.refused]).encode()
@@ -154,8 +152,8 @@ def packed(partial: Partial, done: int = 0) -> bytes:
     return safetensors.torch.save({**tensors, "about": torch.frombuffer(bytearray(about), dtype=torch.uint8)})
 
 
-def unpacked(content: bytes) -> tuple[int, Partial]:
-    """Return how many chunks are done, and their result, from the bytes of `packed`."""
+def unpack_partial(content: bytes) -> tuple[int, Partial]:
+    """Return how many chunks are done, and their result, from the bytes of `pack_partial`."""
     tensors = safetensors.torch.load(content)
     done, seen, lost, refused = json.loads(tensors["about"].numpy().tobytes())
     columns = [tensors[key] for key in PARTIAL_KEYS]
@@ -174,7 +172,7 @@ def assemble(photo_pass: PhotoPass, partial: Partial) -> Evidence:
         raise PhotoRefused(f"of {len(photos):,} photos none can be read; the first: {partial.refused[0].reason}")
     statistics = dict(zip((layer.path for layer in layers), layer_statistics(photo_pass, partial), strict=True))
     top = [crops.TopPositions(layer.photos, layer.positions) for layer in statistics.values()]
-    winners = sorted({*torch.cat([layer.photos.flatten() for layer in top]).tolist()} - {NONE})
+    winners = sorted({*torch.cat([layer.photos.flatten() for layer in top]).tolist()} - {NO_PHOTO})
     about = {
         "spec": photo_pass.spec,
         "seen": partial.seen,

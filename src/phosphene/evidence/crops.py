@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phosphene.errors import PhotoRefused
 from phosphene.evidence.photo_pass import PhotoPass, RefusedPhoto
-from phosphene.evidence.top_photos import NONE
+from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.images.display import Picture
 from phosphene.images.encode import webp
 from phosphene.images.grid import EMPTY, picture
@@ -104,7 +104,7 @@ def whole_photos(top: Sequence[TopPositions]) -> list[int]:
     Else these are the strongest of a channel first, then those that come second somewhere, and so on.
     """
     by_rank = dict.fromkeys(torch.cat([layer.photos for layer in top]).T.flatten().tolist())
-    by_rank.pop(NONE, None)
+    by_rank.pop(NO_PHOTO, None)
     return sorted(list(by_rank)[:MAX_WHOLE])
 
 
@@ -193,7 +193,7 @@ def tiles_by_photo(top: Mapping[int, TopPositions]) -> dict[int, list[CropTile]]
     """Return the tiles to cut out of each photo, by ascending number."""
     tiles: dict[int, list[CropTile]] = {}
     for layer, (photos, positions) in top.items():
-        channels, ranks = (photos != NONE).nonzero(as_tuple=True)
+        channels, ranks = (photos != NO_PHOTO).nonzero(as_tuple=True)
         columns = channels, ranks, photos[channels, ranks], positions[channels, ranks]
         for channel, rank, photo, (row, column) in zip(*(values.tolist() for values in columns), strict=True):
             tiles.setdefault(photo, []).append(CropTile(layer, channel, rank, (row, column)))

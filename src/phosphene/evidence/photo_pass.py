@@ -148,12 +148,12 @@ class PhotoPass:
     @cached_property
     def batch_size(self) -> int:
         """Photos that go through the network at once: a power of two whose largest map fits the caches' memory."""
-        max_bytes, max_photos = BATCH_LIMITS["cpu" if self.model.like.device.type == "cpu" else "gpu"]
+        max_bytes, max_photos = BATCH_LIMITS["cpu" if self.model.prototype_tensor.device.type == "cpu" else "gpu"]
         growth = math.prod(self.size) / math.prod(self.model.input_size)
         maps = [
             layer.channels * math.prod(layer.size) for layer in self.model.layers() if layer.channels and layer.size
         ]
-        largest = max(maps) * growth * self.model.like.element_size()
+        largest = max(maps) * growth * self.model.prototype_tensor.element_size()
         return int(min(max_photos, 2 ** max(0, math.floor(math.log2(max_bytes / largest)))))
 
     def load(self, photo: int) -> LoadedPhoto | RefusedPhoto:
@@ -185,7 +185,7 @@ class PhotoPass:
 
     def check_size(self, run_photos: RunPhotos) -> None:
         """Refuse a size that the network does not take, or that leaves nothing of a layer."""
-        with self.model.taking(self.size):
+        with self.model.refusing_size(self.size):
             run_photos(self.model.grey(self.size), lambda index, acts: self.check_map(self.layers[index], acts))
 
     def check_map(self, layer: Layer, acts: Tensor) -> None:
@@ -225,7 +225,7 @@ class PhotoPass:
             reduce_maps(acts, floor[columns], most, BatchPeaks(*(field[:, columns] for field in batch)))
 
         try:
-            run_photos(torch.cat([photo.image for photo in photos]).to(self.model.like), on_map)
+            run_photos(torch.cat([photo.image for photo in photos]).to(self.model.prototype_tensor), on_map)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -292,7 +292,9 @@ def photo_runs(model: Model, layers: Sequence[Layer]) -> Iterator[RunPhotos]:
     folding = model.folding([layer.path for layer in layers])
     outputs: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for index, layer in enumerate(layers):
-        outputs.setdefault((layer.place.path, layer.place.call), []).append((index, layer.place.part))
+        outputs.setdefault((layer.tensor_address.path, layer.tensor_address.call), []).append(
+            (index, layer.tensor_address.part)
+        )
     calls: Counter[str] = Counter()
     missing: set[int] = set()
 

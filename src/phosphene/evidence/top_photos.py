@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NONE = -1  # the number of the photo if there are fewer than k
+NO_PHOTO = -1  # the number of the photo if there are fewer than k
 
 
 class TopPhotos(NamedTuple):
@@ -21,7 +21,7 @@ class TopPhotos(NamedTuple):
 
     Attributes:
         peaks: (c, k) float64, the highest value of the channel's map; -inf if there are fewer photos.
-        photos: (c, k) int64, the photos' numbers; `NONE` if there are fewer.
+        photos: (c, k) int64, the photos' numbers; `NO_PHOTO` if there are fewer.
         positions: (c, k, 2) int64, row and column of the peak in the map.
         image_hashes: (c, k) int64, equal for two photos that are the same image.
     """
@@ -45,7 +45,7 @@ class TopPhotos(NamedTuple):
 def empty_top_photos(channels: int, top: int) -> TopPhotos:
     """Return the result before the first photo."""
     peaks = torch.full((channels, top), -torch.inf, dtype=torch.float64)
-    photos = torch.full((channels, top), NONE)
+    photos = torch.full((channels, top), NO_PHOTO)
     return TopPhotos(peaks, photos, torch.zeros(channels, top, 2, dtype=torch.long), torch.zeros_like(photos))
 
 
@@ -75,7 +75,7 @@ def add_photos(
     shape = (len(channels), len(photos))
     batch = TopPhotos(
         torch.where(mask, peaks[:, channels].T, -torch.inf),
-        torch.where(mask, photos.expand(shape), NONE),
+        torch.where(mask, photos.expand(shape), NO_PHOTO),
         positions[:, channels].transpose(0, 1),
         image_hashes.expand(shape),
     )
@@ -103,6 +103,6 @@ def rank(entries: TopPhotos, top: int) -> TopPhotos:
 
 def is_repeated(entries: TopPhotos) -> Tensor:
     """Return (c, m) whether an entry is an image that an earlier entry of its channel is, too."""
-    hashes, exists = entries.image_hashes, entries.photos != NONE
+    hashes, exists = entries.image_hashes, entries.photos != NO_PHOTO
     same = (hashes[:, :, None] == hashes[:, None, :]) & exists[:, None, :] & exists[:, :, None]
     return same.tril(-1).any(2)

@@ -18,7 +18,7 @@ LETTERS = 14  # height of the text, in pixels
 
 
 @cache
-def lettering(size: int = LETTERS) -> ImageFont.FreeTypeFont:
+def label_font(size: int = LETTERS) -> ImageFont.FreeTypeFont:
     """Return a font of a size in pixels: matplotlib's own, which looks the same everywhere."""
     from matplotlib import get_data_path
 
@@ -27,7 +27,7 @@ def lettering(size: int = LETTERS) -> ImageFont.FreeTypeFont:
 
 def with_caption(image: Picture, title: str, note: str = "") -> Picture:
     """Return a picture on white paper under a title and the lines of a note, which are grey."""
-    lines = [(title, lettering(LETTERS + 3), INK)] + [(text, lettering(), GREY) for text in note.splitlines()]
+    lines = [(title, label_font(LETTERS + 3), INK)] + [(text, label_font(), GREY) for text in note.splitlines()]
     width = max(image.width, *(math.ceil(font.getlength(text)) for text, font, _ in lines))
     border, line = 12, LETTERS + 10
     top = border + line * len(lines) + 4
@@ -43,14 +43,14 @@ def wrap_text(parts: Sequence[str], width: int, between: str = " · ") -> str:
     lines: list[str] = []
     for part in parts:
         joined = f"{lines[-1]}{between}{part}" if lines else part
-        fits = lines and lettering().getlength(joined) <= width
+        fits = lines and label_font().getlength(joined) <= width
         lines = [*lines[:-1], joined] if fits else [*lines, part]
     return "\n".join(lines)
 
 
 def with_axis_labels(image: Picture, rows: Mapping[int, str], columns: Mapping[int, str] | None = None) -> Picture:
     """Return a picture with labels left of it and above it; the keys are the pixels that labels are centred on."""
-    font = lettering(LETTERS - 3)
+    font = label_font(LETTERS - 3)
     left = max((math.ceil(font.getlength(text)) + 6 for text in rows.values()), default=0)
     top = LETTERS + 4 if columns else 0
     page = Image.new("RGB", (left + image.width, top + image.height), PAPER)
@@ -63,9 +63,9 @@ def with_axis_labels(image: Picture, rows: Mapping[int, str], columns: Mapping[i
     return page
 
 
-def column(heading: str, cells: Mapping[int, str], height: int) -> Picture:
+def text_column(heading: str, cells: Mapping[int, str], height: int) -> Picture:
     """Return a right-aligned column of text under its heading; the keys are the pixels that cells are centred on."""
-    font, top = lettering(LETTERS - 3), LETTERS + 4  # as `with_axis_labels`, beside which it stands
+    font, top = label_font(LETTERS - 3), LETTERS + 4  # as `with_axis_labels`, beside which it stands
     width = max(math.ceil(font.getlength(text)) for text in (heading, *cells.values()))
     page = Image.new("RGB", (width, top + height), PAPER)
     draw = ImageDraw.Draw(page)
@@ -89,7 +89,7 @@ def colour_bar(low: float, high: float, colours: str, height: int) -> Picture:
     """Return a bar of a colour map, upright, with the numbers at both ends and in the middle."""
     levels = torch.linspace(255, 0, height).round().to(torch.uint8)
     bar = Image.fromarray(apply_colormap(levels[:, None].expand(-1, 16), colours).numpy())
-    font = lettering(LETTERS - 2)
+    font = label_font(LETTERS - 2)
     marks = ((0, high, "la"), (height // 2, (low + high) / 2, "lm"), (height - 1, low, "ld"))
     texts = [(y, f"{number:.3g}", anchor) for y, number, anchor in marks]
     page = Image.new("RGB", (24 + max(math.ceil(font.getlength(text)) for _, text, _ in texts), height), PAPER)
@@ -101,7 +101,7 @@ def colour_bar(low: float, high: float, colours: str, height: int) -> Picture:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0) -> Picture:
     """Return a table of text: the first two columns aligned left, the others (numbers) right."""
-    font, line, space = lettering(LETTERS - 1), LETTERS + 6, 22
+    font, line, space = label_font(LETTERS - 1), LETTERS + 6, 22
     lines = (headings, *rows)
     widths = [max(math.ceil(font.getlength(text)) for text in column) for column in zip(*lines, strict=True)]
     spare = max(0, width - sum(widths) - space * len(widths)) // len(widths)

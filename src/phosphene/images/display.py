@@ -64,7 +64,7 @@ def apply_colormap(levels: Tensor, colours: str = "viridis") -> Tensor:
     return torch.from_numpy(np.take(table, levels.cpu().numpy(), axis=0))
 
 
-def resized(levels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_maps(levels: Tensor, size: tuple[int, int]) -> Tensor:
     """Return maps (n, h, w) at a size: a side shrinks by averaging areas, and grows by repeating."""
     height, width = (min(pair) for pair in zip(levels.shape[1:], size, strict=True))
     small = levels if (height, width) == levels.shape[1:] else F.adaptive_avg_pool2d(levels, (height, width))

@@ -61,7 +61,7 @@ def gif(frames: Sequence[Picture], milliseconds: int = 80) -> bytes:
     return buffer.getvalue()
 
 
-def same_size(frames: Sequence[Picture]) -> Iterator[Picture]:
+def pad_to_same_size(frames: Sequence[Picture]) -> Iterator[Picture]:
     """Yield frames on white paper of one size."""
     size = (max(frame.width for frame in frames), max(frame.height for frame in frames))
     for frame in frames:

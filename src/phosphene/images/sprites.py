@@ -12,9 +12,9 @@ from phosphene.images.display import Picture
 from phosphene.images.encode import webp
 
 TILE = 96  # pixels, the longer side of a tile at most
-SMALL, STRIP_TILES = 64, 12  # the same of a strip, and its tiles at most
+STRIP_TILE, STRIP_TILES = 64, 12  # the same of a strip, and its tiles at most
 MAX_TILES = 256  # of a sheet: a browser shows the first sheet before it has the last, and decodes several at once
-SIDE = 16383  # pixels, the longest side that WebP has
+MAX_SIDE = 16383  # pixels, the longest side that WebP has
 QUALITY = 90
 
 
@@ -43,7 +43,7 @@ def preview_strip(pictures: Sequence[Picture], channels: Sequence[int]) -> Sprit
     last, count = len(pictures) - 1, min(STRIP_TILES, len(pictures))
     indices = [round(last * column / max(1, count - 1)) for column in range(count)]
     chosen = [pictures[index] for index in indices]
-    return sprite_sheet("strip.webp", chosen, [channels[index] for index in indices], count, SMALL)
+    return sprite_sheet("strip.webp", chosen, [channels[index] for index in indices], count, STRIP_TILE)
 
 
 def sprite_sheet(

@@ -53,7 +53,7 @@ def activations(model: Model, photo: Tensor, layers: str | Sequence[str | int] =
     paths = [layer.path for layer in table]
     image, region = model.fitted(photo)
     try:
-        with model.reading(paths) as read, model.taking(model.input_size), torch.no_grad():
+        with model.reading(paths) as read, model.refusing_size(model.input_size), torch.no_grad():
             values = {str(path): value.detach().cpu() for path, value in read(image).items()}
     except Exception as error:
         if not is_out_of_memory(error):
@@ -159,7 +159,7 @@ class Activations(Mapping[str, Tensor]):
         elif bool(statistics.blank) or low == high:
             note += f" · {high:.3g} throughout"
         else:
-            levels = display.resized((values - low) / (high - low) * 255, size).round().to(torch.uint8)
+            levels = display.resize_maps((values - low) / (high - low) * 255, size).round().to(torch.uint8)
             bar = captions.colour_bar(low, high, "viridis", max(size[0], 80))
             picture = captions.stack_images([Image.fromarray(display.apply_colormap(levels[0]).numpy()), bar])
             note += f" · mean {float(statistics.mean):.3g}"
@@ -261,9 +261,9 @@ def standardised(maps: Tensor, selection: slice, size: tuple[int, int]) -> Tenso
     """Return some maps as levels (n, *size), uint8, standardised as in R4.1; a vector's numbers go together."""
     if maps.shape[1:] == (1, 1):
         vector = display.standardise_map(maps.double().view(1, -1, 1))
-        return display.resized(vector.view(-1, 1, 1)[selection], size).to(torch.uint8)
+        return display.resize_maps(vector.view(-1, 1, 1)[selection], size).to(torch.uint8)
     levels = (display.standardise_map(chunk.double()) for chunk in chunks(maps[selection]))
-    return torch.cat([display.resized(chunk, size).to(torch.uint8) for chunk in levels])
+    return torch.cat([display.resize_maps(chunk, size).to(torch.uint8) for chunk in levels])
 
 
 def tile_size(maps: Tensor, smallest: int, largest: int) -> tuple[int, int]:

@@ -38,7 +38,9 @@ def default_layer(model: Model) -> Layer:
         raise LayerRefused(f"{model.name} has no convolution or normalisation with a map that counts; name a layer")
     size = sizes[tail[anchor].path]
     same_size = [layer for layer in tail[anchor:] if sizes.get(layer.path) == size]
-    weighted = [layer for layer in same_size if any(True for _ in model.modules[layer.place.path].parameters())]
+    weighted = [
+        layer for layer in same_size if any(True for _ in model.modules[layer.tensor_address.path].parameters())
+    ]
     return [layer for layer in weighted if 2 not in weight_dimensions(model, layer)][-1]
 
 
@@ -57,8 +59,12 @@ def layers_before_scores(model: Model) -> list[Layer]:
     if model.logits == "":
         return layers
     scores = model.find(model.logits)
-    place = scores.place if scores in layers else TensorAddress(scores.place.path.partition("#")[0], scores.place.call)
-    return layers[: next(number for number, layer in enumerate(layers) if layer.place == place)]
+    place = (
+        scores.tensor_address
+        if scores in layers
+        else TensorAddress(scores.tensor_address.path.partition("#")[0], scores.tensor_address.call)
+    )
+    return layers[: next(number for number, layer in enumerate(layers) if layer.tensor_address == place)]
 
 
 def has_certain_map(model: Model, layer: Layer) -> bool:
@@ -73,7 +79,7 @@ def may_have_hidden_map(model: Model, layer: Layer) -> bool:
 
 def weight_dimensions(model: Model, layer: Layer) -> set[int]:
     """Return how many dimensions a layer's weights have; for a block, which holds further layers, the empty set."""
-    module = model.modules[layer.place.path]
+    module = model.modules[layer.tensor_address.path]
     inner = {id(submodule) for submodule in module.modules()} - {id(module)}
     holds_layers = any(id(addressed) in inner for addressed in model.modules.values())
     return set() if holds_layers else {weight.dim() for weight in module.parameters()}
@@ -85,7 +91,7 @@ def contributing_map_sizes(model: Model, layers: Sequence[Layer]) -> dict[str, S
     If none seems to matter (the classifier's weights may be 0), return the sizes of all layers that have a map.
     """
     noise = torch.rand((1, model.channels_in, *model.input_size), generator=torch.Generator().manual_seed(0))
-    image, paths = noise.to(model.like), [layer.path for layer in layers]
+    image, paths = noise.to(model.prototype_tensor), [layer.path for layer in layers]
     with model.reading([*paths, model.logits], paths[:1]) as read:
         values = read(image)
         score = values[model.logits].float().amax()

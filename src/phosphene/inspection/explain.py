@@ -25,7 +25,7 @@ from phosphene.network.model import Model
 Address = str | int
 Target = int | str | None
 TOP = 5  # classes that a heat map names
-SEVERAL = 4  # images from which on it pays to lay the weights out anew
+LEAST_BATCH = 4  # images from which on it pays to lay the weights out anew
 
 
 def explain(
@@ -100,9 +100,9 @@ class Explainer:
 
     def __call__(self, photo: Tensor, target: Target = None) -> Heatmap:
         """Return the heat map of one photo (1, c, H, W)."""
-        return self.several([photo], [target])[0]
+        return self.explain_batch([photo], [target])[0]
 
-    def several(self, photos: Sequence[Tensor], targets: Sequence[Target] | Target = None) -> list[Heatmap]:
+    def explain_batch(self, photos: Sequence[Tensor], targets: Sequence[Target] | Target = None) -> list[Heatmap]:
         """Return the heat maps of photos (1, c, H, W), each of any size, in one forward and one backward pass."""
         for photo in photos:
             self.model.check_photo(photo)
@@ -140,7 +140,7 @@ class Explainer:
         # Convolutions are fastest with channels last in memory and normalisations folded into them. Both lay out the
         # weights anew, which pays for several images, or if gradients go all the way back; the results are the same
         # within rounding. What runs again in the backward pass has to find the same weights.
-        fold_batchnorm = len(images) >= SEVERAL or self.layer is None
+        fold_batchnorm = len(images) >= LEAST_BATCH or self.layer is None
         with self.folding.folded() if fold_batchnorm else nullcontext():
             maps, logits = (self.cam_maps if self.layer else self.input_gradient_maps)(images, targets)
         check_finite(self.model, maps, logits)
@@ -149,7 +149,9 @@ class Explainer:
     def cam_maps(self, images: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
         """Return maps from the layer's activations and gradients."""
         assert self.layer is not None
-        values = self.read(images.contiguous(memory_format=torch.channels_last) if len(images) >= SEVERAL else images)
+        values = self.read(
+            images.contiguous(memory_format=torch.channels_last) if len(images) >= LEAST_BATCH else images
+        )
         logits, raw = self.logits(values, len(images)), values[self.layer.path]
         score = target_logits(logits, class_indices(targets, logits, self.model.labels), self.model.labels).sum()
         gradient = torch.autograd.grad(score, raw, allow_unused=True)[0] if score.requires_grad else None

@@ -53,7 +53,7 @@ class Heatmap:
         return self.map.abs() if self.method in SHOWN_BY_SIZE else self.map.relu()
 
     @property
-    def silent(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether the map has nothing to show: no position of it speaks for the class."""
         return not bool(self.evidence.any())
 
@@ -63,30 +63,30 @@ class Heatmap:
         return CAUTIONS.get(self.method, "")
 
     @property
-    def strongest(self) -> float:
+    def full_heat(self) -> float:
         """The value that counts as full heat: the maximum; at the input the 99th percentile of the positive values.
 
         A few pixels of an input gradient exceed all others many times.
         """
-        if self.silent or self.method not in INPUT_METHODS:
+        if self.is_empty or self.method not in INPUT_METHODS:
             return float(self.evidence.max())
         return float(self.evidence[self.evidence > 0].double().quantile(QUANTILE))
 
     @property
     def heat(self) -> Tensor:
         """The map for the eye, (h, w) in [0, 1]: `evidence`, of which `strongest` is 1."""
-        return self.evidence if self.silent else (self.evidence / self.strongest).clamp(0, 1)
+        return self.evidence if self.is_empty else (self.evidence / self.full_heat).clamp(0, 1)
 
     def __repr__(self) -> str:
         size = "×".join(map(str, self.map.shape))
-        return f"Heatmap({self.method} of {self.target.name!r} at {self.layer}, {size}{', silent' * self.silent})"
+        return f"Heatmap({self.method} of {self.target.name!r} at {self.layer}, {size}{', silent' * self.is_empty})"
 
     def caption(self) -> str:
         """Return in words what a picture of this shows."""
         subject = f"{self.target.name} {self.target.probability:.1%}"
         return f"{'whatever the class' if self.method in CLASS_FREE else subject} — {self.method} at {self.layer}"
 
-    def sentence(self) -> str:
+    def empty_message(self) -> str:
         """Return in words what a map without any evidence means."""
         return f"nothing speaks for {self.target.name} at {self.layer}"
 
@@ -142,13 +142,13 @@ class Heatmap:
             raise InvalidRequest(f"there is no style {style!r}; there are: {', '.join(overlay.STYLES)}")
         self.check_photo(photo)
         image = overlay.rgb(photo)
-        if self.silent:
-            return overlay.with_message(overlay.desaturate(image), self.sentence())
+        if self.is_empty:
+            return overlay.with_message(overlay.desaturate(image), self.empty_message())
         heat, visible = self.upsampled(photo), self.in_region()
         if style == "jet":
             return grid.picture(overlay.add_jet(image, heat, visible))
         picture = grid.picture(overlay.fade_unseen(overlay.cover(image, heat), visible))
-        return overlay.with_legend(picture, self.caption(), self.strongest) if legend else picture
+        return overlay.with_legend(picture, self.caption(), self.full_heat) if legend else picture
 
     def picture(self) -> display.Picture:
         """Return the small map itself in colour, each of its cells a square, at least 224 px on its long side."""
@@ -171,8 +171,8 @@ class Heatmap:
             **self.spec,
             "top": [asdict(score) for score in self.top],
             "map_size": list(self.map.shape),
-            "strongest": self.strongest,
-            "silent": self.silent,
+            "strongest": self.full_heat,
+            "silent": self.is_empty,
             "caution": self.caution,
             "region": self.region._asdict(),
             "photo_size": list(self.photo_size),

@@ -19,7 +19,7 @@ from phosphene.storage.atomic import write_file
 
 PAGE = 2560  # pixels of a page's longest side, about
 SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side
-GAP, BETWEEN = 1, 195  # pixels between kernels, and their grey
+GAP, GAP_GREY = 1, 195  # pixels between kernels, and their grey
 SCALE_IN_RMS = 4  # root mean squares that the scale reaches at most: one outlier would leave all others without colour
 INPUTS = 12  # most input channels of a filter where a weight is a pixel
 BLUE, ORANGE = (33, 102, 172), (179, 88, 6)  # equally dark; colour-blind eyes tell them apart
@@ -53,8 +53,8 @@ def kernels(model: Model, address: str | int) -> Kernels:
         raise LayerRefused(f"{layer.path} is a {layer.kind}, which has no kernels (out, in, height, width); {have}")
     if not bool(weights.isfinite().all()):
         raise WeightsRefused(f"the kernels of {layer.path} hold NaN or infinity; load a sound file")
-    convolutions = (layer.place for layer in model.layers() if layer.convolution)
-    sees_photo = layer.place == next(convolutions, None) and weights.shape[1] == model.channels_in == 3
+    convolutions = (layer.tensor_address for layer in model.layers() if layer.convolution)
+    sees_photo = layer.tensor_address == next(convolutions, None) and weights.shape[1] == model.channels_in == 3
     order = "bgr" if getattr(model.preprocessing, "bgr", False) else "rgb"
     spec = {
         **model.origin,
@@ -68,7 +68,7 @@ def kernels(model: Model, address: str | int) -> Kernels:
 
 def weights_of(model: Model, layer: Layer) -> Tensor | None:
     """Return a layer's kernels (out, in, kh, kw), None if it has none."""
-    return model.layout.kernel(model.modules[layer.place.path])
+    return model.layout.kernel(model.modules[layer.tensor_address.path])
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +270,7 @@ class KernelSheet(NamedTuple):
         rows, columns = index_labels(range(first, first + len(tiles)), height, 14), index_labels(channels, width, 28)
         if colours:
             columns = {position: colours.upper()[int(number)] for position, number in columns.items()}
-        return captions.with_axis_labels(grid.mosaic(big, len(channels), GAP, BETWEEN), rows, columns)
+        return captions.with_axis_labels(grid.mosaic(big, len(channels), GAP, GAP_GREY), rows, columns)
 
 
 def enlargement(weights: Tensor, side: int | None = None) -> int:

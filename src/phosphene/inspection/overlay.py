@@ -77,7 +77,7 @@ def with_message(image: Tensor, text: str) -> display.Picture:
     """Return an image (3, h, w) as a picture with a sentence on a dark band across its middle."""
     picture = grid.picture(0.6 * image + 0.2)
     draw = ImageDraw.Draw(picture, "RGBA")
-    font = captions.lettering(font_size(picture.width))
+    font = captions.label_font(font_size(picture.width))
     lines = wrap_words(text, font, picture.width - font.size)
     middle = (picture.width / 2, picture.height / 2)
     _, top, _, bottom = draw.multiline_textbbox(middle, lines, font, anchor="mm", align="center")
@@ -90,7 +90,7 @@ def with_message(image: Tensor, text: str) -> display.Picture:
 def with_legend(picture: display.Picture, caption: str, full_heat: float) -> display.Picture:
     """Return a picture with a colour bar from 0 to `full_heat` below it, and a caption below that."""
     width = max(picture.width, NARROWEST)
-    font = captions.lettering(font_size(width))
+    font = captions.label_font(font_size(width))
     unit = int(font.size)
     text = wrap_words(caption, font, width - 2 * unit)
     lines = text.count("\n") + 1

@@ -13,7 +13,7 @@ class DeviceConstant:
         self.values = values
         self.copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Return it on a device, by default in its own dtype; the result must not be written to."""
         key = device, dtype or self.values.dtype
         if key not in self.copies:
@@ -23,4 +23,4 @@ class DeviceConstant:
 
     def like(self, tensor: Tensor) -> Tensor:
         """Return it on the device and in the dtype of a tensor."""
-        return self.on(tensor.device, tensor.dtype)
+        return self.to(tensor.device, tensor.dtype)

@@ -36,7 +36,7 @@ class Layer:
 
     Attributes:
         path: what the user types.
-        place: the module, call and part that `path` means.
+        tensor_address: the module, call and part that `path` means.
         kind: the module's class name, and the activation function that it ends in if that is no module of its own.
         convolution: whether it is a two-dimensional convolution, which an integer address counts.
         channels: channels of a map (b, c, h, w), numbers of a vector (b, c); None for anything else.
@@ -47,7 +47,7 @@ class Layer:
     """
 
     path: str
-    place: TensorAddress
+    tensor_address: TensorAddress
     kind: str
     convolution: bool
     channels: int | None
@@ -66,24 +66,24 @@ class Layer:
         return (self.path, self.path.removeprefix("."))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layer as JSON values, without `place`."""
-        return {key: value for key, value in asdict(self).items() if key != "place"}
+        """Return the layer as JSON values, without `tensor_address`."""
+        return {key: value for key, value in asdict(self).items() if key != "tensor_address"}
 
 
 class Layers(Sequence[Layer]):
     """The layers of a network in the order of the forward pass; prints as a table, in notebooks too.
 
-    `unlisted` are tensors inside layers, such as `conv1#preactivation`, that have an address but no row; `pairs` are
-    the convolutions that can do the work of the batch normalisation after them.
+    `inner_layers` are tensors inside layers, such as `conv1#preactivation`, which have an address but no row; `pairs`
+    are the convolutions that can do the work of the batch normalisation after them.
     """
 
     HEADINGS = ("layer", "kind", "channels", "map", "receptive field / stride / padding", "overwritten by")
 
     def __init__(
-        self, layers: Sequence[Layer], unlisted: Sequence[Layer] = (), pairs: Sequence[ConvNormPair] = ()
+        self, layers: Sequence[Layer], inner_layers: Sequence[Layer] = (), pairs: Sequence[ConvNormPair] = ()
     ) -> None:
         self._layers = tuple(layers)
-        self.unlisted = tuple(unlisted)
+        self.inner_layers = tuple(inner_layers)
         self.pairs = tuple(pairs)
 
     @overload
@@ -117,11 +117,11 @@ class Layers(Sequence[Layer]):
                 counted = f"{count}, 0 to {count - 1}" if count else "none; give a path"
                 raise LayerNotFound(f"there is no convolution {address}: the network has {counted}")
             return self.convolutions[address]
-        layers = (*self._layers, *self.unlisted)
+        layers = (*self._layers, *self.inner_layers)
         by_path = {path: layer for layer in layers for path in layer.spellings}
         if address in by_path:
             return by_path[address]
-        paths = [layer.path for layer in layers if layer.place.path == address.lstrip(".")]
+        paths = [layer.path for layer in layers if layer.tensor_address.path == address.lstrip(".")]
         if paths:
             raise LayerRefused(f"{address!r} stands for {len(paths)} results; choose one of: {', '.join(paths[:8])}")
         near = nearest(address, [layer.path for layer in (layers if "#" in address else self._layers)])
@@ -133,7 +133,7 @@ class Layers(Sequence[Layer]):
         Raises:
             LayerNotFound: none does.
         """
-        layers = (*self._layers, *self.unlisted) if "#" in pattern else self._layers
+        layers = (*self._layers, *self.inner_layers) if "#" in pattern else self._layers
         exact = [layer for layer in layers if pattern in layer.spellings]
         matches = exact or [
             layer for layer in layers if any(fnmatch.fnmatchcase(path, pattern) for path in layer.spellings)

@@ -67,7 +67,7 @@ class Model:
             object.__setattr__(self, "modules", dict(self.module.named_modules()))
 
     @property
-    def like(self) -> Tensor:
+    def prototype_tensor(self) -> Tensor:
         """An empty tensor of the device and floating dtype that the network computes in."""
         tensors = (*self.module.parameters(), *self.module.buffers())
         first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
@@ -83,7 +83,7 @@ class Model:
         The image is on the network's device and in its dtype.
         """
         image, region = self.fit(photo, self.input_size)
-        return image.to(self.like), region
+        return image.to(self.prototype_tensor), region
 
     def layers(self) -> Layers:
         """Return the table of the network's layers, from one forward pass at `input_size`."""
@@ -91,7 +91,7 @@ class Model:
 
     @cached_property
     def _layers(self) -> Layers:
-        with self.taking(self.input_size):
+        with self.refusing_size(self.input_size):
             return survey(self.forward, self.module, self.modules, self.grey(self.input_size), self.layout)
 
     def find(self, address: str | int) -> Layer:
@@ -109,7 +109,7 @@ class Model:
         of its output. The module is given back as it was.
         """
         places: dict[Any, TensorAddress] = {
-            address: TensorAddress("") if address == "" else self.find(address).place for address in addresses
+            address: TensorAddress("") if address == "" else self.find(address).tensor_address for address in addresses
         }
         if "" in places:
             places[""] = TensorAddress("", part=self.output_part)
@@ -126,7 +126,7 @@ class Model:
 
         Call it before `reading`, whose hooks would count as the user's.
         """
-        paths = {"" if address == "" else self.find(address).place.path for address in addresses}
+        paths = {"" if address == "" else self.find(address).tensor_address.path for address in addresses}
         pairs = [pair for pair in self.layers().pairs if not pair.paths & paths]
         return BatchNormFolding(self.module, self.modules, pairs)
 
@@ -137,7 +137,7 @@ class Model:
         Raises:
             LayerRefused: it returns none, or several of which none has the name `logits`.
         """
-        with self.taking(self.input_size), borrowed(self.module), torch.no_grad():
+        with self.refusing_size(self.input_size), borrowed(self.module), torch.no_grad():
             names = list(tensors_in(self.forward(self.grey(self.input_size))))
         if len(names) == 1:
             return names[0]
@@ -204,7 +204,7 @@ class Model:
         Raises:
             SizeRefused: the network does not take it.
         """
-        with self.taking(size), torch.no_grad():
+        with self.refusing_size(size), torch.no_grad():
             acts = read(self.grey(size))
         for address, act in acts.items():
             if act.numel() == 0:
@@ -212,10 +212,10 @@ class Model:
 
     def grey(self, size: tuple[int, int]) -> Tensor:
         """Return one image (1, c, h, w) of 0.5 throughout, on the network's device and in its dtype."""
-        return self.like.new_full((1, self.channels_in, *size), 0.5)
+        return self.prototype_tensor.new_full((1, self.channels_in, *size), 0.5)
 
     @contextmanager
-    def taking(self, size: tuple[int, int]) -> Iterator[None]:
+    def refusing_size(self, size: tuple[int, int]) -> Iterator[None]:
         """Turn any failure of a forward pass, except for a lack of memory, into a refusal of the size.
 
         Raises:

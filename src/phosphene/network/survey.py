@@ -86,8 +86,8 @@ def trace(
     ]
     inner = {tensor.address.path for tensor in observed if isinstance(tensor.module, InnerHookPoint)}
     return Layers(
-        [row for row in rows if row.place.path and row.place.path not in inner],
-        [row for row in rows if row.place.path in inner],
+        [row for row in rows if row.tensor_address.path and row.tensor_address.path not in inner],
+        [row for row in rows if row.tensor_address.path in inner],
         folding.pairs(),
     )
 
@@ -113,7 +113,7 @@ def layer_row(tensor: ObservedTensor, overwritten: str | None, repeated: bool, s
     sees, field = receptive_field(tensor.field)
     return Layer(
         path=path,
-        place=tensor.address,
+        tensor_address=tensor.address,
         kind=type(owner).__name__ + (f" + {fused}" if fused else ""),
         convolution=is_map and any(parent.__name__ in CONVOLUTIONS for parent in type(owner).__mro__),
         channels=tensor.shape[1] if is_map or len(tensor.shape) == 2 else None,

@@ -136,7 +136,7 @@ def check_map(act: Tensor, layer: Address, highest: int) -> None:
 
 def pick(act: Tensor, channels: DeviceConstant, items: Tensor) -> Tensor:
     """Return for each row of (b, c, ...) the channel of its item, (b, ...)."""
-    return act[torch.arange(len(act), device=act.device), channels.on(act.device)[items]]
+    return act[torch.arange(len(act), device=act.device), channels.to(act.device)[items]]
 
 
 def channel(layer: Address, channels: int | Iterable[int]) -> Objective:

@@ -94,7 +94,7 @@ class Recipe:
         """The side of the finished picture in pixels."""
         return self.sizes[-1]
 
-    def at(self, size: int | None = None, steps: int | None = None, seed: int | None = None) -> Recipe:
+    def with_settings(self, size: int | None = None, steps: int | None = None, seed: int | None = None) -> Recipe:
         """Return this recipe with another final size (all scales in proportion), number of steps, or seed."""
         sizes = self.sizes
         if size is not None and size != self.size:

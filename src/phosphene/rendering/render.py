@@ -14,7 +14,6 @@ from phosphene.arguments import whole_number
 from phosphene.errors import SizeRefused
 from phosphene.network.model import Model
 from phosphene.rendering.batches import RenderPlan, Watch, assemble, collect_batches
-from phosphene.rendering.batches import is_film_frame as is_film_frame
 from phosphene.rendering.engine.batch_size import check_batch, chosen_batch
 from phosphene.rendering.engine.forward import fast_forward_pass
 from phosphene.rendering.engine.precision import chosen_precision, float32_steps
@@ -62,7 +61,7 @@ def render(
     Example:
         >>> render(load("builtin/vgg19"), channel("block3_conv1", range(4)), "fast").grid().save("grid.png")
     """
-    recipe = find_recipe(recipe).at(size, steps, seed)
+    recipe = find_recipe(recipe).with_settings(size, steps, seed)
     with prepare(model, objective, recipe, size is not None, batch, precision, film, photo) as plan:
         batches = collect_batches(plan, watch)
     return assemble(batches, plan)
@@ -87,7 +86,7 @@ def prepare(
     layers = tuple(address if address == "" else model.find(address).path for address in objective.layers)
     with fast_forward_pass(model, objective) as forward:
         recipe, start = fit_to_network(model, forward.read, recipe, size_given, photo)
-        ascent = AscentPlan(objective, recipe, start, layers, model.like, float32_steps(recipe, precision))
+        ascent = AscentPlan(objective, recipe, start, layers, model.prototype_tensor, float32_steps(recipe, precision))
         at_once = chosen_batch(model, batch, layers, start.shape(max(recipe.sizes))[1:])
         engine = {"batch": at_once, "precision": precision, "shortcuts": list(forward.applied_shortcuts())}
         yield RenderPlan(forward.read, ascent, at_once, film, {**specification(model, ascent), **engine})
@@ -102,8 +101,8 @@ def fit_to_network(
     """
     start = StartImage(model.channels_in, photo)
     if photo is None and not size_given:
-        recipe = recipe.at(size=min(recipe.size, 2 * min(model.input_size)))
-    first_item = torch.zeros(1, dtype=torch.long, device=model.like.device)
+        recipe = recipe.with_settings(size=min(recipe.size, 2 * min(model.input_size)))
+    first_item = torch.zeros(1, dtype=torch.long, device=model.prototype_tensor.device)
     try:
         for size in {min(recipe.sizes), max(recipe.sizes)}:
             model.check_takes(lambda image: read(image, first_item), start.shape(size)[1:])

@@ -40,7 +40,7 @@ class Store:
         return f"Store({display_name(self.url)})"
 
     @cached_property
-    def place(self) -> FileSystem:
+    def filesystem(self) -> FileSystem:
         """The folder or the remote files of the store."""
         return open_filesystem(self.url)
 
@@ -52,7 +52,7 @@ class Store:
             StoreRefused: it cannot be read.
         """
         with self.reading(name):
-            return self.place.read(valid_path(name))
+            return self.filesystem.read(valid_path(name))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file that appears whole or not at all; a dropped connection is tried again.
@@ -61,17 +61,17 @@ class Store:
             OutputRefused: it cannot be written.
         """
         with self.writing(name):
-            self.place.write(valid_path(name), content)
+            self.filesystem.write(valid_path(name), content)
 
     def done(self, kind: str) -> set[str]:
         """Return the digests of the finished entries; one listing."""
         with self.reading(kind):
-            return self.place.folders_with(valid_kind(kind), MANIFEST)
+            return self.filesystem.folders_with(valid_kind(kind), MANIFEST)
 
     def has(self, kind: str, digest: str) -> bool:
         """Return whether an entry is finished now, by this driver or by another."""
         with self.reading(kind):
-            return self.place.has(f"{entry_path(kind, digest)}/{MANIFEST}")
+            return self.filesystem.has(f"{entry_path(kind, digest)}/{MANIFEST}")
 
     def put(self, kind: str, digest: str, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
         """Write an entry, its manifest last, or replace it.
@@ -89,22 +89,24 @@ class Store:
         entry = entry_path(kind, digest)
         checksums = {valid_name(name): checksum_of(content) for name, content in files.items()}
         new = signed_json({**manifest, "files": checksums})
-        with self.writing(entry), self.place.lock(entry):
+        with self.writing(entry), self.filesystem.lock(entry):
             with suppress(FileNotFoundError):
-                if self.place.read(f"{entry}/{MANIFEST}") != new:
-                    self.place.remove(f"{entry}/{MANIFEST}")  # the entry is not done until its new manifest is written
+                if self.filesystem.read(f"{entry}/{MANIFEST}") != new:
+                    self.filesystem.remove(
+                        f"{entry}/{MANIFEST}"
+                    )  # the entry is not done until its new manifest is written
             for name in sorted(files):
-                self.place.write(f"{entry}/{name}", files[name])
-            leftovers = set(self.place.names(entry)) - {MANIFEST, *files}
+                self.filesystem.write(f"{entry}/{name}", files[name])
+            leftovers = set(self.filesystem.names(entry)) - {MANIFEST, *files}
             worthless = {name for name in leftovers if name == ERROR or name.endswith(PART)}
             self.remove_files(entry, worthless)
-            self.place.write(f"{entry}/{MANIFEST}", new)
+            self.filesystem.write(f"{entry}/{MANIFEST}", new)
             with suppress(Exception):  # the entry is complete
                 self.remove_files(entry, leftovers - worthless)  # last: until now work could be resumed from them
 
     def remove_files(self, entry: str, names: set[str]) -> None:
         for name in sorted(names):
-            self.place.remove(f"{entry}/{name}")
+            self.filesystem.remove(f"{entry}/{name}")
 
     def manifest(self, kind: str, digest: str) -> dict[str, Any]:
         """Return the manifest of a finished entry.
@@ -114,7 +116,7 @@ class Store:
             StoreRefused: it is damaged.
         """
         name = f"{entry_path(kind, digest)}/{MANIFEST}"
-        return self.whole(name, self.read(name))
+        return self.verified_json(name, self.read(name))
 
     def get(self, kind: str, digest: str, name: str, manifest: Mapping[str, Any] | None = None) -> bytes:
         """Return a file of a finished entry, as it was written.
@@ -137,7 +139,9 @@ class Store:
         """Return the bytes of an entry's file, which must match the checksums in the manifest."""
         path = f"{entry}/{name}"
         if name not in checksums:
-            raise EntryNotFound(f"{self.shown(path)} is not in its entry, which holds {', '.join(sorted(checksums))}")
+            raise EntryNotFound(
+                f"{self.display_path(path)} is not in its entry, which holds {', '.join(sorted(checksums))}"
+            )
         try:
             content = self.read(path)
         except EntryNotFound:
@@ -156,15 +160,15 @@ class Store:
     def failures(self, kind: str) -> dict[str, str]:
         """Return why entries could not be made, by digest, without those that were made since."""
         with self.reading(kind):
-            failed = self.place.folders_with(valid_kind(kind), ERROR)
+            failed = self.filesystem.folders_with(valid_kind(kind), ERROR)
         messages = {}
         for digest in sorted(failed - self.done(kind)):
             name = f"{kind}/{digest}/{ERROR}"
             with suppress(EntryNotFound):  # another driver made it meanwhile
-                messages[digest] = str(self.whole(name, self.read(name))["error"])
+                messages[digest] = str(self.verified_json(name, self.read(name))["error"])
         return messages
 
-    def whole(self, name: str, content: bytes) -> dict[str, Any]:
+    def verified_json(self, name: str, content: bytes) -> dict[str, Any]:
         """Return the content of a JSON file of the store, checked against its own digest.
 
         Raises:
@@ -180,10 +184,12 @@ class Store:
         return decoded
 
     def damage_error(self, name: str, reason: str) -> StoreRefused:
-        folder = self.shown(name.rpartition("/")[0])
-        return StoreRefused(f"{self.shown(name)} is damaged: {reason}; delete {folder} and run the same command again")
+        folder = self.display_path(name.rpartition("/")[0])
+        return StoreRefused(
+            f"{self.display_path(name)} is damaged: {reason}; delete {folder} and run the same command again"
+        )
 
-    def shown(self, name: str) -> str:
+    def display_path(self, name: str) -> str:
         """Return the path or URL of a file of the store for messages."""
         return f"{display_name(self.url).rstrip('/')}/{name}" if name else display_name(self.url)
 
@@ -194,7 +200,7 @@ class Store:
             try:
                 yield
             except FileNotFoundError as error:
-                raise EntryNotFound(f"{self.shown(name)} is not there; run the atlas that makes it") from error
+                raise EntryNotFound(f"{self.display_path(name)} is not there; run the atlas that makes it") from error
 
     def writing(self, name: str) -> AbstractContextManager[None]:
         """Turn errors of the disk or the connection into a sentence."""
@@ -210,7 +216,7 @@ class Store:
         except Exception as error:  # libraries for URLs have errors of their own
             reason = without_secrets(reason_of(error), self.url)
             cause = error if reason == reason_of(error) else None
-            message = f"{self.shown(name)} cannot be {verb}: {reason}; mend that, or give another place{advice}"
+            message = f"{self.display_path(name)} cannot be {verb}: {reason}; mend that, or give another place{advice}"
             raise refusal(message) from cause
 
 
@@ -228,16 +234,16 @@ def open_store(url: str | Path, create: bool = False) -> Store:
     """
     store = Store(str(url))
     with store.reading(""):
-        names = store.place.names("")
+        names = store.filesystem.names("")
     if STORE in names:
         check_format(store)
     elif not create:
-        raise StoreRefused(f"{store.shown('')} is no store; give the one that an atlas was written to")
+        raise StoreRefused(f"{store.display_path('')} is no store; give the one that an atlas was written to")
     elif any(not name.startswith(".") for name in names):
-        raise StoreRefused(f"{store.shown('')} holds other files; give the store a folder of its own")
+        raise StoreRefused(f"{store.display_path('')} holds other files; give the store a folder of its own")
     if create:
         with store.writing(""):
-            store.place.check_writable()
+            store.filesystem.check_writable()
         if STORE not in names:
             store.write(STORE, json_bytes({"format": FORMAT}))
     return store
@@ -249,10 +255,10 @@ def check_format(store: Store) -> None:
         version = json.loads(store.read(STORE))["format"]
         newer = int(version) > FORMAT
     except (ValueError, LookupError, TypeError) as error:
-        raise StoreRefused(f'{store.shown(STORE)} is damaged; put {{"format": {FORMAT}}} into it') from error
+        raise StoreRefused(f'{store.display_path(STORE)} is damaged; put {{"format": {FORMAT}}} into it') from error
     if newer:
         raise StoreRefused(
-            f"{store.shown('')} has format {version}, and this phosphene knows formats up to {FORMAT}; update phosphene"
+            f"{store.display_path('')} has format {version}, and this phosphene knows formats up to {FORMAT}; update it"
         )
 
 

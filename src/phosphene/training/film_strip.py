@@ -15,7 +15,7 @@ from torch import Tensor
 
 from phosphene.errors import ExtraMissing, InvalidRequest, LayerNotFound, nearest
 from phosphene.images import captions, display, encode, grid
-from phosphene.inspection.kernels import BETWEEN, GAP, STYLES, index_labels
+from phosphene.inspection.kernels import GAP, GAP_GREY, STYLES, index_labels
 from phosphene.storage.atomic import check_writable, write_file
 from phosphene.training.history import History
 from phosphene.training.timeline import FilterTimeline, KernelTimeline, LayerTimeline
@@ -61,7 +61,7 @@ def save_film(frames: Sequence[display.Picture], path: str | Path) -> Path:
     check_film(target)
     if not frames:
         raise InvalidRequest("a film needs at least one frame")
-    sized = list(encode.same_size(frames))
+    sized = list(encode.pad_to_same_size(frames))
     pace = max(PACE[0], min(PACE[1], 8000 // len(sized)))
     return write_file(target, encode.gif(sized, pace) if target.suffix.lower() == ".gif" else encode.mp4(sized, pace))
 
@@ -93,7 +93,7 @@ class LayerStrip:
 
     history: History
     layer: str  # its path
-    look: LayerTimeline
+    timeline: LayerTimeline
     style: str  # of kernels
 
     def facts(self, layout: StripLayout) -> dict[str, Any]:
@@ -102,20 +102,20 @@ class LayerStrip:
             "run": str(self.history.folder),
             "model": self.history.facts["model"],
             "layer": self.layer,
-            "shows": self.look.noun,
-            "filters": self.look.names[: layout.filters],
-            "input_channels": layout.lines if self.look.shape[1] > 1 else None,
+            "shows": self.timeline.noun,
+            "filters": self.timeline.names[: layout.filters],
+            "input_channels": layout.lines if self.timeline.shape[1] > 1 else None,
             "epochs": layout.epochs,
-            "finished": len(self.look.epochs),
-            "style": self.style if self.look.noun == "kernels" else None,
-            "scale": list(self.look.scale[:2]) if self.look.scale else None,
+            "finished": len(self.timeline.epochs),
+            "style": self.style if self.timeline.noun == "kernels" else None,
+            "scale": list(self.timeline.scale[:2]) if self.timeline.scale else None,
             "versions": self.history.facts["versions"],
         }
 
     def strip(self) -> display.Picture:
         """Return a picture with a row for each epoch."""
-        layout = strip_layout(self.look)
-        rows = [self.mosaic(self.sized(epoch, layout).transpose(0, 1), layout) for epoch in layout.epochs]
+        layout = strip_layout(self.timeline)
+        rows = [self.mosaic(self.resized_tiles(epoch, layout).transpose(0, 1), layout) for epoch in layout.epochs]
         body = captions.stack_images(rows, down=True, gap=EPOCH_GAP)
         step = rows[0].height + EPOCH_GAP
         middles = {index * step + rows[0].height // 2: epoch for index, epoch in enumerate(layout.epochs)}
@@ -123,36 +123,36 @@ class LayerStrip:
         columns = [captions.with_axis_labels(body, {y: f"epoch {epoch}" for y, epoch in middles.items()}, names)]
         metrics = {epoch: self.history.metrics(epoch) for epoch in layout.epochs}
         for name in list(metrics[layout.epochs[-1]])[:METRICS]:
-            cells = {y: number(metrics[epoch].get(name)) for y, epoch in middles.items()}
-            columns.append(captions.column(name, cells, body.height))
-        caption = self.said(layout, "column", "line", "row")
-        return self.captioned(columns, f"{self.layer} · {self.look.noun}, epoch by epoch", caption)
+            cells = {y: format_metric(metrics[epoch].get(name)) for y, epoch in middles.items()}
+            columns.append(captions.text_column(name, cells, body.height))
+        caption = self.caption_parts(layout, "column", "line", "row")
+        return self.captioned(columns, f"{self.layer} · {self.timeline.noun}, epoch by epoch", caption)
 
     def film(self) -> list[display.Picture]:
         """Return a frame for each epoch."""
-        layout = frame_plan(self.look)
-        caption = self.said(layout, "row" if layout.lines > 1 else "", "column", "frame")
-        return list(encode.same_size([self.frame(epoch, layout, caption) for epoch in layout.epochs]))
+        layout = frame_layout(self.timeline)
+        caption = self.caption_parts(layout, "row" if layout.lines > 1 else "", "column", "frame")
+        return list(encode.pad_to_same_size([self.frame(epoch, layout, caption) for epoch in layout.epochs]))
 
     def frame(self, epoch: int, layout: StripLayout, caption: Sequence[str]) -> display.Picture:
         """Return the sheet of an epoch: a row for each filter and a column for each channel, or filters only."""
-        sheet = self.mosaic(self.sized(epoch, layout), layout)
+        sheet = self.mosaic(self.resized_tiles(epoch, layout), layout)
         height, width = (side + GAP for side in layout.size)
         if layout.lines > 1:
             channels = index_labels(range(layout.lines), width, 28)
             body = captions.with_axis_labels(sheet, self.filter_labels(layout.filters, height, 14), channels)
         else:
             firsts = index_labels(range(0, layout.filters, layout.columns), height, 14)
-            body = captions.with_axis_labels(sheet, {y: self.look.names[int(first)] for y, first in firsts.items()})
+            body = captions.with_axis_labels(sheet, {y: self.timeline.names[int(first)] for y, first in firsts.items()})
         metrics = list(self.history.metrics(epoch).items())[:METRICS]
-        line = " · ".join(f"{name} {number(value)}" for name, value in metrics) or " "
+        line = " · ".join(f"{name} {format_metric(value)}" for name, value in metrics) or " "
         return self.captioned([body], f"{self.layer} · epoch {epoch}", caption, line)
 
-    def sized(self, epoch: int, layout: StripLayout) -> Tensor:
+    def resized_tiles(self, epoch: int, layout: StripLayout) -> Tensor:
         """Return the tiles of an epoch at the layout's size, (filters, lines, h, w, 3), uint8."""
-        tiles, nonfinite = self.look.tiles(epoch, layout.filters, layout.lines)
+        tiles, nonfinite = self.timeline.tiles(epoch, layout.filters, layout.lines)
         flat = tiles.flatten(0, 1).permute(0, 3, 1, 2)
-        levels = display.resized(flat.flatten(0, 1).double(), layout.size).round().to(torch.uint8)
+        levels = display.resize_maps(flat.flatten(0, 1).double(), layout.size).round().to(torch.uint8)
         sized = levels.view(*flat.shape[:2], *layout.size).permute(0, 2, 3, 1).view(*tiles.shape[:2], *layout.size, 3)
         cross = grid.cross_out(grid.blank_tile(*layout.size))
         sized[nonfinite] = torch.from_numpy(np.array(cross))
@@ -160,30 +160,36 @@ class LayerStrip:
 
     def mosaic(self, tiles: Tensor, layout: StripLayout) -> display.Picture:
         """Return tiles (rows, columns, h, w, 3) side by side; grey lines separate kernels, which may be white."""
-        return grid.mosaic(tiles.flatten(0, 1), layout.columns, GAP, BETWEEN if layout.lines > 1 else 255)
+        return grid.mosaic(tiles.flatten(0, 1), layout.columns, GAP, GAP_GREY if layout.lines > 1 else 255)
 
     def filter_labels(self, count: int, step: int, room: int = 28) -> dict[int, str]:
         """Return the names of the first filters by the pixel where each is written."""
-        return {pixel: self.look.names[int(index)] for pixel, index in index_labels(range(count), step, room).items()}
+        return {
+            pixel: self.timeline.names[int(index)] for pixel, index in index_labels(range(count), step, room).items()
+        }
 
     def captioned(
         self, parts: list[display.Picture], title: str, caption: Sequence[str], metrics: str = ""
     ) -> display.Picture:
         """Return pictures side by side with the colour bar, below a title and a caption."""
-        bars = [captions.colour_bar(*self.look.scale, min(240, max(100, parts[0].height)))] if self.look.scale else []
+        bars = (
+            [captions.colour_bar(*self.timeline.scale, min(240, max(100, parts[0].height)))]
+            if self.timeline.scale
+            else []
+        )
         body = captions.stack_images([*parts, *bars])
         note = captions.wrap_text([self.history.facts["model"], *caption], max(body.width, 640))
         return captions.with_caption(body, title, f"{metrics}\n{note}" if metrics else note)
 
-    def said(self, layout: StripLayout, filter_: str, channel: str, epoch: str) -> list[str]:
+    def caption_parts(self, layout: StripLayout, filter_: str, channel: str, epoch: str) -> list[str]:
         """Return the caption: how much of everything is shown; the words say what a filter, channel and epoch is."""
-        filters, lines = self.look.shape[:2]
-        total, drawn = len(self.look.epochs), len(layout.epochs)
+        filters, lines = self.timeline.shape[:2]
+        total, drawn = len(self.timeline.epochs), len(layout.epochs)
         epochs = f"{total:,} epochs" if drawn == total else f"{drawn} of {total:,} epochs, evenly spread"
         return [
             amount(layout.filters, filters, "filters") + f", one a {filter_}" * bool(filter_),
             *[f"{amount(layout.lines, lines, 'input channels')}, one a {channel}"] * (lines > 1),
-            *self.look.caption,
+            *self.timeline.caption,
             f"{epochs}, one a {epoch}" if total > 1 else "one epoch",
         ]
 
@@ -191,9 +197,9 @@ class LayerStrip:
         """Write the strip as PNG, or the film as GIF or MP4, and return the path and what it shows as JSON values."""
         target = Path(path)
         if target.suffix.lower() == ".png":
-            facts = self.facts(strip_layout(self.look))
+            facts = self.facts(strip_layout(self.timeline))
             return write_file(target, encode.png(self.strip(), facts)), facts
-        return save_film(self.film(), target), self.facts(frame_plan(self.look))
+        return save_film(self.film(), target), self.facts(frame_layout(self.timeline))
 
 
 def layer_strip(history: History, layer: str | int, style: str = "signed") -> LayerStrip:
@@ -205,16 +211,16 @@ def layer_strip(history: History, layer: str | int, style: str = "signed") -> La
     """
     if style not in STYLES:
         raise InvalidRequest(f"there is no style {style!r}; there are: {', '.join(STYLES)}")
-    history.chosen(None)  # refuses a run without epochs
+    history.resolve_epoch(None)  # refuses a run without epochs
     rendered = (history.facts.get("filters") or {}).get("layer")
-    path = rendered if layer == rendered and rendered else found(history, layer)
+    path = rendered if layer == rendered and rendered else recorded_layer(history, layer)
     epochs = [epoch for epoch in history.epochs if history.entry(epoch)["filters"]] if path == rendered else []
     if epochs:
         return LayerStrip(history, path, FilterTimeline(history, epochs), style)
-    return LayerStrip(history, path, KernelTimeline(history, found(history, path), style), style)
+    return LayerStrip(history, path, KernelTimeline(history, recorded_layer(history, path), style), style)
 
 
-def found(history: History, layer: str | int) -> str:
+def recorded_layer(history: History, layer: str | int) -> str:
     """Return the path of a layer whose kernels are recorded."""
     try:
         return history.find(layer)
@@ -232,19 +238,19 @@ def strip_layout(timeline: LayerTimeline) -> StripLayout:
     across, down = STRIP
     for height, width in timeline.sizes():
         if filters * (width + GAP) <= across and rows * (lines * (height + GAP) + EPOCH_GAP) <= down:
-            return StripLayout((height, width), filters, lines, filters, evenly(timeline.epochs, rows))
+            return StripLayout((height, width), filters, lines, filters, evenly_spaced(timeline.epochs, rows))
     height, width = readable(timeline.sizes())
     filters, rows = max(1, min(filters, across // (width + GAP))), min(rows, FEWER)
     lines = max(1, min(lines, LINES, (down // rows - EPOCH_GAP) // (height + GAP)))
     rows = max(1, min(rows, down // (lines * (height + GAP) + EPOCH_GAP)))
-    return StripLayout((height, width), filters, lines, filters, evenly(timeline.epochs, rows))
+    return StripLayout((height, width), filters, lines, filters, evenly_spaced(timeline.epochs, rows))
 
 
-def frame_plan(timeline: LayerTimeline) -> StripLayout:
+def frame_layout(timeline: LayerTimeline) -> StripLayout:
     """Return the layout of a film's frame: a row a filter and a column a channel, or filters in a near square."""
     filters, lines = timeline.shape[:2]
     across, down = FRAME
-    epochs = evenly(timeline.epochs, FRAMES)
+    epochs = evenly_spaced(timeline.epochs, FRAMES)
     side = math.ceil(math.sqrt(filters))
     for height, width in timeline.sizes():
         columns, rows = (lines, filters) if lines > 1 else (side, math.ceil(filters / side))
@@ -262,7 +268,7 @@ def readable(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return next((size for size in reversed(sizes) if max(size) >= READABLE), sizes[0])
 
 
-def evenly(epochs: Sequence[int], count: int) -> list[int]:
+def evenly_spaced(epochs: Sequence[int], count: int) -> list[int]:
     """Return at most so many of the epochs, evenly spaced from the first to the last; only the last if count is 1."""
     if len(epochs) <= count:
         return list(epochs)
@@ -276,7 +282,7 @@ def amount(drawn: int, count: int, noun: str) -> str:
     return f"{count:,} {noun}" if drawn == count else f"the first {drawn:,} of {count:,} {noun}"
 
 
-def number(value: float | None) -> str:
+def format_metric(value: float | None) -> str:
     """Return a metric with three significant digits."""
     if value is None:
         return ""

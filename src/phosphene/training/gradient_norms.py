@@ -46,7 +46,7 @@ class GradientNorms:
     @classmethod
     def of(cls, history: History) -> GradientNorms:
         """Return the norms that a record holds."""
-        history.chosen(None)  # refuses a run without epochs
+        history.resolve_epoch(None)  # refuses a run without epochs
         entries = {epoch: history.entry(epoch)["gradients"] for epoch in history.epochs}
         recorded = {epoch: gradients for epoch, gradients in entries.items() if gradients}
         if not recorded:

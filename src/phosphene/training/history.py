@@ -55,7 +55,7 @@ class History:
 
     def __contains__(self, epoch: int) -> bool:
         """Return whether an epoch is recorded."""
-        return (self.place(epoch) / MANIFEST).exists()
+        return (self.epoch_folder(epoch) / MANIFEST).exists()
 
     @property
     def layers(self) -> list[str]:
@@ -67,7 +67,7 @@ class History:
         """The names of the trainable weights, in the network's order."""
         return [weight["name"] for weight in self.facts["weights"] if weight["trained"]]
 
-    def chosen(self, epoch: int | None) -> int:
+    def resolve_epoch(self, epoch: int | None) -> int:
         """Return an epoch, by default the last that is recorded.
 
         Raises:
@@ -79,16 +79,16 @@ class History:
         if not epochs:
             raise InvalidRequest(f"{self.folder} holds no finished epoch yet; let the training finish one")
         if epoch is not None:
-            raise InvalidRequest(f"{self.folder} holds no epoch {epoch}; it has {listed(epochs)}")
+            raise InvalidRequest(f"{self.folder} holds no epoch {epoch}; it has {format_epochs(epochs)}")
         return epochs[-1]
 
-    def place(self, epoch: int) -> Path:
+    def epoch_folder(self, epoch: int) -> Path:
         """Return the folder of an epoch, recorded or not."""
         return self.folder / "epochs" / f"{epoch:06d}"
 
     def entry(self, epoch: int | None = None) -> dict[str, Any]:
         """Return what is recorded of an epoch besides arrays and pictures."""
-        path = self.place(self.chosen(epoch)) / MANIFEST
+        path = self.epoch_folder(self.resolve_epoch(epoch)) / MANIFEST
         with refusing_damage(path):
             manifest = json.loads(path.read_text(encoding="utf-8"))
             return {name: from_json_number(value) for name, value in manifest.items()}
@@ -117,14 +117,14 @@ class History:
         Raises:
             LayerNotFound, InvalidRequest: there is no such layer, or epoch.
         """
-        path, epoch = self.find(layer), self.chosen(epoch)
-        file_path = self.place(epoch) / KERNELS
+        path, epoch = self.find(layer), self.resolve_epoch(epoch)
+        file_path = self.epoch_folder(epoch) / KERNELS
         with refusing_damage(file_path), safetensors.safe_open(file_path, "pt") as file:
             return recorded_kernels(path, file.get_tensor(path), self.facts, epoch)
 
     def gradients(self, epoch: int | None = None) -> dict[str, Tensor]:
         """Return an epoch's gradient of every trainable weight, in the network's order; {} if none are recorded."""
-        path = self.place(self.chosen(epoch)) / GRADIENTS
+        path = self.epoch_folder(self.resolve_epoch(epoch)) / GRADIENTS
         with refusing_damage(path):
             arrays = safetensors.torch.load_file(path) if path.exists() else {}
         names = [weight["name"] for weight in self.facts["weights"]]
@@ -136,7 +136,7 @@ class History:
 
     def filters(self, epoch: int | None = None) -> dict[str, Picture]:
         """Return the pictures of filters after an epoch, by name, such as `filter_0`; {} if none are recorded."""
-        folder = self.place(self.chosen(epoch)) / FILTERS
+        folder = self.epoch_folder(self.resolve_epoch(epoch)) / FILTERS
         if not (folder / MANIFEST).exists():
             return {}
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ class History:
         Raises:
             OutputRefused: it cannot be written; what was written of it is deleted.
         """
-        folder = self.place(record.epoch)
+        folder = self.epoch_folder(record.epoch)
         shutil.rmtree(folder, ignore_errors=True)  # an unfinished epoch of a training that was killed
         try:
             if not (self.folder / MANIFEST).exists():  # somebody has deleted the record
@@ -175,7 +175,7 @@ class History:
         target = replaced / str(sum(1 for _ in replaced.glob("*")))
         target.mkdir(parents=True)
         for epoch in epochs:
-            self.place(epoch).rename(target / self.place(epoch).name)
+            self.epoch_folder(epoch).rename(target / self.epoch_folder(epoch).name)
         return target
 
 
@@ -264,7 +264,7 @@ def description(facts: Mapping[str, Any]) -> str:
     return " ".join(str(facts[key]) for key in ("name", "path", "shape", "dtype", "kind") if key in facts)
 
 
-def listed(epochs: Sequence[int]) -> str:
+def format_epochs(epochs: Sequence[int]) -> str:
     """Return epoch numbers for a message: "0, 1, 2", or the first and last of many."""
     return ", ".join(map(str, epochs)) if len(epochs) < 12 else f"{len(epochs)} from {epochs[0]} to {epochs[-1]}"
 

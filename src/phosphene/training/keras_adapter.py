@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from phosphene.errors import ModelRefused
 from phosphene.network.loading import load
-from phosphene.network.loading.keras_module import addresses, kernel_of
+from phosphene.network.loading.keras_module import kernel_of, layers_by_address
 from phosphene.network.model import Model
 from phosphene.training import keras_variables
 from phosphene.training.adapter import TrainedNetwork
@@ -32,7 +32,7 @@ def keras_network(network: Any) -> TrainedNetwork:
     if backend not in GRADIENTS:
         raise ModelRefused(f"Keras runs on {backend}; a training is recorded on one of: {', '.join(GRADIENTS)}")
     on_torch = backend == "torch"
-    layers = {path: layer for path, layer in addresses(network).items() if has_kernel(layer)}
+    layers = {path: layer for path, layer in layers_by_address(network).items() if has_kernel(layer)}
     return TrainedNetwork(
         name=str(network.name),
         weights=partial(keras_variables.trainable_weights, network),

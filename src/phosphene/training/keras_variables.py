@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from phosphene.network.capture import borrowed
-from phosphene.network.loading.keras_module import KerasModule, addresses
+from phosphene.network.loading.keras_module import KerasModule, layers_by_address
 from phosphene.training.adapter import WeightSpecs
 
 
@@ -77,7 +77,9 @@ def restoring_state(network: Any) -> Iterator[None]:
     variables = (*network.non_trainable_variables, *network.metrics_variables)
     values = [(variable, as_numpy(variable)) for variable in variables]
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    frozen = borrowed(KerasModule(network, addresses(network), True)) if backend_of() == "torch" else nullcontext()
+    frozen = (
+        borrowed(KerasModule(network, layers_by_address(network), True)) if backend_of() == "torch" else nullcontext()
+    )
     try:
         with restoring_global_seed(), frozen:
             yield

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from phosphene.atlases.report import verdicts_of
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import EntryNotFound, InvalidRequest, PhospheneError, StoreRefused, nearest
-from phosphene.evidence.collect import Evidence, load_evidence
+from phosphene.evidence.statistics import Evidence, load_evidence
 from phosphene.storage.store import MANIFEST, STORE, Store, entry_path, open_store
 from phosphene.training.history import History, is_history, open_history
 from phosphene.web.cache import SizedCache
@@ -241,7 +241,7 @@ class StoreReader:
             content = store.read(name)
             etag = hashlib.sha256(content).hexdigest()
             same = before and before.etag == etag
-            return before if before and same else Manifest(store.whole(name, content), etag), len(content)
+            return before if before and same else Manifest(store.verified_json(name, content), etag), len(content)
 
         return self.manifest_cache.get((store, kind, digest), read)
 

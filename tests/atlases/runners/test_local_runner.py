@@ -19,7 +19,7 @@ from torch import nn
 
 from phosphene import errors
 from phosphene.atlases.runners import local
-from phosphene.atlases.runners.local import LocalRunner, places_for, worker_main
+from phosphene.atlases.runners.local import LocalRunner, worker_devices, worker_main
 from phosphene.atlases.runners.pool import WorkerRefused
 from phosphene.network.loading import load
 from tiny_atlas import TRAP, tiny, tiny_atlas, tiny_model
@@ -34,15 +34,15 @@ def test_a_number_of_local_workers_that_is_none(workers: int) -> None:
 def test_where_workers_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5), raising=False)
-    assert places_for(model, None) == [None] * 5
-    assert places_for(model, 2) == [None] * 2
-    assert places_for(model, 0) == []
-    monkeypatch.setattr(type(model), "like", types.SimpleNamespace(device=torch.device("cuda:0")))
+    assert worker_devices(model, None) == [None] * 5
+    assert worker_devices(model, 2) == [None] * 2
+    assert worker_devices(model, 0) == []
+    monkeypatch.setattr(type(model), "prototype_tensor", types.SimpleNamespace(device=torch.device("cuda:0")))
     for count, expected in ((1, []), (4, ["cuda:0", "cuda:1", "cuda:2", "cuda:3"])):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        assert places_for(model, None) == expected
-    assert places_for(model, 2) == ["cuda:0", "cuda:1"]
-    assert places_for(model, 1) == ["cuda:0"]
+        assert worker_devices(model, None) == expected
+    assert worker_devices(model, 2) == ["cuda:0", "cuda:1"]
+    assert worker_devices(model, 1) == ["cuda:0"]
 
 
 def test_other_processes_make_the_same_bytes() -> None:

@@ -13,7 +13,7 @@ from phosphene import errors
 from phosphene.atlases.runners import ray_photos
 from phosphene.atlases.runners.pool import pickle_model
 from phosphene.atlases.runners.ray_photos import PhotoActor, RayPhotoRunner, errors_only, in_order, reason_of
-from phosphene.evidence.collect import unpacked
+from phosphene.evidence.collect import unpack_partial
 from phosphene.evidence.photo_dataset import open_photos
 from phosphene.evidence.photo_pass import PhotoPass
 from phosphene.network.model import Model
@@ -48,7 +48,7 @@ def test_an_actor_returns_what_the_pass_itself_computes(monkeypatch: pytest.Monk
     answer = actor({"chunk": [0]})
     assert answer["chunk"] == [0]
     (expected,) = photo_pass.partials([0])
-    partial = unpacked(answer["partial"][0])[1]
+    partial = unpack_partial(answer["partial"][0])[1]
     assert (partial.seen, partial.lost) == (expected.seen, expected.lost) == (5, 0)
     assert torch.equal(partial.top_photos.photos, expected.top_photos.photos)
 

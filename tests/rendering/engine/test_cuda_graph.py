@@ -75,7 +75,7 @@ def frames(
     model: ph.Model, objective: ph.Objective, recipe: Recipe, loop: Any, exact: int | None = None
 ) -> list[Frame]:
     with fast_forward_pass(model, objective) as (read, _):
-        plan = AscentPlan(objective, recipe, StartImage(3), ("layer",), model.like, exact)
+        plan = AscentPlan(objective, recipe, StartImage(3), ("layer",), model.prototype_tensor, exact)
         return list(loop(read, plan, range(objective.n)))
 
 
@@ -111,7 +111,7 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_frames_are_those_of_the_plain_loop(small_net: nn.Sequential, name: str) -> None:
     model = ph.load(small_net, input_size=32)
-    recipe = RULES[name].at(size=24, steps=6)
+    recipe = RULES[name].with_settings(size=24, steps=6)
     objective = ph.channel("4", [0, 5, 3]) - 0.1 * ph.total_variation()
     plain = frames(model, objective, recipe, ascend)
     assert_same(frames(model, objective, recipe, partial(ascend_with_cuda_graph, capture=recorded)), plain, 1e-9)
@@ -127,7 +127,7 @@ def test_other_objectives_and_a_direction(small_net: nn.Sequential) -> None:
         ph.logit([0, 4]),
         ph.layer("4"),
     ):
-        recipe = RECIPES["fast"].at(size=32, steps=5)
+        recipe = RECIPES["fast"].with_settings(size=32, steps=5)
         ours = frames(model, objective, recipe, partial(ascend_with_cuda_graph, capture=recorded))
         assert_same(ours, frames(model, objective, recipe, ascend), 1e-9)
 
@@ -165,7 +165,9 @@ def test_a_repeated_step_asks_the_host_for_nothing(small_net: nn.Sequential, nam
     model = ph.load(small_net, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.3], input_size=32)
     objective = ph.channel("4", [0, 5]) + ph.direction("4", torch.eye(8)[:2])
     with fast_forward_pass(model, objective, ("folded",)) as (read, _):
-        plan = AscentPlan(objective, RULES[name].at(size=24, steps=6), StartImage(3), ("layer",), model.like)
+        plan = AscentPlan(
+            objective, RULES[name].with_settings(size=24, steps=6), StartImage(3), ("layer",), model.prototype_tensor
+        )
         draws = plan.random_draws([0, 1])
         shape, start = plan.start_image.start(24, None, 0, draws)
         steps = GraphedSteps(read, plan, torch.tensor([0, 1]), plan.parameterization(shape, start), draws)
@@ -193,7 +195,7 @@ def test_numbers_drawn_in_advance_are_those_drawn_one_by_one() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_gpu_makes_the_frames_of_the_plain_loop(small_net: nn.Sequential, name: str) -> None:
     model = ph.load(small_net.cuda(), input_size=32)
-    recipe = RULES[name].at(size=24, steps=6)
+    recipe = RULES[name].with_settings(size=24, steps=6)
     objective = ph.channel("4", [0, 5, 3])
     assert_same(
         frames(model, objective, recipe, ascend_with_cuda_graph), frames(model, objective, recipe, ascend), 1e-9

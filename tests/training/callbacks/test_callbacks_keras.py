@@ -194,7 +194,7 @@ def random_numbers() -> tuple[float, float, float]:
 def test_the_training_is_bit_identical_with_filters_rendered_in_between(
     gradients: str | None, unwatched: Any, tmp_path: Path
 ) -> None:
-    data, recipe = pictures(10, 12), find_recipe("fast").at(12, 8)
+    data, recipe = pictures(10, 12), find_recipe("fast").with_settings(12, 8)
     network, callback = noisy(tmp_path, *data, gradients=gradients, data=data, filters="c2:0:2", recipe=recipe)
     values, losses, numbers = unwatched
     assert numbers == random_numbers()

@@ -37,7 +37,7 @@ from phosphene.web.live.photo import (
     webp_bytes,
 )
 from phosphene.web.store_reader import StoreReader
-from tiny_atlas import Here, tiny_atlas, tiny_model
+from tiny_atlas import InProcessRunner, tiny_atlas, tiny_model
 
 LABELS = ("ant", "bee", "cat", "dog", "elk", "fox")
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -87,7 +87,7 @@ def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """An atlas of both convolutions, pictures of 16 px, whereas the network's own size is 24."""
     folder = tmp_path_factory.mktemp("store")
     photos = [picture(seed=seed) for seed in range(1, 9)] if request.param == "with photos" else None
-    run(tiny_atlas(classifying()), folder, Here(), photos=photos)
+    run(tiny_atlas(classifying()), folder, InProcessRunner(), photos=photos)
     return StoreReader([open_store(folder)])
 
 

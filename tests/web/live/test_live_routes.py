@@ -39,7 +39,7 @@ from phosphene.web.live.routes import live_routes
 from phosphene.web.server import application
 from phosphene.web.site import Site
 from phosphene.web.store_reader import StoreReader
-from tiny_atlas import Here, tiny_atlas
+from tiny_atlas import InProcessRunner, tiny_atlas
 
 HERE = "http://127.0.0.1:8000"
 CHELSEA = Path(__file__).parents[3] / "src/phosphene/data/chelsea.jpg"
@@ -48,7 +48,12 @@ CHELSEA = Path(__file__).parents[3] / "src/phosphene/data/chelsea.jpg"
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     folder = tmp_path_factory.mktemp("store")
-    run(tiny_atlas(classifying(), recipe="fast"), folder, Here(), photos=[picture(seed=seed) for seed in range(1, 5)])
+    run(
+        tiny_atlas(classifying(), recipe="fast"),
+        folder,
+        InProcessRunner(),
+        photos=[picture(seed=seed) for seed in range(1, 5)],
+    )
     return StoreReader([open_store(folder)])
 
 

@@ -48,7 +48,7 @@ from phosphene.web.live.render_queue import (
 )
 from phosphene.web.live.render_request import RenderRequest, frame_event
 from phosphene.web.store_reader import StoreReader
-from tiny_atlas import Here, tiny_atlas, tiny_model
+from tiny_atlas import InProcessRunner, tiny_atlas, tiny_model
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -58,7 +58,7 @@ REQUEST = RenderRequest(".0", 1, "fast", 24, 40)
 @pytest.fixture(scope="session")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> StoreReader:
     folder = tmp_path_factory.mktemp("store")
-    run(tiny_atlas(tiny_model(), recipe="fast", channels="0:4"), folder, Here())
+    run(tiny_atlas(tiny_model(), recipe="fast", channels="0:4"), folder, InProcessRunner())
     return StoreReader([open_store(folder)])
 
 
@@ -110,7 +110,9 @@ def test_a_render_is_seen_as_it_forms_and_ends_as_the_library_renders_it(
     assert len({frame["image"] for frame in frames}) >= 5
 
     seen: list[Frame] = []
-    rendered = render(model, channel(".0", [1]), RECIPES["fast"].at(24, 40), size=24, batch=1, watch=seen.append)
+    rendered = render(
+        model, channel(".0", [1]), RECIPES["fast"].with_settings(24, 40), size=24, batch=1, watch=seen.append
+    )
     done = events[-1].facts
     assert bytes_of(done["image"]) == encode.png(rendered.pictures[0], rendered.metadata(0))
     assert frames[-1]["image"] == frame_event(seen[-1], "clip")["image"]
@@ -140,7 +142,7 @@ def test_whoever_leaves_ends_the_render_and_the_next_one_is_as_ever(reader: Stor
 
     _, rest, after = live(look_on())
     assert not [event for event in rest if event.name in ("done", "failed")]
-    fresh = render(tiny_model(), channel(".0", [1]), RECIPES["fast"].at(24, 40), size=24, batch=1)
+    fresh = render(tiny_model(), channel(".0", [1]), RECIPES["fast"].with_settings(24, 40), size=24, batch=1)
     assert bytes_of(after[-1].facts["image"]) == encode.png(fresh.pictures[0], fresh.metadata(0))
 
 
@@ -306,7 +308,7 @@ def test_the_command_makes_the_very_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load("builtin/efficientnet-lite0")
-    run(atlas(model, "_conv_stem", "0:2", "fast", size=32, steps=2), tmp_path / "store", Here())
+    run(atlas(model, "_conv_stem", "0:2", "fast", size=32, steps=2), tmp_path / "store", InProcessRunner())
     reader = StoreReader([open_store(tmp_path / "store")])
 
     async def look_on() -> Event:

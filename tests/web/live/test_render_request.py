@@ -22,7 +22,7 @@ from phosphene.storage.store import open_store
 from phosphene.web.live import render_queue as render_queue
 from phosphene.web.live.render_request import RenderRequest, channel_count, recipe_choices, render_response
 from phosphene.web.store_reader import StoreReader
-from tiny_atlas import Here, tiny_atlas, tiny_model
+from tiny_atlas import InProcessRunner, tiny_atlas, tiny_model
 
 __all__ = ["atlas_id", "reader"]
 
@@ -73,7 +73,7 @@ def test_what_is_left_open_is_as_in_the_atlas(reader: StoreReader, atlas_id: str
     recipe, size = RenderRequest.from_json(
         {"layer": ".0", "channel": 0, "recipe": "fast", "steps": 9, "seed": 4}
     ).settings(facts)
-    assert (recipe.digest, size) == (RECIPES["fast"].at(steps=9, seed=4).digest, 16)
+    assert (recipe.digest, size) == (RECIPES["fast"].with_settings(steps=9, seed=4).digest, 16)
     recipe, size = RenderRequest.from_json({"layer": ".0", "channel": 0, "recipe": "rms", "steps": None}).settings(
         facts
     )
@@ -90,8 +90,8 @@ def test_the_recipes_to_choose_from_are_told_with_their_settings(reader: StoreRe
 
 def test_a_recipe_without_a_name_has_no_command(tmp_path: Path) -> None:
     model = tiny_model()
-    recipe = replace(RECIPES["fast"].at(16, 3), blur=3, name="mine")
-    run(tiny_atlas(model, recipe=recipe), tmp_path, Here())
+    recipe = replace(RECIPES["fast"].with_settings(16, 3), blur=3, name="mine")
+    run(tiny_atlas(model, recipe=recipe), tmp_path, InProcessRunner())
     ((_, facts),) = StoreReader([open_store(tmp_path)]).atlases()
     done = render_response(model, facts, RenderRequest(".0", 0), lambda *_: None)
     assert done["command"] == ""

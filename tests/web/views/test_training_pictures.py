@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from page_store import training
-from phosphene.images.encode import decode_image, same_size
+from phosphene.images.encode import decode_image, pad_to_same_size
 from phosphene.training.film_strip import film
 from phosphene.training.film_strip import layer_strip as course_of
 from phosphene.web.views.training import TrainingView
@@ -23,7 +23,7 @@ def pixels(content: bytes) -> np.ndarray[Any, Any]:
 
 
 def test_kernels_are_the_frames_of_a_film(training: TrainingView) -> None:
-    frames = list(same_size(film(training.history, "deep/conv2")))
+    frames = list(pad_to_same_size(film(training.history, "deep/conv2")))
     for epoch, frame in enumerate(frames):
         content, kind = training.file(f"deep~2Fconv2/kernels_{epoch}.png")
         assert kind == "image/png"
@@ -33,12 +33,12 @@ def test_kernels_are_the_frames_of_a_film(training: TrainingView) -> None:
 
 def test_rendered_filters_and_kernels_of_one_layer_are_apart(training: TrainingView) -> None:
     course = course_of(training.history, "conv1")
-    assert course.look.noun == "filters"
+    assert course.timeline.noun == "filters"
     kernels, rendered = (training.file(f"conv1/{noun}_1.png")[0] for noun in ("kernels", "filters"))
     assert pixels(kernels).shape != pixels(rendered).shape
     with Image.open(io.BytesIO(training.file("conv1/strip.png")[0])) as image:
         assert (np.asarray(image) == np.asarray(course.strip())).all()
-    sides = next(size for size in course.look.sizes() if max(size) <= 64)
+    sides = next(size for size in course.timeline.sizes() if max(size) <= 64)
     stored = training.history.filters(2)["filter_3"].resize(sides[::-1], Image.Resampling.NEAREST)
     assert (pixels(training.file("card.png")[0])[: sides[0], : sides[1]] == np.asarray(stored)).all()
 

@@ -198,7 +198,7 @@ def test_the_command_draws_the_same_picture_again(
 
 
 def test_no_command_is_told_that_would_draw_another_picture(reader: StoreReader, atlas_id: str) -> None:
-    recipe = find_recipe("fast").at(steps=3)
+    recipe = find_recipe("fast").with_settings(steps=3)
     facts = {**recipe.as_dict(), "digest": recipe.digest}
     atlas = {"model": "timm/a b", "recipe": facts, "size": None}
     job = {**reader.filter(atlas_id, FIRST, 1).job, "recipe": facts}

@@ -82,7 +82,7 @@ def test_pictures_are_made_once_and_few_are_kept(training: TrainingView) -> None
 
 def test_a_run_that_goes_on_is_read_anew(tmp_path: Path, training: TrainingView) -> None:
     tag, before = training.tag(), training.file("deep~2Fconv2/kernels_0.png")[0]
-    shutil.rmtree(training.history.place(2))  # as if it had not come so far
+    shutil.rmtree(training.history.epoch_folder(2))  # as if it had not come so far
     assert training.tag() != tag
     assert training.view()["epochs"] == [0, 1]
     assert training.file("deep~2Fconv2/kernels_0.png")[0] != before  # the scale that all share is another
@@ -127,12 +127,12 @@ def test_a_run_without_epochs(tmp_path: Path) -> None:
 
 
 def test_a_damaged_epoch_is_left_out_and_named(training: TrainingView) -> None:
-    (training.history.place(1) / "manifest.json").write_text("{")
+    (training.history.epoch_folder(1) / "manifest.json").write_text("{")
     view = training.view()
     assert "damaged" in view["verdicts"][0]
     assert any(epoch == 1 and "is damaged" in note for epoch, note in view["notes"])
     assert json.loads(view["figures"])["metrics"] == [["2"], [""], ["0.5"]]
-    (training.history.place(2) / "kernels.safetensors").write_bytes(b"no")
+    (training.history.epoch_folder(2) / "kernels.safetensors").write_bytes(b"no")
     with pytest.raises(WeightsRefused, match="is damaged"):
         training.file("deep~2Fconv2/kernels_0.png")
 

@@ -68,7 +68,7 @@ class LocalRunner:
 
     def run(self, model: Model, jobs: Iterable[Job]) -> Generator[Outcome, None, None]:
         """Yield the outcome of each job, as they finish."""
-        devices = places_for(model, self.workers)
+        devices = worker_devices(model, self.workers)
         if not devices:
             yield from in_this_process(model, jobs)
             return
@@ -82,9 +82,9 @@ class LocalRunner:
             yield from in_this_process(model, chain(error.jobs, source))
 
 
-def places_for(model: Model, workers: int | None) -> list[str | None]:
+def worker_devices(model: Model, workers: int | None) -> list[str | None]:
     """Return the device of each worker, None for the model's own; no worker if this process does as well."""
-    kind = model.like.device.type
+    kind = model.prototype_tensor.device.type
     if workers == 0 or sys.platform == "win32" or not sys.executable:  # a worker could not inherit its socket
         return []
     if kind == "cpu":

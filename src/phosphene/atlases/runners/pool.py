@@ -162,7 +162,9 @@ def pickle_model(model: Model, pickler: Any = None) -> bytes:
     """
     try:
         if model.ref is not None:
-            return pickle.dumps((model.fingerprint, partial(load, model.ref, device=str(model.like.device))))
+            return pickle.dumps(
+                (model.fingerprint, partial(load, model.ref, device=str(model.prototype_tensor.device)))
+            )
         return bytes((pickler or best_pickler()).dumps((model.fingerprint, model)))
     except Exception as error:
         raise CannotStart(f"{model.name} cannot be pickled ({first_line(error)})") from error

@@ -143,7 +143,9 @@ def worker_slots(ray: Any, model: Model, gpu: bool | None, workers: int | None) 
 
 def wants_gpu(ray: Any, model: Model) -> bool:
     """Return whether actors take GPUs by default: if the model is on one, or if only the cluster has GPUs."""
-    return model.like.device.type == "cuda" or (not torch.cuda.is_available() and "GPU" in ray.cluster_resources())
+    return model.prototype_tensor.device.type == "cuda" or (
+        not torch.cuda.is_available() and "GPU" in ray.cluster_resources()
+    )
 
 
 class JobActor:

@@ -18,15 +18,15 @@ import torch
 from phosphene.atlases.runners.pool import check_workers, pickle_model, unpickle_model
 from phosphene.atlases.runners.ray import cluster, worker_slots
 from phosphene.errors import Unfinished, first_line, require_extra
-from phosphene.evidence.collect import packed as packed_partial
-from phosphene.evidence.collect import unpacked as unpacked_partial
+from phosphene.evidence.collect import pack_partial as packed_partial
+from phosphene.evidence.collect import unpack_partial as unpacked_partial
 from phosphene.evidence.photo_pass import Partial, PhotoPass
 from phosphene.network.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
 class RayPhotoRunner:
-    """Runs the photos of `evidence(…, show=RayPhotoRunner())`.
+    """Runs the photos of `evidence(…, runner=RayPhotoRunner())`.
 
     Attributes:
         address: of a running cluster; by default Ray is started on this machine, and stopped afterwards.

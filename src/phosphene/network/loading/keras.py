@@ -38,11 +38,11 @@ from phosphene.network.loading.keras_module import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
     KerasModule,
-    addresses,
     first_channels,
     hookable_modules,
     input_shape,
     is_channels_last,
+    layers_by_address,
     takes_bytes,
 )
 from phosphene.network.loading.pytorch import OFFLINE, UNNORMALISED, LoadOptions, find_input_size, with_logits
@@ -114,7 +114,7 @@ def from_keras(network: Any, options: LoadOptions) -> Model:
         raise ModelRefused(f"{name} has no values yet; run the network once, or load its weights, before")
     if len(getattr(network, "inputs", None) or [0]) > 1:
         raise ModelRefused(f"{name} has {len(network.inputs)} inputs; a network with one, a picture, can be shown")
-    layers = addresses(network)
+    layers = layers_by_address(network)
     last = is_channels_last(layers, keras.config.image_data_format())
     shape = input_shape(network) or (None,) * 4
     if len(shape) not in (3, 4):

@@ -90,7 +90,7 @@ def input_shape(network: Any) -> tuple[int | None, ...] | None:
     return tuple(inputs[0].shape) if inputs else None
 
 
-def addresses(network: Any) -> dict[str, Any]:
+def layers_by_address(network: Any) -> dict[str, Any]:
     """Return every layer by its address: the names of the layers that hold it, then its name, joined by `/`."""
     layers: dict[str, Any] = {}
     seen: set[int] = set()

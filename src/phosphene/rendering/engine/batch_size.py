@@ -27,7 +27,7 @@ def chosen_batch(model: Model, batch: int | str, paths: Collection[str], size: t
     check_batch(batch)
     if batch != "auto":
         return int(batch)
-    device = model.like.device
+    device = model.prototype_tensor.device
     most, free = BATCH_SIZES.get(device.type, DEFAULT_BATCH), free_memory(device)
     if free is None:
         return most
@@ -46,4 +46,4 @@ def bytes_of_maps(model: Model, paths: Collection[str], size: tuple[int, int]) -
     last = max((index for index, layer in enumerate(layers) if layer.path in paths), default=len(layers) - 1)
     maps = sum((layer.channels or 0) * layer.size[0] * layer.size[1] for layer in layers[: last + 1] if layer.size)
     enlargement = size[0] * size[1] / (model.input_size[0] * model.input_size[1])
-    return int((maps * enlargement + model.channels_in * size[0] * size[1]) * model.like.element_size())
+    return int((maps * enlargement + model.channels_in * size[0] * size[1]) * model.prototype_tensor.element_size())

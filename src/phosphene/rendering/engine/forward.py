@@ -48,7 +48,9 @@ def fast_forward_pass(
 ) -> Iterator[FastForward]:
     """Borrow a network and yield a forward pass that computes what an objective needs; see `Model.reading`."""
     layers = scalar_layers(model, objective)
-    modules = {address: model.modules[layer.place.path] for address, layer in layers.items() if "linear" in shortcuts}
+    modules = {
+        address: model.modules[layer.tensor_address.path] for address, layer in layers.items() if "linear" in shortcuts
+    }
     convolutions = {address: module for address, module in modules.items() if is_plain_convolution(module)}
     folding = model.folding(objective.layers) if "folded" in shortcuts else None
     run_modules = [module for module in model.modules.values() if module not in convolutions.values()]

@@ -35,7 +35,7 @@ def chosen_precision(model: Model, precision: str) -> str:
         raise InvalidRequest(f"precision is fp32, bf16 or auto, not {precision!r}")
     if precision != "auto":
         return precision
-    return "bf16" if is_dense(model) and multiplies_bfloat16(model.like.device) else "fp32"
+    return "bf16" if is_dense(model) and multiplies_bfloat16(model.prototype_tensor.device) else "fp32"
 
 
 def float32_steps(recipe: Recipe, precision: str) -> int | None:
@@ -46,7 +46,7 @@ def float32_steps(recipe: Recipe, precision: str) -> int | None:
 def is_dense(model: Model) -> bool:
     """Return whether a network is in float32 and has convolutions, none of them grouped."""
     groups = [module.groups for module in model.modules.values() if isinstance(module, nn.Conv2d)]
-    return model.like.dtype == torch.float32 and set(groups) == {1}
+    return model.prototype_tensor.dtype == torch.float32 and set(groups) == {1}
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

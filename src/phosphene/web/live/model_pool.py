@@ -112,7 +112,7 @@ def refusal(atlas: Mapping[str, Any], server_model: Identity | None) -> str | No
 def independent_copy(model: Model) -> Model | None:
     """Return a copy of a network that shares no module with it, None if the network cannot be copied."""
     if model.ref:
-        return load(model.ref, device=model.like.device)
+        return load(model.ref, device=model.prototype_tensor.device)
     try:
         copied = copy.deepcopy(model)
     except Exception:  # a user's own network may raise anything

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phosphene.atlases.verdicts import DEAD, Verdict, same, span
+from phosphene.atlases.verdicts import DEAD, Verdict, photo_range, within_rounding
 from phosphene.errors import EntryNotFound, LayerRefused
-from phosphene.evidence.collect import Evidence
 from phosphene.evidence.photo_pass import photo_runs
+from phosphene.evidence.statistics import Evidence
 from phosphene.images import display, encode, grid
 from phosphene.images.photo import Fit, decode
 from phosphene.inspection.activations import activations
@@ -75,8 +75,8 @@ def explanation(model: Model, photo: Tensor, method: str, layer: str | None, tar
         "method": heat.method,
         "layer": heat.layer,
         "map": list(heat.map.shape),
-        "strongest": heat.strongest,
-        "note": heat.sentence() if heat.silent else "",
+        "strongest": heat.full_heat,
+        "note": heat.empty_message() if heat.is_empty else "",
         "caution": heat.caution,
         "caption": heat.caption(),
         "picture": data_uri("image/webp", webp_bytes(heat.overlay(photo, legend=False))),
@@ -144,14 +144,14 @@ def channel_means(model: Model, layers: Sequence[Layer], image: Tensor) -> list[
         dtype = torch.promote_types(act.dtype, torch.float32)
         means[index] = act.mean((-2, -1), dtype=dtype)[0].double().cpu()
 
-    with photo_runs(model, layers) as run, model.taking((image.shape[-2], image.shape[-1])):
-        run(image.to(model.like), reduce)
+    with photo_runs(model, layers) as run, model.refusing_size((image.shape[-2], image.shape[-1])):
+        run(image.to(model.prototype_tensor), reduce)
     return [means[index] for index in range(len(layers))]
 
 
 def ratio_to_photos(means: Tensor, evidence: Evidence, path: str) -> Tensor:
     """Return (c,) how far above the photos' mean, where the strongest photo is 1; NaN if all photos are alike."""
-    return (means - evidence[path].mean) / span(evidence[path])
+    return (means - evidence[path].mean) / photo_range(evidence[path])
 
 
 def ratio_to_pictures(means: Tensor, grey: Tensor, verdicts: Sequence[Verdict]) -> Tensor:
@@ -160,7 +160,7 @@ def ratio_to_pictures(means: Tensor, grey: Tensor, verdicts: Sequence[Verdict]) 
     for verdict in verdicts:
         scores[verdict.channel] = verdict.score
     gain = scores - grey
-    return (means - grey) / torch.where(same(scores, grey) | (gain < 0), torch.nan, gain)
+    return (means - grey) / torch.where(within_rounding(scores, grey) | (gain < 0), torch.nan, gain)
 
 
 def top_of_layer(path: str, ratios: Tensor, verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from phosphene.errors import ChannelNotFound, PhospheneError
 from phosphene.network.model import Model
+from phosphene.rendering.batches import is_film_frame
 from phosphene.rendering.gradient_ascent import Frame
-from phosphene.rendering.render import is_film_frame
 from phosphene.web.live.model_pool import Identity, ModelThread, independent_copy, open_model, refusal
 from phosphene.web.live.render_request import RenderRequest, channel_count, frame_event, render_response
 from phosphene.web.store_reader import StoreReader

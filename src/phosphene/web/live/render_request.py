@@ -67,9 +67,11 @@ class RenderRequest:
         """
         default = atlas_recipe(atlas)
         is_default = self.recipe in (None, default.name)
-        recipe = (default if is_default else find_recipe(str(self.recipe))).at(steps=self.steps, seed=self.seed)
+        recipe = (default if is_default else find_recipe(str(self.recipe))).with_settings(
+            steps=self.steps, seed=self.seed
+        )
         size = self.size or (atlas["size"] if is_default else None)
-        if sum(side**2 for side in recipe.at(size).sizes) * recipe.steps > MAX_WORK:
+        if sum(side**2 for side in recipe.with_settings(size).sizes) * recipe.steps > MAX_WORK:
             raise InvalidRequest("that is more work than a server does while others wait; take fewer steps or pixels")
         return recipe, size
 

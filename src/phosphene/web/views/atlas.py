@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phosphene.atlases.report import facts_of, facts_of_layer, note_on, notes_of, verdicts_of
+from phosphene.atlases.report import facts_of_atlas, facts_of_layer, note_on_layer, notes_on_atlas, verdicts_of
 from phosphene.atlases.verdict_text import SIGNS, VerdictShare, figure_meanings, verdict_shares
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import PhospheneError
@@ -162,8 +162,8 @@ def network_view(reader: StoreReader, atlas_id: str) -> dict[str, Any]:
     return {
         "atlas_id": atlas_id,
         "title": manifest["model"],
-        "facts": facts_of(manifest, filters, photos),
-        "notes": [*notes_of(manifest), *([damage] if damage else [])],
+        "facts": facts_of_atlas(manifest, filters, photos),
+        "notes": [*notes_on_atlas(manifest), *([damage] if damage else [])],
         "shares": verdict_shares(manifest["verdicts"]),
         "drawn": drawn_sentence(filters, sum(row["channels"] for row in manifest["layers"])),
         "meanings": labelled_meanings(limits) if limits else {},
@@ -181,7 +181,7 @@ def layer_view(reader: StoreReader, atlas_id: str, path: str) -> dict[str, Any]:
         "title": reader.atlas(atlas_id)["model"],
         "path": path,
         "facts": facts_of_layer(manifest["layer"]),
-        "note": note_on(manifest),
+        "note": note_on_layer(manifest),
         "shares": verdict_shares(Counter(verdict.verdict for verdict in verdicts)),
         "drawn": drawn_sentence(len(manifest["pictures"]), manifest["layer"]["channels"]),
         "meanings": labelled_meanings(manifest["thresholds"]),

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from phosphene.atlases.report import facts_of_layer, sides
+from phosphene.atlases.report import facts_of_layer, size_text
 from phosphene.atlases.verdict_text import FIGURES, SIGNS, figure_meanings, format_figure
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import EntryNotFound, PhospheneError
-from phosphene.evidence.collect import Evidence
 from phosphene.evidence.crops import window
-from phosphene.evidence.top_photos import NONE
+from phosphene.evidence.statistics import Evidence
+from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.network.capture import TensorAddress
 from phosphene.network.layers import Layer, ReceptiveField
 from phosphene.rendering.recipes import find_recipe
@@ -174,7 +174,7 @@ def top_photos(evidence: Evidence, facts: Mapping[str, Any], channel: int) -> li
     crops = row_of_tiles(file, (about["tile"], about["tile"]), statistics.photos.shape[1], rows, row)
     photos = []
     for rank, (photo, crop) in enumerate(zip(statistics.photos[channel].tolist(), crops, strict=True)):
-        if photo == NONE:
+        if photo == NO_PHOTO:
             break
         name, peak = about["names"][str(photo)], format_figure(float(statistics.peaks[channel, rank]))
         position, thumbnail = statistics.positions[channel, rank].tolist(), photo_thumbnail(evidence, photo)
@@ -191,11 +191,11 @@ def photo_size_sentence(evidence: Evidence, facts: Mapping[str, Any], size: Sequ
     """
     photo_size, field = evidence.about["spec"]["size"], layer_from_facts(facts).receptive_field
     same = ", the size of the picture" if list(photo_size) == list(size) else ""
-    sentence = f"The network saw these photos at {sides(photo_size)} px{same}"
+    sentence = f"The network saw these photos at {size_text(photo_size)} px{same}"
     if not evidence.about.get("thumbnails"):
         return f"{sentence}."
     if field and all(part < whole for part, whole in zip(field.size, photo_size, strict=True)):
-        return f"{sentence}; the frame is the {sides(field.size)} px that the filter sees there."
+        return f"{sentence}; the frame is the {size_text(field.size)} px that the filter sees there."
     return f"{sentence}; the frame is what of that the filter sees."
 
 
@@ -224,7 +224,7 @@ def layer_from_facts(facts: Mapping[str, Any]) -> Layer:
     pairs = facts["receptive_field"]
     field = ReceptiveField(**{name: tuple(pair) for name, pair in pairs.items()}) if pairs else None
     size = tuple(facts["size"])
-    return Layer(**{**facts, "place": TensorAddress(facts["path"]), "receptive_field": field, "size": size})
+    return Layer(**{**facts, "tensor_address": TensorAddress(facts["path"]), "receptive_field": field, "size": size})
 
 
 def settings(atlas: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, str]:
@@ -232,7 +232,7 @@ def settings(atlas: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, str]
     recipe, others = job["recipe"], len(job["pictures"]) - 1
     texts = {
         "recipe": f"{recipe['name']} ({recipe['source']})",
-        "size": " → ".join(map(str, (*recipe["sizes"][:-1], sides(job["size"])))) + " px",
+        "size": " → ".join(map(str, (*recipe["sizes"][:-1], size_text(job["size"])))) + " px",
         "steps": f"{recipe['steps']} at each size" if len(recipe["sizes"]) > 1 else str(recipe["steps"]),
         "seed": str(recipe["seed"]),
         "precision": job["precision"],
@@ -271,6 +271,6 @@ def command(atlas: Mapping[str, Any], path: str, channel: int, job: Mapping[str,
 def is_named_recipe(name: str, steps: int, seed: int, digest: str) -> bool:
     """Return whether a recipe is the registered one of its name, apart from steps and seed."""
     try:
-        return find_recipe(name).at(steps=steps, seed=seed).digest == digest
+        return find_recipe(name).with_settings(steps=steps, seed=seed).digest == digest
     except PhospheneError:
         return False

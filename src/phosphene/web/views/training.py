@@ -11,9 +11,9 @@ from threading import RLock
 from typing import Any, NamedTuple
 
 from phosphene.errors import EntryNotFound, PhospheneError
-from phosphene.training.film_strip import evenly, number
+from phosphene.training.film_strip import evenly_spaced, format_metric
 from phosphene.training.gradient_verdicts import verdicts
-from phosphene.training.history import History, listed
+from phosphene.training.history import History, format_epochs
 from phosphene.web.cache import SizedCache
 from phosphene.web.urls import layer_slug
 from phosphene.web.views.training_pictures import CARD, COLUMNS, CURVES, KERNELS, STRIP, TABLE, TrainingPictures
@@ -52,7 +52,7 @@ class TrainingView:
 
     def tag(self) -> str:
         """Return a value that changes when an epoch is added or replaced."""
-        manifests = [self.history.place(epoch) / "manifest.json" for epoch in self.history.epochs]
+        manifests = [self.history.epoch_folder(epoch) / "manifest.json" for epoch in self.history.epochs]
         times = [(path.parent.name, path.stat().st_mtime_ns) for path in manifests if path.exists()]
         return hashlib.sha256(repr(times).encode()).hexdigest()[:16]
 
@@ -66,7 +66,7 @@ class TrainingView:
     @property
     def epochs(self) -> list[int]:
         """The numbers of the epochs that are shown."""
-        return evenly(self.history.epochs, MAX_EPOCHS)
+        return evenly_spaced(self.history.epochs, MAX_EPOCHS)
 
     @property
     def layers(self) -> list[str]:
@@ -117,7 +117,7 @@ class TrainingView:
             "model": self.history.facts["model"],
             "epochs": len(epochs),
             "last": epochs[-1] if epochs else None,
-            "metrics": [(name, number(value)) for name, value in last.metrics.items()] if last else [],
+            "metrics": [(name, format_metric(value)) for name, value in last.metrics.items()] if last else [],
             "layers": len(self.layers),
             "picture": CARD if layer else None,
             "size": None,
@@ -164,7 +164,7 @@ class TrainingView:
         fewer = f"; {len(entries)} are shown, evenly spread" if len(entries) < len(epochs) else ""
         texts = {
             "network": facts["model"] + (f", {sum(sizes):,} trained weights" if sizes else ""),
-            "epochs": (listed(epochs) if epochs else "none is finished yet") + fewer,
+            "epochs": (format_epochs(epochs) if epochs else "none is finished yet") + fewer,
             "kernels": f"{len(facts['layers'])} convolutions" if facts["layers"] else "",
             "gradients": gradients or "none are recorded",
             "rendered filters": film.get("layer", "") + (f", recipe {recipe}" if recipe else ""),
@@ -235,7 +235,12 @@ def gradient_cells(gradient: Sequence[float] | None) -> tuple[str, str, str, str
     if gradient is None:
         return "–", "–", "–", "–"
     norm, mean, weight_norm, nonfinite = gradient
-    return number(norm), number(mean), number(norm / weight_norm if weight_norm else math.nan), str(int(nonfinite))
+    return (
+        format_metric(norm),
+        format_metric(mean),
+        format_metric(norm / weight_norm if weight_norm else math.nan),
+        str(int(nonfinite)),
+    )
 
 
 def belongs(weight: str, path: str) -> bool:
@@ -263,9 +268,9 @@ def chart(name: str, epochs: Sequence[int], values: Sequence[float | None]) -> d
         lines[-1].append(f"{x:.1f},{y:.1f}")
     return {
         "name": name,
-        "low": number(low) if finite else "",
-        "high": number(high) if finite else "",
-        "texts": [number(value) for value in values],
+        "low": format_metric(low) if finite else "",
+        "high": format_metric(high) if finite else "",
+        "texts": [format_metric(value) for value in values],
         "marks": marks,
         "lines": [" ".join(points) for points in lines if points],
     }

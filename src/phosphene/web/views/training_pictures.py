@@ -10,7 +10,7 @@ from typing import Any
 from phosphene.atlases.report import escape_formula
 from phosphene.images import encode
 from phosphene.images.display import Picture
-from phosphene.training.film_strip import LayerStrip, StripLayout, frame_plan, layer_strip
+from phosphene.training.film_strip import LayerStrip, StripLayout, frame_layout, layer_strip
 from phosphene.training.gradient_norms import GradientNorms
 from phosphene.training.gradient_plot import curves
 from phosphene.training.history import History
@@ -64,17 +64,17 @@ class TrainingPictures:
 
 def card_picture(strip: LayerStrip) -> Picture:
     """Return a few filters of a layer after the last epoch, small."""
-    sizes = strip.look.sizes()
+    sizes = strip.timeline.sizes()
     size = next((size for size in sizes if max(size) <= CARD_TILE), sizes[-1])
-    filters = min(CARD_FILTERS, strip.look.shape[0])
+    filters = min(CARD_FILTERS, strip.timeline.shape[0])
     plan = StripLayout(size, filters, 1, min(CARD_COLUMNS, filters), [])
-    return strip.mosaic(strip.sized(strip.look.epochs[-1], plan), plan)
+    return strip.mosaic(strip.resized_tiles(strip.timeline.epochs[-1], plan), plan)
 
 
 def film_frame(strip: LayerStrip, epoch: int) -> Picture:
     """Return the sheet of a layer after an epoch, as a film has it."""
-    plan = frame_plan(strip.look)
-    return strip.frame(epoch, plan, strip.said(plan, "row" if plan.lines > 1 else "", "column", "frame")[:-1])
+    plan = frame_layout(strip.timeline)
+    return strip.frame(epoch, plan, strip.caption_parts(plan, "row" if plan.lines > 1 else "", "column", "frame")[:-1])
 
 
 def png(picture: Picture, facts: Mapping[str, Any]) -> bytes:
