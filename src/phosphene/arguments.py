@@ -1,7 +1,5 @@
 """Checks of arguments that many functions share: each returns the value as a Python number, or refuses it."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ Every error is a `PhospheneError` and also the builtin exception that fits it, s
 knowing this module. The command line turns a `PhospheneError` into one sentence and exit code 2.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Iterable
@@ -104,14 +102,10 @@ def first_line(error: BaseException) -> str:
 
 
 def require_extra(module: str, extra: str) -> Any:
-    """Return an optional package.
-
-    Args:
-        module: the name to import.
-        extra: the extra of this package that installs it.
+    """Return an optional module, which an extra of this package installs.
 
     Raises:
-        ExtraMissing: it cannot be imported; the message holds the command that installs it.
+        ExtraMissing: it cannot be imported; the message has the line that installs it.
     """
     try:
         return importlib.import_module(module)

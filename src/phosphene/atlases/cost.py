@@ -1,7 +1,5 @@
 """What an atlas will cost: its jobs, seconds and bytes, from a few short renders."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace

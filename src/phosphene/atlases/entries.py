@@ -4,8 +4,6 @@ The name of an entry follows from the plan. If jobs have failed, the entry holds
 once they are done.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet

@@ -1,7 +1,5 @@
 """The film of a job: how its pictures came about, as small tiles in one file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

@@ -4,8 +4,6 @@ A job is a batch of filters of one layer. Its identity is the digest of its spec
 else that determines its pictures. Two jobs with the same digest make the same pictures, wherever they run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

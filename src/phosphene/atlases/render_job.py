@@ -1,7 +1,5 @@
 """Rendering one job: its pictures, film and measurements, as the bytes of files. Nothing is written here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

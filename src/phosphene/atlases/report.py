@@ -1,7 +1,5 @@
 """The report on an atlas: a page and a table of all verdicts, made from its store alone."""
 
-from __future__ import annotations
-
 import csv
 import io
 from bisect import bisect_right

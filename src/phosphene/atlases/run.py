@@ -4,8 +4,6 @@ Only the driver writes. It stores each job as soon as it is finished, so that a 
 any way, and the next one continues it.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager

@@ -1,7 +1,5 @@
 """Verdicts and their figures as text, for the report and for the page."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -18,8 +18,6 @@ neither picture does. A verdict rests on the figures that exist: without photos 
 A picture is dead if the render says so, or if it excites its channel exactly as a grey picture does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The command line: its commands, exit codes and error messages."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

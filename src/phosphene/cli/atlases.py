@@ -1,7 +1,5 @@
 """The commands of an atlas: `atlas` makes one, `report` shows it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The command `demo`: what filters of trained networks respond to, as a store, and what a network makes of a photo."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from importlib.resources import as_file, files
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command that lists a network: `layers`."""
 
-from __future__ import annotations
-
 import json
 
 from phosphene.cli.options import AsJson, OpenModel, Quiet, takes_model

@@ -1,7 +1,5 @@
 """The options that commands share, and the model that they name."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

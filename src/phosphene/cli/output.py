@@ -1,7 +1,5 @@
 """What the command line prints: paths and JSON to stdout, progress and remarks to stderr. Nothing else prints."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

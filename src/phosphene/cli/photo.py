@@ -1,7 +1,5 @@
 """The commands that look at a photo: `activations` and `cam`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The commands that render: `filters` and `dream`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands that look at weights, `kernels`, and at how a training made them, `strip` and `gradients`."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

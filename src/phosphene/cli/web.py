@@ -1,11 +1,9 @@
 """The commands of the page: `serve` shows a store or a training in a browser, `export` writes it as plain files."""
 
-from __future__ import annotations
-
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,15 +26,18 @@ from phosphene.cli.options import (
     load_from_options,
 )
 from phosphene.cli.output import progress, report, to_stderr, to_stdout
-from phosphene.errors import ExtraMissing, InvalidRequest
+from phosphene.errors import InvalidRequest, require_extra
 from phosphene.network.loading import torch_device
 from phosphene.storage.atomic import check_writable
 from phosphene.training.history import History
+from phosphene.web.export import export as export_site
+from phosphene.web.live.render_queue import RenderQueue
+from phosphene.web.site import Site
 from phosphene.web.store_reader import StoreReader, stores_and_records_at
 from phosphene.web.urls import layer_slug
 from phosphene.web.views.training import TrainingView
 
-PACKAGES = ("jinja2", "starlette", "uvicorn")  # of the extra
+PACKAGES = ("starlette", "uvicorn")
 Place = Annotated[
     str, typer.Argument(metavar="PLACE", help="a store, the folder of a recorded training, or a folder of these")
 ]
@@ -80,16 +81,16 @@ def serve_place(
     network: OpenModel | None = None,
 ) -> None:
     """Show a place in a browser until the program is stopped; `ready` is called with the address."""
-    with requires_web_extra():
-        from phosphene.web import server, site
-        from phosphene.web.live.render_queue import RenderQueue
-        from phosphene.web.live.routes import live_routes
+    check_web_extra()
+    from phosphene.web import server
+    from phosphene.web.live.routes import live_routes
+
     contents = stores_and_records_at(place)
     with closing(server.listening(host, port)) as listener:
         reader = StoreReader(contents.stores)
         queue = RenderQueue(reader, str(torch_device(device)), network() if network else None)
         application = server.application(
-            site.Site(reader, trainings(contents.histories), True, contents.damaged),
+            Site(reader, trainings(contents.histories), True, contents.damaged),
             live_routes(queue),
             names_of(host, listener),
             token,
@@ -117,24 +118,14 @@ def check(options: dict[str, Any], token: str | None) -> None:
     torch_device(options["device"])
 
 
-@contextmanager
-def requires_web_extra() -> Iterator[None]:
-    """Turn the failed import of a package that the page needs into the advice to install it."""
-    try:
-        yield
-    except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in PACKAGES:
-            raise
-        raise ExtraMissing(
-            f"the page needs {package}, which is not installed; install it with: pip install 'phosphene[web]'"
-        ) from error
-
-
 def check_web_extra() -> None:
-    """Check before the work that the page can be served afterwards."""
-    with requires_web_extra():
-        import phosphene.web.server  # noqa: F401
+    """Refuse to go on without the packages of the server, before the work.
+
+    Raises:
+        ExtraMissing: one of them is not installed.
+    """
+    for package in PACKAGES:
+        require_extra(package, "web")
 
 
 def trainings(histories: Sequence[History]) -> list[TrainingView]:
@@ -193,9 +184,6 @@ def export(
 ) -> None:
     """Write an atlas or a training as plain files that need no server."""
     check_writable(out, folder=True)
-    with requires_web_extra():
-        from phosphene.web.export import export as export_site
-        from phosphene.web.site import Site
     contents = stores_and_records_at(place)
     pages = Site(StoreReader(contents.stores), trainings(contents.histories), damaged=contents.damaged)
     with progress("export", "files", quiet) as advance:

@@ -3,8 +3,6 @@
 evidence/<digest>/partial.safetensors        during a pass: the result of the first chunks; see also `statistics`
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -49,8 +47,7 @@ def evidence(
 ) -> Evidence:
     """Return what photos do to every channel of layers, from one pass that ends at the deepest of them.
 
-    The memory that it takes depends on the channels and on `top`, not on how many photos there are. A photo that cannot
-    be read is left out and named.
+    Its memory depends on the channels and `top`, not on the number of photos. Unreadable photos are left out and named.
 
     Args:
         model: from `load`; it is used as it is and left as it was.
@@ -69,8 +66,8 @@ def evidence(
         PhotoRefused: the source is none, or not one photo of it can be read.
 
     Example:
-        >>> found = evidence(load("builtin/vgg19"), "holiday", "block3*", size=128)
-        >>> found["block3_conv1"].photos[7]     # the nine photos that channel 7 answers to most
+        >>> result = evidence(load("builtin/vgg19"), "holiday", "block3*", size=128)
+        >>> result["block3_conv1"].photos[7]     # the nine photos that channel 7 answers to most
     """
     photo_pass = plan_photo_pass(model, photos, layers, size, top)
     digest = digest_of(photo_pass.spec)

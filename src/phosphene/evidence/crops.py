@@ -5,8 +5,6 @@ there; the part of it outside the photo is grey. If the field is unknown or hold
 The photos whole, as the network saw them, are small tiles in the order of their numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple

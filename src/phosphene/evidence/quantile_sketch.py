@@ -9,8 +9,6 @@ A quantile is off by at most 1.1 % of itself (`RELATIVE`), or by 0.4 % of the la
 is more.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Writing on pictures: titles, axis labels, tables and colour bars."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """Display rules and colour maps: from the values of a tensor to the levels of a screen."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

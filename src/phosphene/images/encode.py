@@ -1,7 +1,5 @@
 """Pictures as the bytes of files, and back: PNG with metadata, WebP, GIF and MP4."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """One image tensor as a picture, tiles for dead filters and blank channels, and mosaics and grids of pictures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Photos: reading them, and fitting them to the input size of a network."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sprite sheets: all pictures of a layer, small, in a few files, so that a browser loads a handful of files a layer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The summary of activations as pictures: a table of layers, and a plot over the depth of the network."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

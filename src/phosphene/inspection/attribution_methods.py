@@ -9,8 +9,6 @@ are as large as the images. Guided backpropagation is not among them: its pictur
 weights are randomised, so they show edges of the photo, not the network (Adebayo et al. 2018, arXiv:1810.03292).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Statistics of a layer's channels for one photo: lowest, mean and highest value, zeros, blank and broken channels."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

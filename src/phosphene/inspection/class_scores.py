@@ -1,7 +1,5 @@
 """Class scores: which logit a class has, its probability, and finding a class by its name."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The layer at which a heat map is taken by default."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The result of explaining: where on a photo the evidence for a class lies, as a map and as pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Drawing a heat map on a photo: the colours, the legend, and the sentence on an empty map."""
 
-from __future__ import annotations
-
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor

@@ -4,8 +4,6 @@ Folding is right only if nothing else reads what the convolution returned, or us
 watches a forward pass and notes which operation made, read and changed which tensor; from that it returns the pairs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -6,8 +6,6 @@ the rest of the network a copy OF that one. So values and gradients are both rig
 input or keeps a reference to its output. The forward pass stops at the last layer wanted, by `StopForward`.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import random

@@ -1,7 +1,5 @@
 """Ranges of channels as people type them: `0:64`, `3,7,11`, `all`."""
 
-from __future__ import annotations
-
 import re
 
 from phosphene.errors import ChannelNotFound, InvalidRequest

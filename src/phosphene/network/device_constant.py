@@ -1,7 +1,5 @@
 """Constants on a device: copied there once, so that no step of a loop has to wait for them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The map of the image that a layer's output holds: in any layout, or as tokens that stand for patches."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Memory: how much is free, what to do when it runs out, and how to lay out and keep what a forward pass needs."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

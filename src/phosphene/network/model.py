@@ -5,8 +5,6 @@ and (b, c) for vectors. Kernels are (out, in, kh, kw). Mean and standard deviati
 handle's business, inside `Model.forward`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Watching the tensor operations of a forward pass: what any observer of them needs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

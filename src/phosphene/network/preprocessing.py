@@ -1,7 +1,5 @@
 """The preprocessing of images that a network expects."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """What each tensor operation does to the receptive field of its first argument."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

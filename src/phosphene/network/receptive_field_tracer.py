@@ -1,7 +1,5 @@
 """Following receptive fields through the tensor operations of a forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import MutableMapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The survey of a network: one forward pass from which the table of its layers follows."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ together (Olah et al. 2017). The matrix was measured over 1,000 natural photos b
 k is the RGB change of one standard deviation along the k-th principal colour (light, blue-yellow, green-magenta).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

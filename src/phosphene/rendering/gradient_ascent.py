@@ -1,7 +1,5 @@
 """Gradient ascent: one batch of images up the gradient of an objective. The plain loop, on a page."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext

@@ -4,8 +4,6 @@ Each is a function of the image's shape (n, c, h, w), a start, and options; it r
 either an image (n, c, h, w) in [0, 1], or the `RandomDraws` for a random start. `like` has the device and dtype.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Rendering: the picture that excites an objective most, found by gradient ascent from noise."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The result of rendering: pictures, their scores, and the request that made them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property

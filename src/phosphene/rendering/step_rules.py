@@ -4,8 +4,6 @@ The gradient is that of the score, so an update is ADDED. Every statistic is tak
 row k never depends on another row. A rule keeps its `state` between steps; it is None at the start of each scale.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

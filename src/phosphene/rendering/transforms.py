@@ -5,8 +5,6 @@ fragile pattern of pixels (Olah et al., "Feature Visualization", Distill 2017). 
 random generator, so that its random numbers do not depend on the rest of the batch.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Writing results: every file appears whole or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

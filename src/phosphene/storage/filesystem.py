@@ -3,8 +3,6 @@
 Errors of the disk or the connection are passed on; `store` turns them into a sentence.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -7,8 +7,6 @@ jobs/<digest>/error.json                     why there is no manifest
 The same content gives the same bytes, whoever writes it and however often: no times, no names of machines.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

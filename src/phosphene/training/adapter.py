@@ -1,7 +1,5 @@
 """What a Recorder needs to know of a network in training: for any framework, and how a PyTorch network gives it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """How many bytes a record takes on the disk, and whether its cap allows that."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is recorded of one epoch, and how it is written as JSON."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Film strips: how a layer looked over a training, as rows of a picture or frames of a film, one for each epoch."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Gradient curves: how large the gradient of every weight was, epoch by epoch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

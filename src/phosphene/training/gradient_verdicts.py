@@ -1,7 +1,5 @@
 """What is wrong with the gradients of a training, in words."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

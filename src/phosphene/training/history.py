@@ -5,8 +5,6 @@ runs/a/epochs/000003/kernels.safetensors, gradients.safetensors, filters/*.png
 runs/a/epochs/000003/manifest.json   written last: without it the epoch does not count
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence

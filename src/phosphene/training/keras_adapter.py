@@ -1,7 +1,5 @@
 """What a Recorder needs to know of a Keras network in training, on the backend that its Keras runs on."""
 
-from __future__ import annotations
-
 from functools import partial
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """The gradient of a Keras network's total loss, differentiated by the backend that Keras runs on."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

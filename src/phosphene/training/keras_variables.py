@@ -1,7 +1,5 @@
 """The variables of a Keras network in training, on any backend: its weights as torch tensors, its state restored."""
 
-from __future__ import annotations
-
 import importlib
 import random
 import sys

@@ -1,7 +1,5 @@
 """The pictures of a layer after each epoch of a training: of its kernels, or of filters that were rendered."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

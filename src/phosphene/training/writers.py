@@ -5,8 +5,6 @@ entries that are 0), `gradient_nonfinite_batches/` where there are any, `gradien
 `filters/`.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType

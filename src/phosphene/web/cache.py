@@ -1,7 +1,5 @@
 """A cache of what was read recently, bounded by a total size and, if asked for, by the age of each entry."""
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable

@@ -1,7 +1,5 @@
 """Write the site as plain files, for any web host or for none."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath

@@ -5,8 +5,6 @@ which it could if its own name led here (DNS rebinding), so `Host` is checked; a
 `Origin` and `Sec-Fetch-Site` are checked.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import html

@@ -1,7 +1,5 @@
 """Serve the site over HTTP, together with the live routes."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import hashlib

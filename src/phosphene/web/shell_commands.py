@@ -1,7 +1,5 @@
 """The shell commands that the page offers for copying."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from typing import Any

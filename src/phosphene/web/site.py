@@ -1,7 +1,5 @@
 """The site: the content of each path. A server answers with it, an export writes it to files."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -3,8 +3,6 @@
 What was read is cached for a few seconds only, so that the page follows a store that still grows.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

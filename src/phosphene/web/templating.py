@@ -1,7 +1,5 @@
 """Render templates. Pages link to each other by relative paths, so that they work from a server and from a file."""
 
-from __future__ import annotations
-
 import posixpath
 from functools import cache, partial
 from typing import Any

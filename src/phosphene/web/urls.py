@@ -1,7 +1,5 @@
 """Paths in the site: of layers, filters and files, and of sprite tiles, which are parts of image files."""
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ The workers are programs of their own, not forks and not `multiprocessing`'s, so
 `if __name__ == "__main__"`. Each has a socket to its driver, and ends when the driver ends, even if that is killed.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import signal

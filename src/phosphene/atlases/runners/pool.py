@@ -4,8 +4,6 @@ A runner takes a job only when a worker is free, and yields outcomes as jobs fin
 its caller does.
 """
 
-from __future__ import annotations
-
 import importlib
 import pickle
 from collections import Counter, deque

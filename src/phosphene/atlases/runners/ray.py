@@ -4,8 +4,6 @@ Results come back through the driver, so that the machines need not share a disk
 node, is replaced as soon as there is room for another.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import logging
 import os

@@ -4,8 +4,6 @@ An actor gets the number of a chunk of photos and returns its `Partial`. The chu
 that the result equals that of one process with as many threads, to the bit. Every machine needs the photos' files.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager

@@ -1,7 +1,5 @@
 """`load`: the `Model` handle of a reference or a model object. There is one adapter for each framework."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

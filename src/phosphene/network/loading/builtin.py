@@ -1,7 +1,5 @@
 """The two trained networks that come with the install: their weights are data files of required packages."""
 
-from __future__ import annotations
-
 import pickle
 from collections import OrderedDict
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Keras models: saved files, `keras.applications` and model objects, all on Keras' torch backend."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Configs of networks that Keras 2 wrote, upgraded to what Keras 3 reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Nothing in a file is run here, and nothing is unpacked before its size is known.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import zipfile

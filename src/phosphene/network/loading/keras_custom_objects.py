@@ -1,7 +1,5 @@
 """Custom objects in the config of a saved Keras network: what it needs beyond Keras itself, and where to import it."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """A Keras network as a plain module: how to call it, its layers by address, and the layout of its tensors."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Iterator, Mapping

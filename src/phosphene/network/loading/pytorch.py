@@ -1,7 +1,5 @@
 """PyTorch models: torchvision, timm, and the user's own callable or module."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import sys

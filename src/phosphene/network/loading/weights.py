@@ -1,7 +1,5 @@
 """Weights: read from a file without running anything in it, or drawn at random from a fixed seed."""
 
-from __future__ import annotations
-
 import pickle
 import pickletools
 import random

@@ -4,8 +4,6 @@ On a CPU, a picture's step costs the same within a tenth from eight pictures on,
 while memory grows. A GPU needs more work between two launches. Either way a batch fits the free memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from phosphene.arguments import whole_number

@@ -4,8 +4,6 @@ Under autocast, frozen weights are converted anew at every pass: at the depth of
 twenty-fifth of the time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

@@ -7,8 +7,6 @@ So every step runs the same operations on the same memory; they are captured onc
 format, and replayed (R2.1: the whole loop inside the graph). The frames are those of the plain loop within rounding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

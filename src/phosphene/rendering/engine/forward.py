@@ -13,8 +13,6 @@ Four shortcuts, each of them exact, each left out where it does not apply:
   is tried on noise first, and left out if it gives another value (`receptive_crop.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple, TypeGuard

@@ -1,7 +1,5 @@
 """Reading one number of a convolution without running it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ rounding from the start leads to another (decision 7). So bfloat16 starts after 
 finished pictures are always those of the network as it is.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Running only the part of a picture through a network that a single neuron sees."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 

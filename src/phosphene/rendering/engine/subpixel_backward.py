@@ -6,8 +6,6 @@ the kernel of each pixel, and then laid out as pixels: the sub-pixel convolution
 The stride of the convolution, which otherwise leaves holes, is handled in the same way.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager

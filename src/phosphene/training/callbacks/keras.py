@@ -1,7 +1,5 @@
 """Watching a Keras network learn: a callback for `fit`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ of which averages over the processes of distributed training; the scale of mixed
 `on_before_optimizer_step`, where the gradients are read; they are clipped; the optimizer steps.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Callable, Mapping

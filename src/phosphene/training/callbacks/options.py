@@ -1,7 +1,5 @@
 """The arguments that a callback passes on to its Recorder, which is made when the training begins."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from pathlib import Path

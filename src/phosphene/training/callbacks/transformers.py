@@ -6,8 +6,6 @@ divides out the scale of mixed precision and clips; `on_pre_optimizer_step`, whe
 steps. No callback comes before the clipping. An epoch's metrics are logged, and it is evaluated, after `on_epoch_end`.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """What the page tells of a visitor's photo: classes, a heat map, activations, and the filters that it excites most."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace

@@ -4,8 +4,6 @@ One thread renders and one looks at photos, each with networks of its own: hooks
 would interfere. Everything else happens in the thread of the event loop.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

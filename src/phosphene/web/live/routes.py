@@ -3,8 +3,6 @@
 The server stores nothing that is sent: a page sends its photo again for every question about it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator

@@ -1,7 +1,5 @@
 """The contexts of the index, network and layer templates: plain values; `views.filter` has those of one filter."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

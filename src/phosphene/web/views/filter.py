@@ -1,7 +1,5 @@
 """The context of the filter template: how the picture came about, its verdict, and how to make it again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """A training run on the page: the contexts of its view and its card, and its files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The files of a training run: its pictures and the table of its gradients, made when they are requested."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping
