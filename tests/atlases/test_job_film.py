@@ -114,11 +114,11 @@ def test_the_film_of_networks_that_see_other_than_colour(channels: int, size: tu
 def test_what_webp_cannot_hold_gets_smaller_tiles_or_no_film(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tiny_atlas(model).jobs[1]
     whole = render_job(model, job)
-    monkeypatch.setattr("phosphene.atlases.job_film.SIDE", 11)
+    monkeypatch.setattr("phosphene.atlases.job_film.MAX_SIDE", 11)
     files, manifest = render_job(model, job)
     assert manifest["film"]["tile"] == [5, 5]
     assert Image.open(io.BytesIO(files["film.webp"])).size == (20, 10)
-    monkeypatch.setattr("phosphene.atlases.job_film.SIDE", 1)
+    monkeypatch.setattr("phosphene.atlases.job_film.MAX_SIDE", 1)
     files, manifest = render_job(model, job)
     assert (sorted({*whole[0]} - {*files}), sorted({*whole[1]} - {*manifest})) == (["film.webp"], ["film"])
     assert all(whole[0][name] == content for name, content in files.items())
