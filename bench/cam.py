@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 import phosphene as ph
+from phosphene.network.memory import keep_freed_memory
 
 HERE = Path(__file__).parent
 LAYER = "layer4.2"
@@ -41,6 +42,7 @@ def set_up(name: str, module: nn.Module, model: ph.Model) -> Iterator[Tool]:
     """Set a tool up for many batches, as its documentation has it, and yield it."""
     layer, ready = module.get_submodule(LAYER), model.preprocessing
     if name == "phosphene":
+        keep_freed_memory()
         with ph.explaining(model, LAYER) as explainer:
             yield lambda images, targets: explainer.maps(images, targets)[0].clamp(min=0)
     elif name == "grad-cam":

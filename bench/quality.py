@@ -30,6 +30,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 import phosphene as ph
+from phosphene.network.memory import keep_freed_memory
 from phosphene.rendering.transforms import RandomDraws, resample
 
 HERE = Path(__file__).parent
@@ -184,6 +185,7 @@ def main() -> None:
     print(f"{'':<46}" + "".join(f"{name:>10}" for name in HEADINGS))
     rows = []
     for name in dict.fromkeys(cell.model for cell in cells):
+        keep_freed_memory()
         model = ph.load(name, device=options.device)
         here = [cell for cell in cells if cell.model == name]
         for cell, photos in photo_statistics(model, here, options.photos).items():

@@ -81,12 +81,14 @@ def address(wish: Wish) -> str:
 
 @cache
 def model_of(network: str, device: str = "cpu") -> Any:
-    """Return a network as phosphene holds it."""
+    """Return a network as phosphene holds it, in a process that keeps freed memory as the command line does."""
     import torch
     from torchvision import models
 
     import phosphene as ph
+    from phosphene.network.memory import keep_freed_memory
 
+    keep_freed_memory()
     if network == "vgg19":
         return ph.load("builtin/vgg19", device=device)
     torch.manual_seed(0)
