@@ -25,14 +25,14 @@ def test_the_networks_have_their_parameters_and_agree(capsys: pytest.CaptureFixt
     net = example.network_torch().eval()
     torch.manual_seed(0)
     network = example.network_keras()
-    assert sum(one.numel() for one in net.parameters()) == 20_802
+    assert sum(weight.numel() for weight in net.parameters()) == 20_802
     assert network.count_params() == 20_842
     assert [layer.name for layer in network.layers][4] == "conv2"
     images = torch.rand(2, 3, 224, 224)
     with torch.no_grad():
         expected = net(images).softmax(1)
-        found = network(images.permute(0, 2, 3, 1), training=False)
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-5)
+        classes = network(images.permute(0, 2, 3, 1), training=False)
+    torch.testing.assert_close(classes.cpu(), expected, rtol=0, atol=1e-5)
     example.check_size(20_842, 20_802)
     assert capsys.readouterr().out == "a network of 20,842 parameters, 20,802 of them trainable\n"
     with pytest.raises(
@@ -48,7 +48,7 @@ def test_the_drawn_pictures_are_the_same_every_time() -> None:
     again, _ = flowers.drawn(2, seed=4)
     assert torch.equal(pictures, again)
     assert not torch.equal(pictures, flowers.drawn(2, seed=5)[0])
-    assert len({one.numpy().tobytes() for one in pictures}) == 34
+    assert len({picture.numpy().tobytes() for picture in pictures}) == 34
     # other processors may round a level otherwise
     means = pictures[:20:4].float().mean((1, 2))
     torch.testing.assert_close(means, torch.tensor(MEANS), rtol=0, atol=0.2)
@@ -95,17 +95,17 @@ def test_photos_are_read_from_both_layouts(tmp_path: Path, monkeypatch: pytest.M
         flowers.photos(tmp_path / "nowhere")
 
 
-def stands(shown: np.ndarray[Any, Any], levels: np.ndarray[Any, Any], y: int, x: int, factor: int) -> bool:
+def stands(pixels: np.ndarray[Any, Any], levels: np.ndarray[Any, Any], y: int, x: int, factor: int) -> bool:
     """Return whether kernels (out, in, kh, kw) are drawn from a pixel on, a row a filter and a column a channel."""
     step = 3 * factor + 1
-    if y + 10 * step > len(shown) or x + 5 * step > len(shown[0]):
+    if y + 10 * step > len(pixels) or x + 5 * step > len(pixels[0]):
         return False
-    found = [
-        [shown[y + out * step :, x + into * step :][: 3 * factor, : 3 * factor] for into in range(5)]
+    kernels = [
+        [pixels[y + out * step :, x + into * step :][: 3 * factor, : 3 * factor] for into in range(5)]
         for out in range(10)
     ]
     wanted = levels.repeat(factor, 2).repeat(factor, 3)
-    return bool((np.abs(np.array(found) - wanted) <= 1).all())
+    return bool((np.abs(np.array(kernels) - wanted) <= 1).all())
 
 
 @pytest.mark.parametrize(("framework", "gradients", "epochs"), [("torch", "running", 2), ("keras", "epoch", 1)])
@@ -117,15 +117,15 @@ def test_the_example_records_and_draws_a_training(
     folder = tmp_path / f"{framework}-{gradients}"
     names = [*(f"kernels_{one}.png" for one in range(epochs)), "gradients.png", "filters.png", "filters.gif"]
     assert written == [folder / name for name in names]
-    said = capsys.readouterr().out
-    assert "68 pictures to train with and 17 to test with" in said
-    assert all(str(path) in said for path in written)
+    printed = capsys.readouterr().out
+    assert "68 pictures to train with and 17 to test with" in printed
+    assert all(str(path) in printed for path in written)
     history = open_history(folder / "record")
     assert len(history.weights) == 16
     record = history.record()
     assert [len(epoch) for epoch in record] == [16] * epochs
-    assert sum(one.numel() for one in record[0]) == 20_802
-    assert all(bool(one.isfinite().all()) for epoch in record for one in epoch)
+    assert sum(gradient.numel() for gradient in record[0]) == 20_802
+    assert all(bool(gradient.isfinite().all()) for epoch in record for gradient in epoch)
     assert history.entry()["gradients"]["kind"] == gradients
     assert {"loss", "accuracy", "val_accuracy"} <= set(history.metrics())
     assert len(history.filters()) == 5
@@ -133,12 +133,12 @@ def test_the_example_records_and_draws_a_training(
         kernels = history.kernels("conv2", epoch).weights.double().numpy()
         assert kernels.shape == (10, 5, 3, 3)
         levels = np.round((kernels - kernels.min()) / (kernels.max() - kernels.min()) * 255).astype(int)
-        shown = np.asarray(Image.open(folder / names[epoch]).convert("RGB"))[..., 0].astype(int)
+        pixels = np.asarray(Image.open(folder / names[epoch]).convert("RGB"))[..., 0].astype(int)
         # the sheet lies below a caption: somewhere in the picture each kernel stands as the plain formula has it,
         # enlarged by a whole factor (matplotlib's grey map is one level darker here and there)
-        places = np.argwhere(np.abs(shown - levels[0, 0, 0, 0]) <= 1)
+        places = np.argwhere(np.abs(pixels - levels[0, 0, 0, 0]) <= 1)
         factor = KernelSheet.of(torch.from_numpy(kernels)).factor
-        assert any(stands(shown, levels, int(y), int(x), factor) for y, x in places)
+        assert any(stands(pixels, levels, int(y), int(x), factor) for y, x in places)
     assert Image.open(folder / "filters.gif").n_frames == epochs
 
 

@@ -60,13 +60,13 @@ def test_layers_prints_a_row_a_layer(run: Run) -> None:
 
 def test_layers_as_json(run: Run) -> None:
     ran = run("layers", "nets:colour", "--input-size", 32, "--json")
-    told = json.loads(ran.out)
-    assert told["model"] == "nets:colour"
+    printed = json.loads(ran.out)
+    assert printed["model"] == "nets:colour"
     assert json.loads(run("layers", "nets:colour", "--input-size", "32x48", "--json").out)["layers"][0]["size"] == [
         32,
         48,
     ]
-    assert told["layers"][3]["receptive_field"] == {"size": [8, 8], "stride": [2.0, 2.0], "padding": [3.0, 3.0]}
+    assert printed["layers"][3]["receptive_field"] == {"size": [8, 8], "stride": [2.0, 2.0], "padding": [3.0, 3.0]}
 
 
 def test_filters_writes_one_sheet_and_prints_its_path(run: Run, tmp_path: Path) -> None:
@@ -75,11 +75,11 @@ def test_filters_writes_one_sheet_and_prints_its_path(run: Run, tmp_path: Path) 
     assert "convolution 1 is .3" in ran.err
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (16 * 2 + 5, 16 * 2 + 5)
-        told = json.loads(sheet.text["phosphene"])  # type: ignore[attr-defined]
-    assert told["model"] == "nets:colour"
-    assert told["layers"] == [".3"]
-    assert told["objective"]["channels"] == [0, 1, 2, 9]
-    assert (told["recipe"]["name"], told["recipe"]["seed"]) == ("fourier", 0)
+        metadata = json.loads(sheet.text["phosphene"])  # type: ignore[attr-defined]
+    assert metadata["model"] == "nets:colour"
+    assert metadata["layers"] == [".3"]
+    assert metadata["objective"]["channels"] == [0, 1, 2, 9]
+    assert (metadata["recipe"]["name"], metadata["recipe"]["seed"]) == ("fourier", 0)
 
 
 def test_filters_into_a_folder_writes_a_file_a_filter(run: Run, tmp_path: Path) -> None:
@@ -89,14 +89,14 @@ def test_filters_into_a_folder_writes_a_file_a_filter(run: Run, tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == sorted(names)
     manifest = json.loads((tmp_path / "sheets/manifest.json").read_text())
     assert [one["file"] for one in manifest["pictures"]] == names[:2]
-    with Image.open(tmp_path / "sheets" / names[1]) as one:
-        assert json.loads(one.text["phosphene"])["picture"] == "filter_7"  # type: ignore[attr-defined]
+    with Image.open(tmp_path / "sheets" / names[1]) as picture:
+        assert json.loads(picture.text["phosphene"])["picture"] == "filter_7"  # type: ignore[attr-defined]
 
 
 def test_by_default_the_first_64_filters_or_all_there_are(run: Run) -> None:
-    told = [json.loads(run("filters", "nets:colour", layer, *QUICK, "--json").out) for layer in (0, 1)]
-    assert [len(one["pictures"]) for one in told] == [6, 64]
-    assert told[0]["files"] == ["layer_.0.png"]
+    printed = [json.loads(run("filters", "nets:colour", layer, *QUICK, "--json").out) for layer in (0, 1)]
+    assert [len(sheet["pictures"]) for sheet in printed] == [6, 64]
+    assert printed[0]["files"] == ["layer_.0.png"]
 
 
 def test_all_channels_and_a_film(run: Run, tmp_path: Path) -> None:
@@ -314,8 +314,8 @@ def test_activations_writes_a_grid_a_layer_and_a_summary(run: Run, tmp_path: Pat
     names = ["activations_.0.png", "activations_.3.png", "summary.png", "manifest.json"]
     assert (ran.code, ran.out.split()) == (0, [f"activations/{name}" for name in names])
     assert sorted(path.name for path in (tmp_path / "activations").iterdir()) == sorted(names)
-    told = json.loads(run("activations", "nets:colour", "photo.png", "--layers", ".3", "--json").out)
-    assert [(row["layer"], row["channels"]) for row in told["layers"]] == [(".3", 70)]
+    printed = json.loads(run("activations", "nets:colour", "photo.png", "--layers", ".3", "--json").out)
+    assert [(row["layer"], row["channels"]) for row in printed["layers"]] == [(".3", 70)]
 
 
 def test_cam_lays_the_heat_on_the_photo_and_says_the_classes(run: Run, tmp_path: Path) -> None:
@@ -328,10 +328,10 @@ def test_cam_lays_the_heat_on_the_photo_and_says_the_classes(run: Run, tmp_path:
     assert len(shares) == 4
     assert sum(shares) == pytest.approx(100, abs=0.3)
     with Image.open(tmp_path / "cam.png") as drawn:
-        told = json.loads(drawn.text["phosphene"])  # type: ignore[attr-defined]
+        metadata = json.loads(drawn.text["phosphene"])  # type: ignore[attr-defined]
         assert drawn.size == (60, 40)
-    assert told["model"] == "nets:colour"
-    assert told["method"] == "gradcam"
+    assert metadata["model"] == "nets:colour"
+    assert metadata["method"] == "gradcam"
 
 
 def test_cam_says_what_to_mind_about_a_method(run: Run, tmp_path: Path) -> None:

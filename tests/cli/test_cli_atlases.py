@@ -42,10 +42,10 @@ def test_an_atlas_is_made_and_gone_on_with(run: Run, tmp_path: Path) -> None:
     assert "2 of 2 jobs are done; " in first.err
     assert "a page of it: phosphene report s" in first.err
     again = run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--json", "--quiet")
-    told = json.loads(again.out)
-    assert (told["jobs"], told["done"], told["rendered"], told["failed"]) == (4, 4, 2, {})
-    assert told["files"] == [f"s/atlases/{told['atlas']}/manifest.json"]
-    assert (again.code, again.err, sum(told["verdicts"].values())) == (0, "", 14)
+    printed = json.loads(again.out)
+    assert (printed["jobs"], printed["done"], printed["rendered"], printed["failed"]) == (4, 4, 2, {})
+    assert printed["files"] == [f"s/atlases/{printed['atlas']}/manifest.json"]
+    assert (again.code, again.err, sum(printed["verdicts"].values())) == (0, "", 14)
     before = contents(tmp_path / "s")
     assert json.loads(run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--json").out)["rendered"] == 0
     assert contents(tmp_path / "s") == before
@@ -59,9 +59,9 @@ def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(run: Run, tmp_path
     assert lines[3].endswith(" MB of pictures")
     assert not (tmp_path / "s").exists()
     run("atlas", "nets_atlas:tiny", "--store", "s", "--layers", ".0", *OPTIONS)
-    told = json.loads(run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--dry-run", "--json").out)
-    assert (told["jobs"], told["filters"], told["missing"], told["workers"]) == (4, 14, 2, 1)
-    assert told["bytes"] > 0
+    cost = json.loads(run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--dry-run", "--json").out)
+    assert (cost["jobs"], cost["filters"], cost["missing"], cost["workers"]) == (4, 14, 2, 1)
+    assert cost["bytes"] > 0
     partly = run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--dry-run").out
     assert partly.startswith("4 jobs, of which 2 are done\n")
 
@@ -128,8 +128,8 @@ def test_the_report_is_a_page_and_a_table(run: Run, tmp_path: Path) -> None:
     assert "nets_atlas:tiny" in (tmp_path / "page.html").read_text()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "page.csv").read_text())))
     assert [(row["layer"], row["channel"]) for row in rows] == [
-        *((".0", str(one)) for one in range(6)),
-        *((".2", str(one)) for one in range(8)),
+        *((".0", str(channel)) for channel in range(6)),
+        *((".2", str(channel)) for channel in range(8)),
     ]
     assert all(float(row["excitation"]) == float(row["excitation"]) for row in rows if row["excitation"])
 

@@ -46,16 +46,16 @@ def history(tmp_path: Path) -> History:
     return record_of(tmp_path / "run", kernels, metrics, gradients, SHAPES)
 
 
-def told(path: Path) -> dict[str, Any]:
+def metadata_of(path: Path) -> dict[str, Any]:
     with Image.open(path) as image:
-        found: dict[str, Any] = json.loads(image.text["phosphene"])  # type: ignore[attr-defined]
-        return found
+        metadata: dict[str, Any] = json.loads(image.text["phosphene"])  # type: ignore[attr-defined]
+        return metadata
 
 
 def test_kernels_of_an_epoch_are_that_epoch_s(run: Run, history: History, tmp_path: Path) -> None:
     ran = run("kernels", "run", "conv2", "--epoch", 1, "--style", "grey")
     assert (ran.code, ran.out, ran.err) == (0, "kernels_conv2_epoch_1.png\n", "")
-    facts = told(tmp_path / "kernels_conv2_epoch_1.png")
+    facts = metadata_of(tmp_path / "kernels_conv2_epoch_1.png")
     assert (facts["run"], facts["layer"], facts["epoch"], facts["style"]) == ("run", "conv2", 1, "grey")
     with Image.open(tmp_path / "kernels_conv2_epoch_1.png") as sheet:
         page = np.asarray(sheet)
@@ -82,7 +82,7 @@ def test_kernels_of_a_run_are_by_default_the_last_epoch_s(run: Run, history: His
 def test_kernels_of_a_model_in_grey(run: Run, tmp_path: Path) -> None:
     options = ("--input-size", 16, "--channels-in", 2, "--quiet")
     assert run("kernels", "training_nets:net", 0, "--style", "grey", *options).out == "kernels_.0.png\n"
-    facts = told(tmp_path / "kernels_.0.png")
+    facts = metadata_of(tmp_path / "kernels_.0.png")
     assert (facts["style"], facts["model"]) == ("grey", "training_nets:net")
     with Image.open(tmp_path / "kernels_.0.png") as sheet:
         page = np.asarray(sheet)
@@ -94,7 +94,7 @@ def test_strip_writes_what_python_draws(run: Run, history: History, tmp_path: Pa
     assert (ran.code, ran.out, ran.err) == (0, "strip_conv2.png\n", "")
     with Image.open(tmp_path / "strip_conv2.png") as page:
         assert np.array_equal(np.asarray(page), np.asarray(strip(open_history("run"), "conv2")))
-    facts = told(tmp_path / "strip_conv2.png")
+    facts = metadata_of(tmp_path / "strip_conv2.png")
     assert (facts["run"], facts["layer"], facts["epochs"]) == ("run", "conv2", [0, 1, 2])
 
 
@@ -113,11 +113,11 @@ def test_gradients_writes_the_curves_and_says_what_is_wrong(run: Run, history: H
     assert sentence.startswith(
         "vanishing: the gradient of conv1.weight is less than 0.001 of the last layer's in epoch 2"
     )
-    assert told(tmp_path / "gradients.png")["verdicts"] == [sentence]
-    found = json.loads(run("gradients", "run", "--json").out)
-    assert (found["files"], found["verdicts"], found["epochs"]) == (["gradients.png"], [sentence], [0, 1, 2])
-    assert found["weights"][0]["norm"] == pytest.approx(1e-6)
-    assert not math.isnan(found["weights"][1]["ratio"])
+    assert metadata_of(tmp_path / "gradients.png")["verdicts"] == [sentence]
+    printed = json.loads(run("gradients", "run", "--json").out)
+    assert (printed["files"], printed["verdicts"], printed["epochs"]) == (["gradients.png"], [sentence], [0, 1, 2])
+    assert printed["weights"][0]["norm"] == pytest.approx(1e-6)
+    assert not math.isnan(printed["weights"][1]["ratio"])
 
 
 BAD: dict[str, tuple[tuple[object, ...], str]] = {

@@ -33,7 +33,7 @@ def command_line(
         monkeypatch.setattr(sys, "argv", ["phosphene", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        shown = capsys.readouterr()
-        return Ran(int(str(ended.value.code or 0)), shown.out, shown.err)
+        captured = capsys.readouterr()
+        return Ran(int(str(ended.value.code or 0)), captured.out, captured.err)
 
     return command
