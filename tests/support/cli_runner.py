@@ -8,8 +8,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 from phosphene import cli
+
+QUICK = ("--size", 16, "--steps", 2)
+NETS = '''
+from torch import nn
+
+
+def colour():
+    """Two convolutions and a classifier, for pictures of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(6, 70, 3, padding=1),
+        nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(70, 4),
+    )
+
+
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 28 * 28, 2))
+
+
+def broken():
+    net = colour()
+    nn.init.constant_(net[3].weight, float("nan"))
+    return net
+'''
 
 
 class Ran(NamedTuple):
@@ -37,3 +61,7 @@ def command_line(
         return Ran(int(str(ended.value.code or 0)), captured.out, captured.err)
 
     return command
+
+
+def gradient(path: Path, width: int, height: int) -> None:
+    Image.linear_gradient("L").resize((width, height)).convert("RGB").save(path)
