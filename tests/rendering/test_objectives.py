@@ -165,8 +165,8 @@ def anything(value: Any) -> Any:
         (lambda: anything(ph.channel("map", 0)) * ph.l2(), "multiplied by a number, not by another objective"),
         (lambda: anything(ph.channel("map", 0)) * "2", "multiplied by a number, not '2'"),
         (lambda: anything(ph.channel("map", 0)) * float("nan"), "multiplied by a number, not nan"),
-        (lambda: anything(ph.channel("map", 0)) + "2", "another objective or a number is added, not '2'"),
-        (lambda: ph.direction("map", [0.0, 0.0]), "not all zero in a row"),
+        (lambda: anything(ph.channel("map", 0)) + "2", "another objective or a number, not '2'"),
+        (lambda: ph.direction("map", [0.0, 0.0]), "no row is all zero"),
         (lambda: ph.direction("map", [1.0, float("nan")]), "finite numbers"),
         (lambda: ph.direction("map", torch.ones(2, 3, 3)), r"a vector \(c,\) or a table \(n, c\)"),
         (lambda: ph.neuron("map", 0, (1, 2, 3)), r"\(row, column\), not \(1, 2, 3\)"),  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ def test_adam_with_a_window_divides_by_what_is_typical_around(shape: tuple[int, 
 
 @pytest.mark.parametrize("window", [0, 2, -3])
 def test_a_window_is_an_odd_number(window: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"an odd number of places, not {window}"):
+    with pytest.raises(InvalidRequest, match=f"an odd number of entries, not {window}"):
         normalised_adam(0.1, window=window)
 
 

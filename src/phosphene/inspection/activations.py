@@ -25,10 +25,10 @@ from phosphene.network.memory import is_out_of_memory
 from phosphene.network.model import Model
 from phosphene.storage.atomic import check_writable, write_file, write_manifest
 
-COLUMNS, GAP = 16, 2  # channels a row (R4.1), and pixels between them
+COLUMNS, GAP = 16, 2  # channels per row (R4.1), and pixels between them
 TILE_SIDES, CHANNEL_SIDES = (40, 160), (480, 1600)  # least and most pixels of a map's longer side: in a grid, alone
 PAGE_HEIGHT, PAGE_ROWS = 4096, 32  # most pixels and rows of a page
-LONG_VECTOR, NUMBER_SIDE = 64, 12  # numbers from which on a vector has rows of 64, and 64 of them; pixels of each
+LONG_VECTOR, NUMBER_SIDE = 64, 12  # a longer vector has pages of 64 rows of 64 numbers; pixels of each
 TABLE_ROWS = 40  # layers on a page of the summary
 
 
@@ -58,7 +58,7 @@ def activations(model: Model, photo: Tensor, layers: str | Sequence[str | int] =
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"the activations of {len(paths)} layers do not fit the memory; choose fewer") from error
+        raise OutOfMemory(f"the activations of {len(paths)} layers do not fit in memory; choose fewer") from error
     spec = {
         **model.origin,
         "layers": layers if isinstance(layers, str) else paths,
@@ -166,7 +166,7 @@ class Activations(Mapping[str, Tensor]):
         return captions.with_caption(picture, f"{path} · channel {number}", note)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return in JSON terms a row a layer: how abstract it is (map size) and how sparse (share of blank channels).
+        """Return a row per layer, as JSON values: how abstract it is (map size), how sparse (share of blank channels).
 
         `blank` is the share of blank channels; `silent` that of channels that are nowhere above 0, so that no ReLU
         would let anything of them through; `broken` that of channels with NaN or infinity, which all other numbers
@@ -184,7 +184,7 @@ class Activations(Mapping[str, Tensor]):
         return math.ceil(len(self) / TABLE_ROWS)
 
     def summary_picture(self, page: int = 0) -> display.Picture:
-        """Return a page of the summary: a row a layer, and on the first page map size and blank channels over depth.
+        """Return a page of the summary: a row per layer, and on the first page map size and blank channels over depth.
 
         Raises:
             InvalidRequest: there is no such page.
@@ -244,7 +244,7 @@ def as_maps(value: Tensor, is_map: bool, size: Sequence[int]) -> Tensor:
     """Return what a layer computed as maps (channels, h, w).
 
     A vector becomes maps of 1×1. Tokens (n, c) are laid out in the grid that fits an input of `size` (h, w), without
-    class tokens; if none fits they stay one matrix. Of (h, w, c) the last are the channels.
+    class tokens; if none fits they stay one matrix. The last dimension of (h, w, c) holds the channels.
     """
     if value.dim() < 2:
         return value.reshape(-1, 1, 1)
@@ -252,7 +252,7 @@ def as_maps(value: Tensor, is_map: bool, size: Sequence[int]) -> Tensor:
         sides = (1, 1) if len(value) == 1 else token_grid(len(value), (size[0], size[1]))
         return value[-math.prod(sides) :].T.reshape(-1, *sides) if sides else value[None]
     if value.dim() == 3:
-        last = not is_map and value.shape[1] != value.shape[2]  # equal ones: attention, (heads, tokens, tokens)
+        last = not is_map and value.shape[1] != value.shape[2]  # attention is (heads, tokens, tokens)
         return value.permute(2, 0, 1) if last else value
     return value.reshape(len(value), -1, value.shape[-1])
 
@@ -275,7 +275,7 @@ def tile_size(maps: Tensor, smallest: int, largest: int) -> tuple[int, int]:
 
 
 def page_layout(maps: Tensor) -> tuple[tuple[int, int], int, int]:
-    """Return the size (h, w) of a map on a page, how many a row holds, and how many a page."""
+    """Return the size (h, w) of a map on a page, and how many fit in a row and on a page."""
     long = maps.shape[1:] == (1, 1) and len(maps) > LONG_VECTOR
     size = tile_size(maps, NUMBER_SIDE if long else TILE_SIDES[0], TILE_SIDES[1])
     columns, rows = (LONG_VECTOR, LONG_VECTOR) if long else (COLUMNS, PAGE_ROWS)

@@ -70,7 +70,7 @@ def eigencam(acts: Tensor, grads: Tensor) -> Tensor:
     Not centred, as in the paper. A principal component has no sign of its own: here it agrees with the activations,
     in that the map and the activations' sum over channels have a product of at least 0. The gradients are NOT used:
     the map is the same for every class, and for a network whose classifier is randomised. It shows what the layer
-    answers to most, and explains no decision.
+    responds to most, and explains no decision.
     """
     flat = acts.flatten(2)
     _, strengths, patterns = torch.linalg.svd(flat, full_matrices=False)

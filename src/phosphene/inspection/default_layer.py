@@ -19,8 +19,8 @@ def default_layer(model: Model) -> Layer:
     That is the last convolution or normalisation with a map larger than 1×1, or the last block with the same map size
     that follows or ends with it: the last convolution of VGG16 (14×14, as in R4.3) rather than the 7×7 that is pooled
     from it; `layer4` of a ResNet. A bare activation function does not count: the map before it also holds what speaks
-    against the class, which makes it sharper (`bench/mosaics.py`). Where tokens take part, the class scores must depend
-    on the layer's positions: in a ViT only the class token counts after the last attention, so it is the first
+    against the class, which makes it sharper (`bench/mosaics.py`). In networks with tokens, the class scores must
+    depend on the layer's positions: in a ViT only the class token counts after the last attention, so it is the first
     normalisation of the last block.
 
     Raises:

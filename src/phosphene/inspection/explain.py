@@ -25,7 +25,7 @@ from phosphene.network.model import Model
 Address = str | int
 Target = int | str | None
 TOP = 5  # classes that a heat map names
-LEAST_BATCH = 4  # images from which on it pays to lay the weights out anew
+LEAST_BATCH = 4  # fewest images for which it pays to lay out the weights anew
 
 
 def explain(
@@ -187,7 +187,7 @@ class Explainer:
         """Return the class scores (b, k) from what `read` returned for `count` images.
 
         Raises:
-            LayerRefused: what stands in their place is no (b, k).
+            LayerRefused: the tensor read in their place is not (b, k).
         """
         logits = values[self.model.logits]
         if logits.dim() != 2 or len(logits) != count or not logits.is_floating_point():

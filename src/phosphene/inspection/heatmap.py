@@ -72,7 +72,7 @@ class Heatmap:
 
     @property
     def heat(self) -> Tensor:
-        """The map for the eye, (h, w) in [0, 1]: `evidence`, of which `strongest` is 1."""
+        """The map for the eye, (h, w) in [0, 1]: `evidence` divided by `full_heat`, at most 1."""
         return self.evidence if self.is_empty else (self.evidence / self.full_heat).clamp(0, 1)
 
     def __repr__(self) -> str:
@@ -126,8 +126,8 @@ class Heatmap:
     def overlay(self, photo: Tensor, style: str = "plain", legend: bool = True) -> display.Picture:
         """Return the photo (1, c, H, W) at its own size with the heat on it.
 
-        `plain`: the photo, nearly grey, under a perceptually uniform colour map that covers it the more, the greater
-        the heat; the part that the network did not see is faded. Below the photo is a legend: a colour bar in the
+        `plain`: the photo, nearly grey, under a perceptually uniform colour map that covers it more where the heat
+        is greater; the part that the network did not see is faded. Below the photo is a legend: a colour bar in the
         map's own units and the caption. `legend=False` leaves it out.
         `jet` (R4.3): the photo plus 0.4 × the heat in the JET map, both in 0..255, where a sum above 255 is cut off;
         no legend, and the part that the network did not see stays as it is.

@@ -20,8 +20,8 @@ from phosphene.storage.atomic import write_file
 PAGE = 2560  # pixels of a page's longest side, about
 SMALLEST, LARGEST = 9, 48  # pixels of a kernel's longer side
 GAP, GAP_GREY = 1, 195  # pixels between kernels, and their grey
-SCALE_IN_RMS = 4  # root mean squares that the scale reaches at most: one outlier would leave all others without colour
-INPUTS = 12  # most input channels of a filter where a weight is a pixel
+SCALE_IN_RMS = 4  # root mean squares in the scale, at most: one outlier would leave all others without colour
+INPUTS = 12  # most input channels of a filter drawn with one pixel per weight
 BLUE, ORANGE = (33, 102, 172), (179, 88, 6)  # equally dark; colour-blind eyes tell them apart
 # Colour map, and whether 0 is its middle. Colour-blind eyes tell red from blue, but not red from green.
 STYLES = {"signed": ("RdBu_r", True), "grey": ("gray", False)}
@@ -156,7 +156,7 @@ class Kernels:
         return captions.with_caption(captions.with_axis_labels(sheet, labels), self.title("filters in colour"), note)
 
     def pixels(self, filters: Sequence[int]) -> tuple[display.Picture, dict[str, Any]]:
-        """Return filters with one pixel a weight, a row a filter, and the legend in JSON terms.
+        """Return filters with one pixel per weight and one row per filter, and the legend in JSON terms.
 
         A column is one of a filter's strongest input channels (by L2 norm, strongest first; of equal ones the lower
         number), at most `INPUTS`. Colours go from blue through white, which is 0, to orange; in a first layer that

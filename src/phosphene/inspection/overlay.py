@@ -10,7 +10,7 @@ STYLES = ("plain", "jet")
 COLOURS = "inferno"  # perceptually uniform; its dark end vanishes into the photo
 COVERAGE = 0.8  # how much of the photo the heat covers where it is greatest
 JET_SHARE = 0.4  # R4.3
-DESATURATION = 0.8  # how far the photo's own colours are taken away, lest they be read as heat
+DESATURATION = 0.8  # how far the photo loses its own colours, which could be taken for heat
 FADING = 0.5  # how far the part of a photo that the network does not see is faded to white
 NARROWEST = 200  # least width of a legend, in pixels
 
@@ -35,7 +35,7 @@ def colourise(heat: Tensor, colours: str) -> Tensor:
 
 
 def cover(image: Tensor, heat: Tensor) -> Tensor:
-    """Return an image (3, h, w), nearly grey, under its heat (h, w), which covers it the more the greater it is."""
+    """Return an image (3, h, w), nearly grey, under its heat (h, w), which covers it more where it is greater."""
     share = COVERAGE * heat
     return (1 - share) * (image + DESATURATION * (desaturate(image) - image)) + share * colourise(heat, COLOURS)
 

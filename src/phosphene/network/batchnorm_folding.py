@@ -1,8 +1,8 @@
 """Folding batch normalisations into the convolutions before them, for the length of a forward pass.
 
-With the statistics of the training, a batch normalisation multiplies each channel by one number and adds another. A
-convolution whose weights are multiplied so, and whose bias is changed so, returns the same within rounding, and the
-pass over the map is saved (Jacob 2018, arXiv:1712.05877, section 3.2).
+With the statistics of the training, a batch normalisation multiplies each channel by one number and adds another. If
+the weights and the bias of the convolution before it include the two numbers, the result is the same within rounding,
+and one pass over the map is saved (Jacob 2018, arXiv:1712.05877, section 3.2).
 
 `batchnorm_pairs` finds the pairs for which that is right. `BatchNormFolding` holds the folded weights, and puts them
 in place of the modules' own while a pass runs.
@@ -76,10 +76,10 @@ def module_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def is_foldable(root: nn.Module, modules: Mapping[str, nn.Module], pair: ConvNormPair) -> bool:
-    """Return whether what the survey saw of a pair still holds, and nobody would notice the folding.
+    """Return whether a pair is still as the survey found it, and folding it changes nothing that the user can see.
 
     The weights are the modules' own and of an exact dtype; nobody has replaced a module or its `forward`; and the user
-    has no hooks on a module that takes or returns what passes between the two.
+    has no hooks on a module that takes or returns the tensor between the two.
     """
     convolution, norm = modules[pair.convolution], modules[pair.norm]
     if not all(is_at(root, path, module) for path, module in ((pair.convolution, convolution), (pair.norm, norm))):
@@ -103,7 +103,7 @@ def is_at(root: nn.Module, path: str, module: nn.Module) -> bool:
 
 
 def paths_between(pair: ConvNormPair) -> Collection[str]:
-    """Return the paths of the modules that take or return what passes between the two, or may."""
+    """Return the paths of the modules that take or return the tensor between the two, or might do so."""
     return {*pair.between, *(path_and_parents(pair.convolution) ^ path_and_parents(pair.norm))}
 
 
@@ -127,8 +127,8 @@ def has_hooks(module: nn.Module) -> bool:
 def fold(convolution: nn.Module, norm: nn.Module) -> FoldedWeights | None:
     """Return the folded weights, or None if any factor or shift is not finite.
 
-    The weight (out, in, kh, kw) lies in memory with the channels last. A subclass of `nn.Conv2d` without a bias may
-    not use one that is put there, so that the normalisation adds the shift instead.
+    The weight (out, in, kh, kw) lies in memory with the channels last. A subclass of `nn.Conv2d` without a bias might
+    ignore one that is added, so the normalisation adds the shift instead.
     """
     parameters: dict[str, Any] = dict(convolution._parameters)
     scale = to_float64(norm.weight, 1) / (to_float64(norm.running_var) + cast(float, norm.eps)).sqrt()
@@ -139,7 +139,7 @@ def fold(convolution: nn.Module, norm: nn.Module) -> FoldedWeights | None:
     weight = torch.empty_like(old, memory_format=torch.channels_last).copy_(old).mul_(scale.to(old).view(-1, 1, 1, 1))
     weights, shift = {"weight": nn.Parameter(weight, requires_grad=False)}, shift.to(old)
     if parameters.get("bias") is None and type(convolution) is not nn.Conv2d:
-        return FoldedWeights(weights, lambda input: input.add_(shift.view(-1, 1, 1)))  # which nothing else holds
+        return FoldedWeights(weights, lambda input: input.add_(shift.view(-1, 1, 1)))  # nothing else holds `input`
     return FoldedWeights({**weights, "bias": nn.Parameter(shift, requires_grad=False)}, identity)
 
 

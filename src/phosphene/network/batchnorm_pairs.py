@@ -1,4 +1,4 @@
-"""Which batch normalisations could be folded into the convolutions before them, as one forward pass shows it.
+"""The batch normalisations that could be folded into the convolutions before them, as one forward pass shows it.
 
 Folding is right only if nothing else reads what the convolution returned, or uses its weights. A `FoldingObserver`
 watches a forward pass and notes which operation made, read and changed which tensor; from that it returns the pairs.
@@ -25,11 +25,11 @@ VALUE_READING_OPERATIONS = ("_local_scalar_dense", "equal")
 
 @dataclass(frozen=True)
 class ConvNormPair:
-    """The paths of a convolution and of the batch normalisation that alone reads what it returns."""
+    """The paths of a convolution and of the batch normalisation that is the only reader of its output."""
 
     convolution: str
     norm: str
-    between: frozenset[str]  # of all modules that return what passes between the two, with the convolution's
+    between: frozenset[str]  # of all modules that return the tensor between the two, the convolution included
 
     @property
     def paths(self) -> frozenset[str]:
@@ -45,7 +45,7 @@ class Operation:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def uses_weights_of(self, module: nn.Module) -> bool:
-        """Return whether the module's own weights and settings, unchanged, went into it."""
+        """Return whether it used the module's own weights and settings, unchanged."""
         values = {**vars(module), **module._buffers, **module._parameters}
         return bool(self.arguments) and all(
             value is values.get(name) if value is None or isinstance(value, Tensor) else value == values.get(name)
@@ -67,7 +67,7 @@ class FoldingObserver(OperationObserver):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages: dict[int, TensorStorage] = {}  # by address; a reused one means the last tensor there
+        self.storages: dict[int, TensorStorage] = {}  # by address; the last tensor there
         self.results: dict[Operation, TensorStorage] = {}  # of convolutions and normalisations
         self.reads_values = False
 
@@ -114,7 +114,7 @@ class FoldingObserver(OperationObserver):  # type: ignore[no-untyped-call]
         return ConvNormPair(between.paths[0], result.paths[0], frozenset(between.paths))
 
     def only_user(self, operation: Operation) -> bool:
-        """Return whether the weights that went into an operation went into no other."""
+        """Return whether no other operation used the weights of this one."""
         return all(
             self.storages[storage_address(value)].users == [operation]
             for value in operation.arguments.values()

@@ -3,7 +3,7 @@
 A hook that keeps `output` is wrong wherever an in-place operation follows, for that overwrites what was kept; a hook
 that keeps a clone has the right value but no gradient. `capture` keeps a copy that nothing else can reach, and hands
 the rest of the network a copy OF that one. So values and gradients are both right, even if a module returns its own
-input or keeps a reference to its output. The forward pass stops at the last layer wanted, by `StopForward`.
+input or keeps a reference to its output. `StopForward` ends the forward pass at the last wanted layer.
 """
 
 import copy
@@ -74,7 +74,7 @@ def children(output: Any) -> dict[str, Any]:
 
 
 def tensors_in(output: Any) -> dict[str, Tensor]:
-    """Return the tensors in what a module returned, by name: `""` for a bare tensor, `"0"`, `"logits"`, `"0.1"` …"""
+    """Return the tensors in a module's output, by name: `""` for a bare tensor, `"0"`, `"logits"`, `"0.1"` …"""
     if isinstance(output, Tensor):
         return {"": output}
     entries = children(output).items()
@@ -86,10 +86,10 @@ def dotted(name: str, inner: str) -> str:
 
 
 def with_part(output: Any, part: str, tensor: Tensor) -> Any:
-    """Return a copy of what a module returned with one tensor replaced."""
+    """Return a copy of a module's output with one tensor replaced."""
     if not part:
         return tensor
-    name, old, inner = next(  # a key may have dots of its own, so that the part cannot be cut at them
+    name, old, inner = next(  # a key may contain dots, so the part cannot be split at them
         (name, old, inner)
         for name, old in children(output).items()
         for inner in tensors_in(old)
@@ -108,10 +108,10 @@ def with_part(output: Any, part: str, tensor: Tensor) -> Any:
 
 
 class InnerHookPoint(nn.Module):
-    """An identity for a tensor inside a layer that no module returns, so that it can be hooked like any output.
+    """An identity module for a tensor that no module returns, so that it can be hooked like any output.
 
-    The tensor is either what `owner` passes to its own activation function, `ACTIVATION`, or what `owner` itself is
-    given, `INPUT`. The module is spliced in only while hooked; `owner` holds no reference to it.
+    The tensor is the input of the activation function that `owner` applies, `ACTIVATION`, or the input of `owner`
+    itself, `INPUT`. The module is spliced in only while hooked; `owner` holds no reference to it.
     """
 
     INPUT, ACTIVATION = "input", "preactivation"
@@ -170,7 +170,7 @@ class Capture:
         self.captured: dict[Any, Tensor] = {}
 
     def read(self, image: Tensor) -> dict[Any, Tensor]:
-        """Run the network up to the last tensor wanted and return all of them, by key."""
+        """Run the network up to the last wanted tensor and return all wanted tensors by key."""
         try:
             if self.addresses:
                 self.run(image)
@@ -182,10 +182,10 @@ class Capture:
             return dict(self.captured)
         finally:
             self.calls.clear()
-            self.captured.clear()  # lest the tensors live on until the next reading
+            self.captured.clear()  # otherwise the tensors would live until the next reading
 
     def on_output(self, path: str, output: Any) -> Any:
-        """Keep what is wanted of a module's output and return the output to go on with, None if it is unchanged."""
+        """Keep the wanted tensors of a module's output; return the output that replaces it, or None."""
         wanted = self.wanted.get((path, self.calls[path]))
         self.calls[path] += 1
         if not wanted:
@@ -218,18 +218,18 @@ def capture(
 ) -> Iterator[Callable[[Tensor], dict[Any, Tensor]]]:
     """Hook the wanted layers once and yield `read(image)`, which runs up to the last and returns their tensors.
 
-    A network that goes on from a layer goes on from the very tensor returned here, so that a later one can be
-    differentiated with respect to an earlier one.
+    After a layer the network continues with the very tensor that is returned here, so that later tensors can be
+    differentiated with respect to earlier ones.
 
     Args:
         run: the forward pass.
         modules: every module that `addresses` names, by path.
-        addresses: what is wanted, by any key; `read` returns a dict with the same keys.
+        addresses: of the wanted tensors, by any key; `read` returns a dict with the same keys.
         layout: how the network lays out what its layers return.
         roots: keys of the tensors where the graph of gradients starts, so that a backward pass ends there.
 
     Raises:
-        LayerRefused: on reading, if a wanted layer did not run, or did not return the tensor wanted.
+        LayerRefused: on reading, if a wanted layer did not run, or did not return the wanted tensor.
     """
     reader = Capture(run, addresses, layout, roots)
     with hooked({address.path: modules[address.path] for address in addresses.values()}, reader.on_output):

@@ -14,8 +14,8 @@ MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens, which come bef
 def as_map(tensor: Tensor, layer: Layer, images: Tensor) -> Tensor:
     """Return what a layer returned for images (b, c, H, W), or its gradient, as a map (b, c, h, w).
 
-    The image tells maps with their channels last, and tokens (b, n, d): their grid has its proportions, and for tokens
-    a whole number of pixels per cell, with as few extra tokens before the grid as possible.
+    Maps with their channels last, and tokens (b, n, d), are recognised by a grid of the image's proportions. A cell
+    of tokens is a whole number of pixels wide; of several grids, that with the fewest extra tokens counts.
 
     Raises:
         LayerRefused: it is neither, or has a single position.

@@ -128,7 +128,7 @@ class Layers(Sequence[Layer]):
         raise LayerNotFound(f"there is no layer {address!r}; the nearest are: {near} (`phosphene layers` lists all)")
 
     def matching(self, pattern: str) -> Layers:
-        """Return the layers whose path matches a glob such as `features.*`, or the one that is spelled exactly so.
+        """Return the layers whose path matches a glob such as `features.*`, or the one with exactly this path.
 
         Raises:
             LayerNotFound: none does.
@@ -144,7 +144,7 @@ class Layers(Sequence[Layer]):
         return Layers(matches)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return the table's cells as text, a row a layer."""
+        """Return the table's cells as text, one row per layer."""
         return [
             (
                 layer.path,

@@ -1,8 +1,8 @@
 """The model handle, and the one convention for tensors.
 
 Images are (b, c, h, w), floating, in [0, 1], RGB where c = 3; any c is allowed. Activations are (b, c, h, w) for maps
-and (b, c) for vectors. Kernels are (out, in, kh, kw). Mean and standard deviation, BGR, 0..255: all that is the
-handle's business, inside `Model.forward`.
+and (b, c) for vectors. Kernels are (out, in, kh, kw). Only the handle deals with mean
+and standard deviation, BGR and 0..255: inside `Model.forward`.
 """
 
 import hashlib

@@ -177,7 +177,7 @@ def broadcast(field: ReceptiveFieldState, shape: Sequence[int]) -> ReceptiveFiel
 
 
 def merged(fields: Sequence[ReceptiveFieldState], shape: Sequence[int]) -> ReceptiveFieldState | None:
-    """Return the field of a tensor each entry of which comes from the entries at the same position in several."""
+    """Return the field of a tensor whose entries each come from those at the same position in several tensors."""
     fields = [broadcast(field, shape) for field in fields]
     for axis in (ROWS, COLUMNS):
         fixed = [field for field in fields if not field.moves(axis)]
@@ -197,7 +197,7 @@ def union_span(fields: Sequence[ReceptiveFieldState], axis: int) -> Span:
 def slide_along_dim(
     field: ReceptiveFieldState, dim: int, extent: int, kernel: int, stride: int, padding: int, dilation: int
 ) -> ReceptiveFieldState | None:
-    """Return the field after a window slid along a dimension, now of `extent` entries; None if it is not regular."""
+    """Return the field after a window slid along a dimension, now of `extent` entries; None if it is irregular."""
     factors = field.layout[dim]
     if (extent_of(factors), 1, 1, 0) == (extent, kernel, stride, padding):
         return field
@@ -224,7 +224,7 @@ def slide_window(
 
 
 def unmoving(fields: Sequence[ReceptiveFieldState], shape: Sequence[int]) -> ReceptiveFieldState | None:
-    """Return the field of a result whose every entry may depend on all of several tensors; None if any moves."""
+    """Return the field of a result each entry of which may depend on all entries of the inputs; None if any moves."""
     if any(field.moves(axis) for field in fields for axis in (ROWS, COLUMNS)):
         return None
     layout = tuple(simplified([Factor(extent)]) for extent in shape)

@@ -213,8 +213,8 @@ RULES = {name: rule for names, rule in RULE_TABLE for name in names.split()}
 # operations that act on each entry alone, or on channels alone, though PyTorch does not mark them so
 POINTWISE = {"alias", "contiguous", "detach", "lift_fresh", "native_channel_shuffle", "hardswish", "hardswish_"}
 POINTWISE |= {"mish_", "threshold_", "log_sigmoid_forward", "_prelu_kernel", "rrelu_with_noise", "rrelu_with_noise_"}
-# matrix products, and the numbers of the arguments that are their factors
+# matrix products, and the positions of the arguments that are their factors
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
-# operations that use no more of their arguments than the shape
+# operations that use only the shape of their arguments
 SHAPE_ONLY = {f"{start}_like" for start in ("empty", "zeros", "ones", "full", "rand", "randn")}
 SHAPE_ONLY |= {f"new_{kind}" for kind in ("empty", "empty_strided", "zeros", "ones", "full")}

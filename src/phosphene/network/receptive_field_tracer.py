@@ -25,7 +25,7 @@ class ReceptiveFieldTracer(OperationObserver):  # type: ignore[no-untyped-call]
         # of the tensors that depend on the image
         self.fields: MutableMapping[Tensor, ReceptiveFieldState | None] = WeakTensorKeyDictionary()
         self.fields[image] = ReceptiveFieldState.of_image(image)
-        self.partly_written: set[int] = set()  # storages of which a part was written, so that nothing else is known
+        self.partly_written: set[int] = set()  # storages that were partly overwritten: views of them are unknown
         self.watched: dict[int, list[int]] = {}  # storage -> numbers of the watched tensors that lie in it
         self.overwritten: dict[int, str] = {}  # number -> the first operation that wrote to that tensor
 

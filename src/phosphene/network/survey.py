@@ -49,7 +49,7 @@ def survey(
     with borrowed(module), torch.no_grad():
         try:
             return trace(run, modules, image, ReceptiveFieldTracer(image, arithmetic=False), layout)
-        except Exception:  # it needs real values, or refuses the image, which its own error then explains better
+        except Exception:  # the network needs real values, or refuses the image: its own error explains that better
             return trace(run, modules, image, ReceptiveFieldTracer(image), layout)
 
 
@@ -100,7 +100,7 @@ def fused_activation(modules: Mapping[str, nn.Module], path: str) -> str:
 
 
 def layer_row(tensor: ObservedTensor, overwritten: str | None, repeated: bool, several: bool, fused: str) -> Layer:
-    """Return the row of one tensor, of a module that ran or returned several times, or applies an activation itself."""
+    """Return a tensor's row; its module may run repeatedly, return several tensors, or have a fused activation."""
     owner, path, suffix = tensor.module, tensor.address.path, ""
     if isinstance(owner, InnerHookPoint):
         owner, path, suffix = owner.owner, path.rpartition("#")[0], f"#{path.rpartition('#')[2]}"

@@ -1,1 +1,1 @@
-"""Rendering: the picture that a filter answers to."""
+"""Rendering: the picture that a filter responds to."""

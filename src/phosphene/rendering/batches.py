@@ -52,7 +52,7 @@ class RenderedBatch(NamedTuple):
         return rows
 
     def with_revived(self, retry: RenderedBatch, rows: Sequence[int]) -> RenderedBatch:
-        """Return this batch with those of its `rows` replaced that left their start in `retry`."""
+        """Return this batch, with those pictures of `rows` that left their start in `retry` taken from there."""
         unmoved = retry.unmoved_rows
         revived = [(row, index) for index, row in enumerate(rows) if index not in unmoved]
         for row, index in revived:
@@ -82,7 +82,7 @@ def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch
                     raise
                 if len(items) == 1:
                     raise OutOfMemory(
-                        f"not even one picture of {plan.ascent.recipe.size} px fits the memory; give a smaller size"
+                        f"not even one picture of {plan.ascent.recipe.size} px fits in memory; give a smaller size"
                     ) from error
                 at_once = len(items) // 2
                 # 3: the line that called `render`
@@ -96,7 +96,7 @@ def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch
 
 @contextmanager
 def keeping_finished(finished: Sequence[RenderedBatch], plan: RenderPlan) -> Iterator[None]:
-    """Raise `Interrupted` on Ctrl-C, and `Unfinished` on errors after a finished batch; both hold the finished ones."""
+    """Raise `Interrupted` on Ctrl-C, `Unfinished` on errors after a finished batch; both hold the finished batches."""
     count = plan.ascent.objective.n
     try:
         yield
@@ -136,7 +136,7 @@ def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_
 
 
 def retry_unmoved(plan: RenderPlan, batch: RenderedBatch, watch: Watch | None) -> RenderedBatch:
-    """Render pictures that never left their start once more, with leaky rectifiers in the first steps."""
+    """Render again, with leaky rectifiers in the first steps, those pictures that never left their start."""
     rows = batch.unmoved_rows
     if not rows:
         return batch
@@ -187,5 +187,5 @@ def never_moved(start_scores: Tensor, scores: Tensor) -> Tensor:
 
 
 def without_contrast(displayed: Tensor) -> Tensor:
-    """Return for each displayed image (n, c, h, w) in [0, 1] whether all its values are within two bytes."""
+    """Return for each displayed image (n, c, h, w) in [0, 1] whether its values span less than 2 of 255 levels."""
     return displayed.flatten(1).amax(1) - displayed.flatten(1).amin(1) < 2 / 255

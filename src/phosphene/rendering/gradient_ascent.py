@@ -1,4 +1,4 @@
-"""Gradient ascent: one batch of images up the gradient of an objective. The plain loop, on a page."""
+"""Gradient ascent: the plain loop, which moves a batch of images up the gradient of an objective."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -171,8 +171,8 @@ def check_gradient_flows(acts: Acts) -> None:
         if not act.requires_grad:
             name = repr(address) if address != "" else "the network's output"
             raise LayerRefused(
-                f"no gradient flows from {name} back to the image: the network cuts it off before; "
-                "take away its torch.no_grad() or detach(), or choose an earlier layer"
+                f"no gradient flows from {name} back to the image: the network cuts it off; "
+                "remove its torch.no_grad() or detach(), or choose an earlier layer"
             )
 
 

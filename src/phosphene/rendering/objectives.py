@@ -4,8 +4,8 @@ An objective describes `n` pictures. It scores a batch of them: `items` (b,) hol
 the batch, `acts` maps every address in `layers` to that layer's output for the batch, `image` is the batch (b, c, h, w)
 in [0, 1] before random transforms. The score is (b,), and row k depends on row k alone.
 
-If an objective reads only one number an item of a layer, `scalar_reads` describes it; then `acts` may hold that number,
-(b,), in place of the layer's output (see `engine/forward.py`).
+If an objective reads only one number per item from a layer, `scalar_reads` describes it; then `acts` may hold that
+number, (b,), in place of the layer's output (see `engine/forward.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OUTPUT = ""  # the address of the network's output
 
 
 class ScalarRead(NamedTuple):
-    """The one number that an objective reads of a layer for each item, from its channel of `channels`.
+    """The one number that an objective reads from a layer for each item, from its channel of `channels`.
 
     It is the channel's mean if `mean`, else its value at `position` (row, column), by default the map's centre.
     """
@@ -43,7 +43,7 @@ class Objective:
     """A score for each of `n` pictures; see the module's text.
 
     `spec` describes it in JSON terms; `names` holds what each picture shows, such as `filter_12`; `scalar_reads` covers
-    the layers of which it reads one number an item.
+    the layers from which it reads one number per item.
     """
 
     layers: tuple[Address, ...]
@@ -84,7 +84,7 @@ class Objective:
 def add(left: Objective, right: Objective | float) -> Objective:
     """Return the sum of two objectives, or of an objective and a number; an objective of one picture fits any other."""
     if not isinstance(right, Objective):
-        number = finite_number(right, "to an objective another objective or a number is added")
+        number = finite_number(right, "what is added to an objective is another objective or a number")
         return replace(
             left,
             score=lambda acts, image, items: left.score(acts, image, items) + number,
@@ -94,11 +94,11 @@ def add(left: Objective, right: Objective | float) -> Objective:
         raise InvalidRequest(f"an objective for {left.n} pictures cannot be added to one for {right.n}")
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:
-        # an objective of one picture has only an item 0
+        # an objective of one picture has only item 0
         left_items, right_items = (items if term.n > 1 else torch.zeros_like(items) for term in (left, right))
         return left.score(acts, image, left_items) + right.score(acts, image, right_items)
 
-    # the term with the most pictures names them; of two with as many, the one that is no regulariser
+    # the term with the most pictures names them; of two with equally many, the one that is no regulariser
     naming = max(left, right, key=lambda term: (term.n, bool(term.layers)))
     return Objective(
         layers=tuple(dict.fromkeys(left.layers + right.layers)),
@@ -196,7 +196,7 @@ def direction(layer: Address, vectors: Tensor | Sequence[float]) -> Objective:
     rows = torch.as_tensor(vectors, dtype=torch.float64)
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or not bool(rows.isfinite().all()) or bool((rows.norm(dim=1) == 0).any()):
-        raise InvalidRequest("a direction is a vector (c,) or a table (n, c) of finite numbers, not all zero in a row")
+        raise InvalidRequest("a direction is a vector (c,) or a table (n, c) of finite numbers, and no row is all zero")
     unit = DeviceConstant(rows / rows.norm(dim=1, keepdim=True))
 
     def score(acts: Acts, image: Tensor, items: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def offset_and_factor(unit: str, channels: int) -> tuple[Tensor, Tensor]:
         InvalidRequest: `unit` is none of these.
     """
     if unit not in ("byte", "imagenet", "one"):
-        raise InvalidRequest(f"pixels are counted in the unit byte, imagenet or one, not {unit!r}")
+        raise InvalidRequest(f"the unit of pixels is byte, imagenet or one, not {unit!r}")
     if unit == "imagenet":
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
         offset, factor = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
@@ -135,7 +135,7 @@ def natural_magnitude(channels: int, height: int, width: int) -> Tensor:
     the spectrum of light.
     """
     spectrum = natural_spectrum().clone()
-    # the file has no mean; waves slower than its slowest get the strength of these, not less
+    # the file has no mean; frequencies below its lowest get the strength of that one, not less
     spectrum[:, 0, 0] = (spectrum[:, 0, 1] + spectrum[:, 1, 0]) / 2
     spectrum = spectrum if channels == 3 else spectrum[:1].expand(channels, -1, -1)
     rows, columns = spectrum.shape[1:]

@@ -35,7 +35,7 @@ def render(
     photo: Tensor | None = None,
     watch: Watch | None = None,
 ) -> Rendered:
-    """Return the pictures that an objective answers to.
+    """Return the pictures that excite an objective most.
 
     Args:
         model: from `load`; it is used as it is and left as it was.
@@ -93,9 +93,9 @@ def prepare(
 def fit_to_network(
     model: Model, read: ReadActivations, recipe: Recipe, size_given: bool, photo: Tensor | None
 ) -> tuple[Recipe, StartImage]:
-    """Return the recipe at a size that the network takes, and the shape; a size that the user gave is kept or refused.
+    """Return the recipe at a size that the network takes, and the start; a size that the user gave is kept or refused.
 
-    A network that takes only its own input size gets pictures of that size, oblong ones too.
+    A network that takes only its own input size gets pictures of that size, even if it is not square.
     """
     start = StartImage(model.channels_in, photo)
     if photo is None and not size_given:

@@ -53,7 +53,7 @@ class Rendered:
 
     @cached_property
     def pictures(self) -> list[display.Picture]:
-        """The pictures as PIL images, a dead filter's too, uncrossed."""
+        """The pictures as PIL images; those of dead filters are not crossed out."""
         return [grid.picture(image) for image in self.displayed()]
 
     def grid(self, columns: int | None = None, images: Tensor | None = None) -> display.Picture:
@@ -76,7 +76,7 @@ class Rendered:
         }
 
     def save(self, folder: str | Path, columns: int | None = None) -> list[Path]:
-        """Write one PNG a picture, `grid.png`, and `manifest.json` last; return the paths.
+        """Write one PNG per picture, `grid.png`, and `manifest.json` last; return the paths.
 
         Raises:
             OutputRefused: the folder cannot be written.

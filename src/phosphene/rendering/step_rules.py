@@ -60,11 +60,11 @@ def adam(rate: float, betas: tuple[float, float] = (0.9, 0.999), epsilon: float 
     """Adam (Kingma & Ba, ICLR 2015, algorithm 1), as ascent.
 
     With a `window` above 1, an odd number, it divides by the geometric mean of each entry's root mean square and that
-    of the window around it: a second moment over a few steps is a rough estimate, and neighbouring entries are further
-    estimates of about the same.
+    of the window around it: a second moment over a few steps is a rough estimate, and neighbouring entries estimate
+    about the same value.
     """
     if window < 1 or window % 2 == 0:
-        raise InvalidRequest(f"the window of a step rule is an odd number of places, not {window}")
+        raise InvalidRequest(f"the window of a step rule is an odd number of entries, not {window}")
 
     def rule(gradient: Tensor, state: State) -> tuple[Tensor, State]:
         state = state or {"count": 0, "mean": zeros_like(gradient), "square": zeros_like(gradient)}

@@ -1,6 +1,6 @@
 """Random transforms of an image while it is optimised: `transform(image, draws) -> image`.
 
-An image that keeps its score under small shifts, turns and scalings shows what the filter answers to, rather than a
+An image that keeps its score under small shifts, turns and scalings shows what the filter responds to, rather than a
 fragile pattern of pixels (Olah et al., "Feature Visualization", Distill 2017). Every image of a batch has its own
 random generator, so that its random numbers do not depend on the rest of the batch.
 """

@@ -234,7 +234,7 @@ def test_damaged_weights_are_named_by_the_layer() -> None:
 
 
 def test_networks_that_take_no_picture() -> None:
-    with pytest.raises(ModelRefused, match=r"takes \(784,\) numbers and no picture"):
+    with pytest.raises(ModelRefused, match=r"takes inputs of shape \(784,\), not pictures"):
         load(keras.Sequential([K.Input((784,)), K.Dense(2)]))
     inputs = [K.Input((8, 8, 3)), K.Input((8, 8, 3))]
     with pytest.raises(ModelRefused, match="has 2 inputs"):

@@ -122,7 +122,7 @@ def test_custom_objects_of_a_trusted_file_are_imported(tmp_path: Path, monkeypat
     network = keras.Sequential([K.Input((6, 6, 3)), objects.Thrice(name="mine"), K.Conv2D(2, 3)])
     network.save("model.keras")
     monkeypatch.delitem(sys.modules, "phosphene_test_objects")
-    with pytest.raises(ModelRefused, match="the custom class Thrice 'mine', and making that runs its author's code"):
+    with pytest.raises(ModelRefused, match="the custom class Thrice 'mine', and building that runs its author's code"):
         load("model.keras")
     assert "phosphene_test_objects" not in sys.modules
     model = load("model.keras", trust=True)

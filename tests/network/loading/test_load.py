@@ -58,7 +58,7 @@ def test_mean_and_deviation_are_one_number_or_one_a_channel() -> None:
     assert load(small()).notes == (UNNORMALISED,)
     assert load(small(), mean=[0.5]).notes == ()
     assert load(small(), mean=[0.5]).options == {}  # of an object that no reference leads to
-    assert "needs 1 or 3 numbers, one a channel, not 2" in refused(errors.InvalidRequest, small(), mean=[1, 2])
+    assert "needs 1 or 3 numbers, one per channel, not 2" in refused(errors.InvalidRequest, small(), mean=[1, 2])
     assert "std needs 1 or 3" in refused(errors.InvalidRequest, small(), std=[])
     assert "above 0, not 0.0" in refused(errors.InvalidRequest, small(), std=[1, 0, 1])
     assert "finite" in refused(errors.InvalidRequest, small(), mean=[float("nan")])

@@ -173,9 +173,9 @@ def with_normalisation(model: Model, mean: Sequence[float] | None, std: Sequence
     std = present.std if std is None else tuple(map(float, std))
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, model.channels_in):
-            raise InvalidRequest(f"{name} needs 1 or {model.channels_in} numbers, one a channel, not {len(values)}")
+            raise InvalidRequest(f"{name} needs 1 or {model.channels_in} numbers, one per channel, not {len(values)}")
         if not all(map(math.isfinite, values)):
-            raise InvalidRequest(f"{name} is made of finite numbers, not {values}")
+            raise InvalidRequest(f"{name} consists of finite numbers, not {values}")
     if min(std) <= 0:
         raise InvalidRequest(f"a standard deviation is above 0, not {min(std)}")
     notes = tuple(note for note in model.notes if note not in (pytorch.UNNORMALISED, keras.RESCALES))

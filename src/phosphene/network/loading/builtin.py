@@ -1,4 +1,4 @@
-"""The two trained networks that come with the install: their weights are data files of required packages."""
+"""The two built-in networks, trained: their weights are data files of required packages."""
 
 import pickle
 from collections import OrderedDict
@@ -88,7 +88,7 @@ BUILTIN = {"vgg19": vgg19, "efficientnet-lite0": efficientnet_lite0}
 
 
 def load_builtin(name: str) -> Model:
-    """Return a network that comes with the install.
+    """Return a built-in network.
 
     Raises:
         ModelNotFound: none has that name, or its data file is missing.

@@ -76,7 +76,7 @@ def import_keras() -> Any:
 
 @contextmanager
 def torch_backend() -> Iterator[None]:
-    """Have a Keras that is imported inside run on torch."""
+    """Make Keras run on torch if it is imported inside."""
     before = os.environ.get("KERAS_BACKEND")
     os.environ["KERAS_BACKEND"] = "torch"
     try:
@@ -111,12 +111,12 @@ def from_keras(network: Any, options: LoadOptions) -> Model:
     if not network.built or (not getattr(network, "inputs", None) and not network.variables):
         raise ModelRefused(f"{name} has no values yet; run the network once, or load its weights, before")
     if len(getattr(network, "inputs", None) or [0]) > 1:
-        raise ModelRefused(f"{name} has {len(network.inputs)} inputs; a network with one, a picture, can be shown")
+        raise ModelRefused(f"{name} has {len(network.inputs)} inputs; Phosphene shows networks with one, a picture")
     layers = layers_by_address(network)
     last = is_channels_last(layers, keras.config.image_data_format())
     shape = input_shape(network) or (None,) * 4
     if len(shape) not in (3, 4):
-        raise ModelRefused(f"{name} takes {shape[1:]} numbers and no picture of height, width and channels")
+        raise ModelRefused(f"{name} takes inputs of shape {shape[1:]}, not pictures of height, width and channels")
     height, width, depth = (*shape[1:], 1) if len(shape) == 3 else shape[1:] if last else (*shape[2:], shape[1])
     channels = depth or options.channels_in or first_channels(layers)
     if options.channels_in not in (None, channels):
@@ -151,7 +151,7 @@ def from_saved(path: str, options: LoadOptions, trust: bool) -> Model:
     config = upgrade_config(saved.config) if saved.is_old else saved.config
     needs = ", ".join(custom_objects(config, *lookups(keras))[:5])
     if needs and not trust:
-        raise ModelRefused(f"{path} needs {needs}, and making that runs its author's code; {TRUST}")
+        raise ModelRefused(f"{path} needs {needs}, and building that runs its author's code; {TRUST}")
     try:
         with building(), tempfile.TemporaryDirectory() as folder:
             readable = as_keras_reads(saved, config, Path(folder))
@@ -176,7 +176,7 @@ def short_reason(error: Exception) -> str:
 
 
 def as_keras_reads(saved: SavedModel, config: dict[str, Any], folder: Path) -> Path:
-    """Return the path in a temporary folder of the file as Keras 3 reads it: with the right name, and this config."""
+    """Return the path of a copy of the file, or a link to it, with the suffix and the config that Keras 3 reads."""
     path = folder / ("model.keras" if saved.zipped else "model.h5")
     if config == saved.config:
         try:

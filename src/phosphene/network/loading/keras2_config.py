@@ -73,7 +73,7 @@ def with_input_layer(config: Config) -> Config:
 
 
 def as_rescaling(config: Config) -> Config:
-    """Return an operation on a network's input, as `preprocess_input(x)` leaves it in the graph, as a Rescaling layer.
+    """Return as a Rescaling layer an operation on the network's input, such as `preprocess_input(x)` leaves behind.
 
     Keras 2 wrote x / 127.5 - 1 as two operations of TensorFlow. Any other operation is returned unchanged.
     """

@@ -76,7 +76,7 @@ def read_saved(path: Path) -> SavedModel:
         raise ModelRefused(f"{path} is empty (0 bytes)")
     signature = file_signature(path)
     if not signature:
-        raise ModelRefused(f"{path} is no saved Keras model, for it begins neither as a zip archive nor as HDF5")
+        raise ModelRefused(f"{path} is no saved Keras model: it is neither a zip archive nor an HDF5 file")
     try:
         return read_zip(path) if signature == ZIP else read_hdf5(path)
     except (ModelRefused, ExtraMissing):
@@ -103,7 +103,7 @@ def read_zip(path: Path) -> SavedModel:
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse an archive that unpacks to far more than its own size, and a config of absurd length."""
+    """Refuse an archive that unpacks to far more than its own size, or has a config of absurd length."""
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > BOMB_FLOOR and unpacked > MOST_EXPANSION * path.stat().st_size:
         raise too_large(path, unpacked)
@@ -149,7 +149,7 @@ def check_datasets(path: Path, file: Any) -> None:
     with h5py.File(file, "r") as opened:
         for name, link in links(h5py, opened):
             if not isinstance(link, h5py.HardLink):
-                raise ModelRefused(f"{path} points elsewhere at {name} ({type(link).__name__}), which is refused")
+                raise ModelRefused(f"{path} has a link at {name} ({type(link).__name__}), which is refused")
             dataset = opened[name]
             if isinstance(dataset, h5py.Dataset):
                 if dataset.external or dataset.is_virtual:

@@ -13,7 +13,7 @@ IsClass = Callable[[str, str], bool]
 IsFunction = Callable[[str], bool]
 
 NAMESPACES = ("layers", "models", "initializers", "regularizers", "constraints", "dtype_policies")
-# built from their config, these run whatever the file says
+# classes that run code from the file when they are built
 RUNS_CODE = {"Lambda", "__lambda__", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"}
 # how Keras writes plain Python values
 VALUES = {"__keras_tensor__", "__tensor__", "__numpy__", "__bytes__", "__ellipsis__", "__slice__", "__tuple__"}

@@ -110,7 +110,7 @@ def layers_by_address(network: Any) -> dict[str, Any]:
 
 
 def hookable_modules(layers: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Return the layers by address, and hook points for the input of the activation function of those that have one."""
+    """Return the layers by address, and a hook point before the activation function of each layer that has one."""
     modules: dict[str, nn.Module] = {}
     for path, layer in layers.items():
         modules[path] = layer

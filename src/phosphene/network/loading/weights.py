@@ -59,7 +59,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
         if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in expected):
             consume_prefix_in_state_dict_if_present(state, prefix)
     for name in expected:
-        if name.endswith("num_batches_tracked"):  # a count that files from before PyTorch 0.4.1 lack, without effect
+        if name.endswith("num_batches_tracked"):  # a count without effect, which files from before PyTorch 0.4.1 lack
             state.setdefault(name, expected[name])
     if differing := differences(expected, state):
         raise WeightsRefused(f"{path} holds the weights of another network: {'; '.join(differing)}")
@@ -122,7 +122,7 @@ def unreadable_file(path: Path, error: Exception) -> WeightsRefused:
             f"{path} is a pickle that wants to run code, which is refused; "
             "save its state dict: torch.save(module.state_dict(), 'weights.pt')"
         )
-    # torch's own message advises to read the file without the safeguard
+    # torch's own message advises reading the file without the safeguard
     reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({type(error).__name__}: {first_line(error)})"
     return WeightsRefused(f"{path} is damaged, cut short or of another format{reason}; save or download it again")
 

@@ -1,7 +1,7 @@
 """How many pictures are rendered at once.
 
-On a CPU, a picture's step costs the same within a tenth from eight pictures on, at every size and depth that was tried,
-while memory grows. A GPU needs more work between two launches. Either way a batch fits the free memory.
+On a CPU, batches of more than eight pictures save less than a tenth of the time per picture, at every size and depth
+that was tried, but take more memory. A GPU needs more work per launch. Either way a batch fits the free memory.
 """
 
 from collections.abc import Collection
@@ -12,12 +12,12 @@ from phosphene.network.model import Model
 
 BATCH_SIZES = {"cpu": 8}
 DEFAULT_BATCH = 64
-PEAK_FACTOR = 3  # peak memory of a step over that of its maps: gradients and workspace on top
+PEAK_FACTOR = 3  # peak memory of a step over that of its maps, as gradients and workspace come on top
 MEMORY_SHARE = 0.8  # of the free memory that may be used
 
 
 def chosen_batch(model: Model, batch: int | str, paths: Collection[str], size: tuple[int, int]) -> int:
-    """Return how many pictures of a size (h, w) go at once through a network up to the last of some layers.
+    """Return how many pictures of a size (h, w) to run at once through a network up to the last of some layers.
 
     Raises:
         InvalidRequest: `batch` is neither `auto` nor a whole number of at least 1.

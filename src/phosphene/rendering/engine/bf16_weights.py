@@ -1,7 +1,7 @@
 """Weights in bfloat16, converted once.
 
-Under autocast, frozen weights are converted anew at every pass: at the depth of VGG's last block, that is one
-twenty-fifth of the time.
+Under autocast, frozen weights are converted anew at every pass: for a layer of VGG's last block, that takes
+4 % of the time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ class Bf16Weights:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Have the convolutions hold bfloat16 inside, if autocast is on for it, and restore them afterwards."""
+        """Make the convolutions hold bfloat16 weights inside if autocast uses them, and restore them afterwards."""
         originals: list[tuple[nn.Module, nn.Parameter]] = []
         try:
             for convolution in self.convolutions:

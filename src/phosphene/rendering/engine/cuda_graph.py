@@ -37,7 +37,7 @@ def cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 def ascend_with_cuda_graph(
     read: ReadActivations, plan: AscentPlan, items: Sequence[int], capture: Capture = cuda_graph
 ) -> Iterator[Frame]:
-    """Yield the frames of one batch as `gradient_ascent.ascend` does; `capture` returns what repeats a step."""
+    """Yield the frames of one batch as `gradient_ascent.ascend` does; `capture` makes the function that replays one."""
     recipe, draws = plan.recipe, plan.random_draws(items)
     rows = torch.tensor(items, device=plan.prototype_tensor.device)
     done, image = 0, None

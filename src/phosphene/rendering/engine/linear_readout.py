@@ -13,7 +13,7 @@ Position = tuple[int, int]  # row and column of a map
 
 
 class LinearReadout:
-    """The one number an item that an objective reads of a convolution, as a sum over the convolution's input.
+    """The one number per item that an objective reads from a convolution, as a sum over the convolution's input.
 
     Computed once for each batch: the gradients (b, c, h, w) of the number with respect to the input, and the numbers
     (b,) for an input of 0, which are the biases.

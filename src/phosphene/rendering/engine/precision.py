@@ -1,6 +1,6 @@
 """The number format in which a network runs during gradient ascent.
 
-The first steps decide what a picture becomes: with those in float32 it ends as the same picture to the eye, while
+The first steps decide what a picture becomes: if they run in float32, it looks the same in the end, while
 rounding from the start leads to another (decision 7). So bfloat16 starts after the first fifth, and the scores of
 finished pictures are always those of the network as it is.
 """

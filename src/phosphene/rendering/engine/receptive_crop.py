@@ -1,4 +1,4 @@
-"""Running only the part of a picture through a network that a single neuron sees."""
+"""Running a network on only the part of a picture that a single neuron sees."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -48,7 +48,7 @@ class ReceptiveCrop:
         return self.crops[image.shape[1:]]
 
     def validated_crop(self, image: Tensor) -> Crop | None:
-        """Return the crop for pictures of this size if it gives the same value as the whole picture, on noise."""
+        """Return the crop for pictures of this size if on noise it gives the same value as the whole picture."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.rand(1, *image.shape[1:], generator=generator, dtype=torch.float64).to(image)
         with torch.no_grad():
