@@ -29,6 +29,8 @@ def drawn(verdicts: list[Verdict]) -> list[tuple[str, float, float, float]]:
 def test_bars_and_histograms_are_drawn_to_scale() -> None:
     bar = [("vivid", 0.0, 75.0, 10.0), ("dead", 75.0, 25.0, 10.0)]
     assert drawn(judged(("vivid", None), ("vivid", None), ("dead", None), ("vivid", None))) == bar * 2  # atlas, layer
+    half = [("vivid", 0.0, 50.0, 10.0)]  # the rest of the bar is empty: those filters were not judged
+    assert drawn(judged(("vivid", None), ("", None))) == half * 2
     verdicts = judged(("vivid", 0.62), ("vivid", 0.64), ("unstable", -7.0), ("unstable", 0.61))
     # bins of 0.05 are 10 wide; what lies outside is in the first or last
     assert drawn(verdicts)[4:] == [

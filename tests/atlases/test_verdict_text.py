@@ -45,7 +45,12 @@ def test_shares_are_in_the_order_of_a_bar() -> None:
         VerdictShare("dead", "✕", 1, "25 %", 75, 25),
     ]
     of_eight = verdict_shares({"dead": 1, "vivid": 3}, of=8)  # four more were not judged
-    assert [(share.percent, share.share) for share in of_eight] == [("38 %", 75), ("0 %", 0), ("0 %", 0), ("12 %", 25)]
+    assert [(share.percent, share.share) for share in of_eight] == [
+        ("38 %", 37.5),
+        ("0 %", 0),
+        ("0 %", 0),
+        ("12 %", 12.5),
+    ]
     assert {(share.percent, share.left, share.share) for share in verdict_shares({})} == {("0 %", 0, 0)}
 
 

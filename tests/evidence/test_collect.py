@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -166,6 +167,7 @@ def test_other_weights_photos_or_sizes_are_other_evidence(small_net: nn.Sequenti
     photos = random_photos(12)
     first = digest(small_model(small_net), photos)
     assert digest(small_model(small_net), photos.clone()) == first
+    assert digest(small_model(small_net), photos, cast(int, np.int64(8)), cast(int, np.int64(9))) == first
     changed = [digest(small_model(small_net), photos, 6), digest(small_model(small_net), photos, top=2)]
     changed.append(digest(small_model(small_net), photos[:-1]))
     with torch.no_grad():

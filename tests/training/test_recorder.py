@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,7 +140,7 @@ def test_every_second_epoch(tmp_path: Path) -> None:
     net = network()
     gradients: list[Tensor] = []
     bias: Any = net.get_parameter("0.bias")
-    with Recorder(net, tmp_path, every=2) as recorder:
+    with Recorder(net, tmp_path, every=cast(int, np.int64(2))) as recorder:
         train(net, recorder, epochs=4, after=lambda: gradients.append(torch.clone(bias.grad)))
     history = open_history(tmp_path)
     assert history.epochs == [0, 2]

@@ -26,13 +26,13 @@ def verdict_shares(counts: Mapping[str, int], of: int | None = None) -> list[Ver
 
     Args:
         counts: the number of filters by verdict.
-        of: what the percentages refer to, by default all filters with a verdict.
+        of: the number of filters in the whole bar, by default of those with a verdict.
     """
-    total, left, shares = sum(counts.get(verdict, 0) for verdict in ORDER), 0.0, []
+    total, left, shares = of or sum(counts.get(verdict, 0) for verdict in ORDER), 0.0, []
     for verdict in ORDER:
         filters = counts.get(verdict, 0)
         share = 100 * filters / (total or 1)
-        shares.append(VerdictShare(verdict, SIGNS[verdict], filters, format_share(filters, of or total), left, share))
+        shares.append(VerdictShare(verdict, SIGNS[verdict], filters, format_share(filters, total), left, share))
         left += share
     return shares
 

@@ -84,11 +84,9 @@ def plan_photo_pass(
     model: Model, photos: Any, layers: str | Sequence[str | int], size: int | None = None, top: int = TOP
 ) -> PhotoPass:
     """Return the checked request of `evidence`; the digest of its spec names the result in a store."""
-    whole_number(top, "the number of photos a channel", 1)
-    if size is not None:
-        whole_number(size, "the size in pixels", 1)
+    top = whole_number(top, "the number of photos a channel", 1)
+    sides = model.input_size if size is None else (whole_number(size, "the size in pixels", 1),) * 2
     chosen = {layer.path: layer for layer in layers_with_maps(model, layers)}
-    sides = model.input_size if size is None else (size, size)
     return PhotoPass(model, open_photos(photos, model.channels_in), tuple(chosen.values()), sides, top)
 
 

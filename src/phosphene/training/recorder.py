@@ -93,7 +93,7 @@ class Recorder:
         if epochs is not None:
             whole_number(epochs, "epochs")
         store = Path(store).expanduser()
-        self.gradients, self.every, self.data, self.loss, self.writer = gradients, every, data, loss, writer
+        self.gradients, self.every, self.data, self.loss, self.writer = gradients, int(every), data, loss, writer
         self.filters = None if filters is None else EpochFilters.parse(self.network, filters, recipe)
         if gradients == "epoch":
             self.network.total_gradient(data, loss, 1)  # so that what does not work fails before the training

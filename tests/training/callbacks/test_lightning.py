@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from phosphene.training.history import open_history
 pytest.importorskip("lightning.pytorch")
 import lightning.pytorch as lightning
 
-from phosphene.training.callbacks.lightning import LightningRecorder, recorded_module
+from phosphene.training.callbacks.lightning import LightningRecorder, callback_class, recorded_module
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
@@ -326,6 +327,25 @@ def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path: Path
     fit = SimpleNamespace(strategy=type("FSDPStrategy", (), {})())
     with pytest.raises(errors.InvalidRequest, match="FSDPStrategy splits up the weights"):
         LightningRecorder(tmp_path / "run").on_train_start(fit, task)
+
+
+def test_the_package_that_can_be_imported_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)  # such as with a folder `lightning` in the way
+    other = SimpleNamespace(Callback=object)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", other)
+    assert callback_class() is object
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    with pytest.raises(errors.ExtraMissing, match=r"pip install 'phosphene\[lightning\]'"):
+        callback_class()
+
+
+def test_the_store_may_be_any_path_like_object(tmp_path: Path) -> None:
+    class Folder:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "run")
+
+    folder = cast(Path, Folder())
+    assert LightningRecorder(folder).arguments["store"] == tmp_path / "run"
 
 
 @pytest.mark.slow

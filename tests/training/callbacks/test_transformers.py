@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -250,6 +250,15 @@ def test_what_cannot_be_recorded_is_refused_before_the_first_step(tmp_path: Path
     with pytest.raises(errors.InvalidRequest, match="split up the weights between processes"):
         recorder.on_train_begin(split, None, None, model=model)
     assert all(old.equal(new) for old, new in zip(before, model.state_dict().values(), strict=True))
+
+
+def test_the_store_may_be_any_path_like_object(tmp_path: Path) -> None:
+    class Folder:
+        def __fspath__(self) -> str:
+            return str(tmp_path / "run")
+
+    folder = cast(Path, Folder())
+    assert TransformersRecorder(folder).arguments["store"] == tmp_path / "run"
 
 
 def test_missing_transformers_are_named_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ of which averages over the processes of distributed training; the scale of mixed
 `on_before_optimizer_step`, where the gradients are read; they are clipped; the optimizer steps.
 """
 
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -29,9 +30,10 @@ SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")  # no p
 
 def callback_class() -> Any:
     """Return Lightning's `Callback`; if both packages are installed, of the one that the user has imported."""
-    imported = [name for name in PACKAGES if name in sys.modules]
-    available = imported or [name for name in PACKAGES if find_spec(name.partition(".")[0])] or PACKAGES
-    return require_extra(available[0], "lightning").Callback
+    for name in sorted(PACKAGES, key=lambda name: name not in sys.modules):
+        with suppress(ImportError):
+            return importlib.import_module(name).Callback
+    return require_extra(PACKAGES[0], "lightning").Callback
 
 
 class LightningRecorder(callback_class()):  # type: ignore[misc]
@@ -68,8 +70,8 @@ class LightningRecorder(callback_class()):  # type: ignore[misc]
         **options: Unpack[RecorderOptions],
     ) -> None:
         super().__init__()
-        self.arguments = recorder_arguments(store, positional, options)
         self.store, self.network, self.clipped = Path(store), network, clipped
+        self.arguments = recorder_arguments(self.store, positional, options)
         self.recorder: Recorder | None = None  # of the current fit, or of the last one
         self.stepping: set[int] | None = None  # identities of the weights of the optimizer that steps now
         self.steps = 0

@@ -61,8 +61,8 @@ class TransformersRecorder(callback_class()):  # type: ignore[misc]
         **options: Unpack[RecorderOptions],
     ) -> None:
         super().__init__()
-        self.arguments = recorder_arguments(store, positional, options)
         self.store, self.network = Path(store), network
+        self.arguments = recorder_arguments(self.store, positional, options)
         self.recorder: Recorder | None = None  # of the current training, or of the last one
         self.steps = 0
         self.ended: int | None = None  # the epoch that ended and whose metrics are not complete
