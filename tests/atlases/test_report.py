@@ -245,7 +245,11 @@ def test_a_layer_without_verdicts_shows_its_pictures_and_says_why(store: Store) 
         ["block1", str(number), f"filter_{number}", "", score, *[""] * 5]
         for number, score in ((3, "12.5"), (5, "-0.25"))
     ]
-    for words in ("Not judged: the network overflows.", "1 job of this layer failed", "Nothing is there of block2"):
+    for words in (
+        "Not judged: the network overflows.",
+        "1 job of this layer failed",
+        "No pictures exist of block2",
+    ):
         assert words in text
     assert "2 of 4, of 1 layers" in text
 
@@ -254,7 +258,7 @@ def test_an_atlas_of_which_nothing_came_says_so(store: Store) -> None:
     add_atlas(store, [], missing=["block1"], filters=4)
     text, _, rows = report_of(store)
     assert "0 of 4, of 0 layers" in text
-    assert "Nothing is there of block1" in text
+    assert "No pictures exist of block1" in text
     assert len(rows) == 1
 
 

@@ -61,9 +61,9 @@ def test_photos_that_cannot_be_read_are_left_out_and_named(small_net: nn.Sequent
 def test_requests_that_cannot_be_met_are_refused(small_net: nn.Sequential, untouched: Guard) -> None:
     model, photos = small_model(small_net), random_photos(3)
     requests: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-        (errors.LayerRefused, "where there are maps, and .8 returns none", lambda: evidence(model, photos, [0, "8"])),
-        (errors.LayerRefused, "and .7, .8 returns none", lambda: evidence(model, photos, "[78]")),
-        (errors.LayerRefused, "and no layer returns none", lambda: evidence(model, photos, [])),
+        (errors.LayerRefused, "layers that return maps, and got .8;", lambda: evidence(model, photos, [0, "8"])),
+        (errors.LayerRefused, "and got .7, .8;", lambda: evidence(model, photos, "[78]")),
+        (errors.LayerRefused, "and got no layer;", lambda: evidence(model, photos, [])),
         (errors.LayerNotFound, "no layer 'x'", lambda: evidence(model, photos, ["x"])),
         (errors.InvalidRequest, "channel is a whole number of at least 1", lambda: evidence(model, photos, [0], top=0)),
         (errors.InvalidRequest, "size in pixels is a whole number", lambda: evidence(model, photos, [0], size=-1)),
@@ -74,7 +74,7 @@ def test_requests_that_cannot_be_met_are_refused(small_net: nn.Sequential, untou
     for error, message, request in requests:
         with untouched(small_net), pytest.raises(error, match=message):
             request()
-    with pytest.raises(errors.LayerNotFound, match="no photos were looked at in 'y'"):
+    with pytest.raises(errors.LayerNotFound, match="there is no evidence on 'y'; the nearest layers are"):
         evidence(model, photos, [0])["y"]
 
 

@@ -95,7 +95,11 @@ def refused_sources(tmp_path: Path) -> Iterator[tuple[Any, type[Exception], str]
     yield tmp_path / "empty", refused, r"there is no photo in .*empty; photos are \.jpg"
     yield tmp_path / "one.jpg", refused, "one.jpg is one file; photos come from a folder"
     yield tmp_path / "broken.parquet", refused, "is no Parquet file that can be read"
-    yield tmp_path / "two.parquet", refused, r"has no column of photos \(a, b\); call the one with their bytes 'image'"
+    yield (
+        tmp_path / "two.parquet",
+        refused,
+        r"has no column of photos \(a, b\); name the column with their bytes",
+    )
     yield tmp_path / "none.parquet", refused, "there is no photo in .*none.parquet: it is empty"
     yield [], refused, "there is no photo in the list: it is empty"
     yield 7, errors.InvalidRequest, "by number, not from int; give a folder"

@@ -59,5 +59,5 @@ def test_a_run_with_filters_is_continued_too(tmp_path: Path) -> None:
         recorder.end_epoch(np.int64(epoch))  # type: ignore[arg-type]
     assert open_history(tmp_path).epochs == [0, 1]
     assert open_history(tmp_path).facts["filters"]["layer"] == ".4"
-    with pytest.raises(errors.InvalidRequest, match="is one with other filters; choose another folder"):
+    with pytest.raises(errors.InvalidRequest, match="was made with other filters; choose another folder"):
         Recorder(net, tmp_path, gradients=None, filters="1:0:3", recipe="max-step")

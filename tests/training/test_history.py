@@ -50,7 +50,7 @@ def test_the_folder_of_another_network_is_refused(tmp_path: Path) -> None:
     changed[4] = nn.Conv2d(4, 6, 5, padding=2).double()
     with pytest.raises(errors.InvalidRequest, match=r"another network's: it has 4.weight \[6, 4, 3, 3\] float64 where"):
         Recorder(changed, tmp_path)
-    with pytest.raises(errors.InvalidRequest, match="one with gradients='running', not None"):
+    with pytest.raises(errors.InvalidRequest, match="was made with gradients='running', not None"):
         Recorder(net, tmp_path, gradients=None)
     (tmp_path / "x").mkdir()
     atomic.write_manifest(tmp_path / "x/manifest.json", {"pictures": []})

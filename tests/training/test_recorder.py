@@ -179,8 +179,8 @@ def test_what_cannot_be_recorded_is_refused_before_the_training(tmp_path: Path) 
         ({"filters": "9:0:1"}, "9"),
         ({"filters": ".16:0:1"}, "has no map of channels to render"),
         ({"recipe": "x"}, "x"),
-        ({"layers": ["0"]}, "layers has the type str, not"),
-        ({"cap": "1GB"}, "cap has the type int, not '1GB'"),
+        ({"layers": ["0"]}, "layers is of type str, not"),
+        ({"cap": "1GB"}, "cap is of type int, not '1GB'"),
         ({"epochs": -1}, "epochs is a whole number of at least 0, not -1"),
         ({"writer": 3}, "a writer is a SummaryWriter"),
     )

@@ -32,8 +32,8 @@ def render_job(
 
     The files are one PNG for each filter; `film.webp`: see `JobFilm`; `figures.safetensors`: scores (n,), start_scores
     (n,), history (steps, n) and dead (n,) as in `Rendered`; `measures.safetensors`: plain (n, c), moved (n,) and grey
-    (c,) as in `Measurements`, of the pictures as they are saved. The bytes depend on the job alone: a CPU computes
-    with one thread meanwhile.
+    (c,) as in `Measurements`, of the pictures as they are saved. The bytes depend on the job alone, for which a CPU
+    computes with one thread.
 
     Raises:
         ModelRefused: the network is not the one that the job was planned for.
@@ -127,7 +127,7 @@ def manifest_of(job: Job, rendered: Rendered) -> dict[str, Any]:
 
 
 def about_picture(rendered: Rendered, index: int) -> dict[str, Any]:
-    """Return what file and manifest say of one picture."""
+    """Return what the file and the manifest say about one picture."""
     about = rendered.metadata(index)
     return {name: about[name] for name in ("picture", "channel", "score", "dead")}
 

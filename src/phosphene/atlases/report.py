@@ -25,7 +25,7 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class Scale(NamedTuple):
-    """The scale of a page with up to so many `filters`: sides of pictures and photos in pixels, and photos a filter."""
+    """The scale of a page of up to `filters` filters: pixels of pictures and photos, and photos per filter."""
 
     filters: int
     picture: int
@@ -215,11 +215,11 @@ def notes_on_atlas(manifest: Mapping[str, Any]) -> list[str]:
     """Return the warnings about an atlas, as sentences."""
     notes = [f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in manifest["notes"]]
     if manifest["missing"]:
-        notes.append(f"Nothing is there of {', '.join(manifest['missing'])}; run the atlas again to try once more.")
+        notes.append(f"No pictures exist of {', '.join(manifest['missing'])}; run the atlas again to try once more.")
     if manifest["evidence"] is None:
         notes.append(
             "Made without photos, so excitation and own are unknown: the verdicts rest on stability, retrieval and "
-            "agreement, measured from what a grey picture gives."
+            "agreement, measured relative to a grey picture."
         )
     return notes
 

@@ -133,7 +133,7 @@ def page(
 
 @cache
 def environment() -> Environment:
-    """Return where the template comes from; a variable that it does not get is an error."""
+    """Return the environment of the template; a variable that it uses and does not get is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = Environment(
@@ -198,7 +198,7 @@ class Histogram(NamedTuple):
     Attributes:
         caption: the figure's name and median.
         extremes: the number of filters, and their lowest and highest figure, as text.
-        limit: the threshold; `limit_x` is its place.
+        limit: the threshold; `limit_x` is its position.
     """
 
     axis: Axis

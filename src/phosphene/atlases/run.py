@@ -91,7 +91,7 @@ class AtlasRun:
     """The progress of a run.
 
     Attributes:
-        there: the digests of the jobs in the store.
+        done: the digests of the jobs in the store.
         pictures, total: of these jobs, and of the whole atlas.
         unfinished: jobs of each layer that are not in the store, by path.
         waiting: jobs that no worker has begun.

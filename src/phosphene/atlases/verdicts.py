@@ -88,7 +88,7 @@ class Verdict:
 
 
 class Measurements(NamedTuple):
-    """What a layer's channels make of n pictures, as means over the map, float64 on the CPU.
+    """How n pictures excite a layer's channels, as means over the map, float64 on the CPU.
 
     Attributes:
         plain: (n, c) of every channel for each picture where it is.

@@ -54,7 +54,7 @@ def evidence(
         photos: a folder, a Parquet file, `package.module:callable`, or a dataset; see `open_photos`.
         layers: addresses, or a glob, which means those of its layers that have maps.
         size: side in pixels at which the network sees the photos, by default its own input size.
-        top: the strongest photos to keep a channel.
+        top: how many of the strongest photos to keep for each channel.
         store: keeps the result, or already has it. During the pass the partial result is saved there now and then, so
             that an interrupted pass goes on from it.
         watch: called with (n, total): n more of all the photos are done.
@@ -63,7 +63,7 @@ def evidence(
 
     Raises:
         LayerNotFound, LayerRefused, SizeRefused, InvalidRequest, OutOfMemory.
-        PhotoRefused: the source is none, or not one photo of it can be read.
+        PhotoRefused: there is no such source, or none of its photos can be read.
 
     Example:
         >>> result = evidence(load("builtin/vgg19"), "holiday", "block3*", size=128)
@@ -103,7 +103,7 @@ def layers_with_maps(model: Model, layers: str | Sequence[str | int]) -> list[La
     maps = [layer for layer in chosen if layer.is_map]
     if not maps or (len(maps) < len(chosen) and not isinstance(layers, str)):
         names = ", ".join(layer.path for layer in chosen if not layer.is_map) or "no layer"
-        raise LayerRefused(f"photos are looked at where there are maps, and {names} returns none; choose a convolution")
+        raise LayerRefused(f"evidence needs layers that return maps, and got {names}; choose a convolution")
     return maps
 
 

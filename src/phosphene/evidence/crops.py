@@ -1,6 +1,6 @@
 """Sheets of crops: what each channel's strongest photos show where the channel answers, and sheets of these photos.
 
-A row a channel, the strongest photo first. A tile is the receptive field of the peak, as the network saw the photo
+One row per channel, the strongest photo first. A tile is the receptive field of the peak, as the network saw the photo
 there; the part of it outside the photo is grey. If the field is unknown or holds the photo, the tile is the photo.
 The photos whole, as the network saw them, are small tiles in the order of their numbers.
 """
@@ -23,10 +23,10 @@ from phosphene.images.sprites import thumbnail, tile_size
 from phosphene.network.layers import Layer
 
 TILE = 64  # pixels of a tile's longer side
-ROWS = 128  # channels of a sheet, which keeps it below the 16,383 px that WebP ends at
+ROWS = 128  # channels of a sheet, which keeps it below WebP's limit of 16,383 px
 QUALITY, EFFORT = 80, 2  # of WebP: twice as quick as at effort 4, for a twentieth more bytes
 OPEN_BYTES = 2**29  # of the sheets that are filled at the same time
-PHOTO_TILE, ACROSS = 112, 5  # pixels of a whole photo's longer side at most, and photos along a sheet's either side
+PHOTO_TILE, ACROSS = 112, 5  # pixels of a whole photo's longer side at most, and photos along each side of a sheet
 MAX_WHOLE = 20_000  # photos that are shown whole, about 80 MB
 OUTSIDE = (128, 128, 128)  # about what a network sees beyond the border, where it pads with zeros
 COARSE = 16  # pixels up to which a field is enlarged as squares; a larger one is smoothed
@@ -120,7 +120,7 @@ def thumbnails(photo_pass: PhotoPass, top: Sequence[TopPositions]) -> dict[str, 
 def sheets(photo_pass: PhotoPass, top: Sequence[TopPositions]) -> Iterator[tuple[str, bytes]]:
     """Yield the sheets of all layers and of the photos, by name. Only the strongest photos are read again.
 
-    Each is read once for as many layers as fit the memory together, which mostly is all of them.
+    Each is read once for as many layers as fit the memory together, usually for all of them.
     """
     photos = whole_photos(top)
     for layers in layer_groups([layer.photos.numel() for layer in top]):

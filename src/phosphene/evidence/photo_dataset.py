@@ -105,7 +105,7 @@ def open_photos(source: str | Path | Any, channels: int = 3) -> PhotoDataset:
         source: a folder of photos or of Parquet files, a Parquet file, `package.module:callable`, which is called
             without arguments and returns a dataset, a list of files, or a dataset: anything with a length and photos by
             number, such as torchvision's and Hugging Face's.
-        channels: 3 for RGB or 1 for grey, as the network sees; another number only for a dataset of tensors.
+        channels: 3 for RGB or 1 for grey, as the network expects; another number only for a dataset of tensors.
 
     Raises:
         PhotoRefused: there is no such source, or no photo in it.
@@ -141,7 +141,7 @@ def decode_photo(row: Any, name: str, channels: int) -> Tensor:
     if isinstance(photo, Image.Image):
         return from_picture(photo, name, channels)
     if isinstance(photo, np.ndarray) and photo.ndim in (2, 3):
-        # a copy, for the dataset may not let its own be written to
+        # a copy, since the dataset's own array may be read-only
         photo = torch.from_numpy(np.array(photo[..., None] if photo.ndim == 2 else photo)).movedim(-1, 0)
     if isinstance(photo, Tensor):
         return from_tensor(photo, name, channels)
@@ -178,7 +178,7 @@ def from_tensor(tensor: Tensor, name: str, channels: int) -> Tensor:
     if not -1e-3 <= low <= high <= 1 + 1e-3:  # NaN compares false
         raise PhotoRefused(
             f"{name} has numbers from {low:.3g} to {high:.3g}; a photo's are in 0..1: leave out the normalisation, "
-            "which the network has its own of"
+            "since the network does its own"
         )
     if len(photo) == 1 and channels == 3:
         photo = photo.expand(3, -1, -1)

@@ -1,4 +1,4 @@
-"""One pass of photos through a network, chunk by chunk, which keeps only what does not grow with their number.
+"""One pass of photos through a network, chunk by chunk, in memory that does not grow with their number.
 
 A chunk is a run of consecutive photos; its result is a `Partial`, and `merge` combines two. Chunks and the batches in
 them depend on the request alone, so that any process that takes a chunk gets the same numbers.
@@ -96,7 +96,7 @@ class PhotoPass:
 
     Attributes:
         size: (h, w) of the images.
-        top: photos to keep a channel.
+        top: photos to keep for each channel.
     """
 
     model: Model
@@ -174,7 +174,7 @@ class PhotoPass:
             SizeRefused: the network does not take images of the size.
             LayerRefused, OutOfMemory.
         """
-        with warnings.catch_warnings(), photo_runs(self.model, self.layers) as run_photos:  # readers change filters
+        with warnings.catch_warnings(), photo_runs(self.model, self.layers) as run_photos:  # reading changes filters
             self.check_size(run_photos)
             floor = torch.full((sum(self.channels),), -torch.inf, dtype=torch.float64)
             for index in chunks:
@@ -216,7 +216,7 @@ class PhotoPass:
         """Run a batch, add its peaks to the result in place, and return the sketch with its means added."""
         starts = [0, *accumulate(self.channels)]
         floor = torch.maximum(floor, partial.top_photos.peaks[:, -1])
-        # of a batch of different images only so many can be among the strongest
+        # if all images of a batch differ, at most `top` of them are among the strongest
         most = self.top if len({photo.image_hash for photo in photos}) == len(photos) else len(photos)
         batch = empty_peaks(len(photos), starts[-1])
 
@@ -286,8 +286,8 @@ RunPhotos = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 def photo_runs(model: Model, layers: Sequence[Layer]) -> Iterator[RunPhotos]:
     """Borrow a network and yield `run_photos(images, on_map)`: `on_map(index, acts)` is called as each layer returns.
 
-    `acts` may be overwritten once `on_map` has returned, so that nothing need be copied; only as much of it is in
-    memory as the network itself holds. The forward pass stops at the last of the layers.
+    `acts` may be overwritten once `on_map` has returned, so that nothing is copied and memory holds no more than the
+    network itself needs. The forward pass stops at the last of the layers.
     """
     folding = model.folding([layer.path for layer in layers])
     outputs: dict[tuple[str, int], list[tuple[int, str]]] = {}

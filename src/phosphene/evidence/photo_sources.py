@@ -194,7 +194,7 @@ def photo_column(path: Path, schema: Any) -> str:
     named = [key for key in KEYS if key in columns]
     if not named and len(columns) != 1:
         names = ", ".join(schema.names)
-        raise PhotoRefused(f"{path} has no column of photos ({names}); call the one with their bytes 'image'")
+        raise PhotoRefused(f"{path} has no column of photos ({names}); name the column with their bytes 'image'")
     return (named or columns)[0]
 
 

@@ -1,4 +1,4 @@
-"""The distribution over photos of a number of every channel: a result of fixed size that can be merged in any order.
+"""The distribution over photos of one number for each channel: a result of fixed size that can be merged in any order.
 
 Mean and deviation are merged as by Chan, Golub and LeVeque (1979). Quantiles come from a histogram over the logarithm
 of the magnitude, as in DDSketch (Masson 2019, arXiv:1908.10693), with one half for each sign, which keeps the octave of
@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STEPS, OCTAVES = 32, 9  # bins an octave of magnitudes, and octaves of the histogram
-SIDE = STEPS * OCTAVES  # bins a sign
+STEPS, OCTAVES = 32, 9  # bins per octave of magnitudes, and octaves of the histogram
+SIDE = STEPS * OCTAVES  # bins per sign
 RELATIVE, ABSOLUTE = (2 ** (1 / STEPS) - 1) / (2 ** (1 / STEPS) + 1), 2.0 ** (1 - OCTAVES)
 ZERO_BIN = -(2**20)  # the magnitude bin of zero: below that of any number
 
 
 class QuantileSketch(NamedTuple):
-    """The distribution of one number a photo, of each of c channels.
+    """For each of c channels, the distribution of one number per photo.
 
     Attributes:
         counted: (c,) int64, photos.
@@ -47,7 +47,7 @@ class QuantileSketch(NamedTuple):
         return (self.squares / self.counted).sqrt()
 
     def quantile(self, share: float) -> Tensor:
-        """Return (c,) about the value that this share of the photos is below; NaN without photos.
+        """Return (c,) roughly the value below which this share of the photos lies; NaN without photos.
 
         It approximates the value at rank round(share · (count - 1)) of the sorted values, counted from 0.
         """
@@ -109,7 +109,7 @@ def merge_moments(first: QuantileSketch, second: QuantileSketch) -> QuantileSket
 
 
 def magnitude_bin(values: Tensor) -> Tensor:
-    """Return the magnitude bin of each number: STEPS bins an octave, `ZERO_BIN` for 0."""
+    """Return the magnitude bin of each number: STEPS bins per octave, `ZERO_BIN` for 0."""
     bins = (values.abs().log2() * STEPS).floor()
     return torch.where(values == 0, ZERO_BIN, bins).long()
 

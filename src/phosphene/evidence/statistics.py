@@ -1,4 +1,4 @@
-"""What photos do to the channels of a network: numbers for each layer, and all of them as one result.
+"""Statistics over photos of the channels of a network, for each layer and as one result.
 
 evidence/<digest>/statistics.safetensors     a layer's tensors as `<layer>/mean` and so on; see `PhotoStatistics`
 evidence/<digest>/evidence.json              the request, the names of the strongest photos, what could not be read
@@ -29,8 +29,8 @@ STATISTICS, ABOUT = "statistics.safetensors", "evidence.json"
 class PhotoStatistics:
     """What photos do to the channels of one layer.
 
-    A channel's MEAN is over its map: what `channel` scores, one number a photo. Its PEAK is the map's highest value. A
-    photo for which the map holds NaN or infinity is left out, and counted as broken.
+    A channel's MEAN is over its map: what `channel` scores, one number per photo. Its PEAK is the map's highest value.
+    A photo for which the map holds NaN or infinity is left out, and counted as broken.
 
     Attributes:
         count, broken: (c,) int64, photos counted and left out.
@@ -75,7 +75,7 @@ class Evidence(Mapping[str, PhotoStatistics]):
 
     def __getitem__(self, path: str) -> PhotoStatistics:
         if path not in self.statistics:
-            raise LayerNotFound(f"no photos were looked at in {path!r}; the nearest are: {nearest(path, self)}")
+            raise LayerNotFound(f"there is no evidence on {path!r}; the nearest layers are: {nearest(path, self)}")
         return self.statistics[path]
 
     def __iter__(self) -> Iterator[str]:

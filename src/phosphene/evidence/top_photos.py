@@ -17,7 +17,7 @@ NO_PHOTO = -1  # the number of the photo if there are fewer than k
 
 
 class TopPhotos(NamedTuple):
-    """Of each of c channels the k photos with the highest peaks, in order.
+    """For each of c channels, the k photos with the highest peaks, in order.
 
     Attributes:
         peaks: (c, k) float64, the highest value of the channel's map; -inf if there are fewer photos.
@@ -89,7 +89,7 @@ def concatenate(first: TopPhotos, second: TopPhotos) -> TopPhotos:
 
 
 def rank(entries: TopPhotos, top: int) -> TopPhotos:
-    """Return the first `top` of each channel's entries (c, m), one a hash; those of equal peaks come in order."""
+    """Return the first `top` of each channel's entries (c, m), one per hash; those of equal peaks come in order."""
     order = entries.peaks.argsort(dim=1, descending=True, stable=True)
     first = entries.reordered(order[:, :top])
     channels = is_repeated(first).any(1).nonzero()[:, 0]
@@ -102,7 +102,7 @@ def rank(entries: TopPhotos, top: int) -> TopPhotos:
 
 
 def is_repeated(entries: TopPhotos) -> Tensor:
-    """Return (c, m) whether an entry is an image that an earlier entry of its channel is, too."""
+    """Return (c, m) whether an earlier entry of the same channel is the same image."""
     hashes, exists = entries.image_hashes, entries.photos != NO_PHOTO
     same = (hashes[:, :, None] == hashes[:, None, :]) & exists[:, None, :] & exists[:, :, None]
     return same.tril(-1).any(2)

@@ -1,4 +1,4 @@
-"""What a Recorder needs to know of a network in training: for any framework, and how a PyTorch network gives it."""
+"""The interface of a Recorder to a network in training, and its implementation for PyTorch."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -37,7 +37,7 @@ class EpochRecord:
     notes: tuple[str, ...] = ()
 
     def manifest(self) -> dict[str, Any]:
-        """Return everything but the arrays and pictures as JSON values."""
+        """Return the record without its arrays and pictures, as JSON values."""
         weights = {name: statistics(gradient, self.weight_norms[name]) for name, gradient in self.gradients.items()}
         return {
             "epoch": self.epoch,

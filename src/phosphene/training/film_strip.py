@@ -49,7 +49,7 @@ def film(history: History, layer: str | int, style: str = "signed") -> list[disp
 
 
 def save_film(frames: Sequence[display.Picture], path: str | Path) -> Path:
-    """Write frames as an animated GIF, or an MP4 if the program `ffmpeg` is installed; both stay longer on the last.
+    """Write frames as an animated GIF, or an MP4 if the program `ffmpeg` is installed; both hold the last longer.
 
     Raises:
         InvalidRequest: there are no frames, or the name has another ending. ExtraMissing: there is no ffmpeg.
@@ -180,7 +180,7 @@ class LayerStrip:
         return captions.with_caption(body, title, f"{metrics}\n{note}" if metrics else note)
 
     def caption_parts(self, layout: StripLayout, filter_: str, channel: str, epoch: str) -> list[str]:
-        """Return the caption: how much of everything is shown; the words say what a filter, channel and epoch is."""
+        """Return how much of everything is shown; the words name what stands for a filter, a channel and an epoch."""
         filters, lines = self.timeline.shape[:2]
         total, drawn = len(self.timeline.epochs), len(layout.epochs)
         epochs = f"{total:,} epochs" if drawn == total else f"{drawn} of {total:,} epochs, evenly spread"

@@ -65,7 +65,7 @@ def captioned_plot(norms: GradientNorms) -> display.Picture:
 
 def plot(norms: GradientNorms) -> display.Picture:
     """Return the three plots with the legend to their right."""
-    from matplotlib import colormaps  # with the next two most of a second
+    from matplotlib import colormaps  # the three imports take most of a second
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

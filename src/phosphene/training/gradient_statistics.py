@@ -23,8 +23,8 @@ class Gradient:
         mean_abs: mean over the batches of the mean magnitude of the entries; `norm`: of their L2 norm.
         histogram: (256,) number of entries, of all batches, by float32 exponent: bin k counts
             2^(k-127) <= |g| < 2^(k-126), bin 0 also zeros, bin 255 NaN and infinity.
-        batches: in how many the tensor had a gradient; in `nonfinite` of these it held NaN or infinity, for the first
-            time in batch `first_nonfinite`, counted from 0.
+        batches: those in which the tensor had a gradient; `nonfinite` of these held NaN or infinity, the first of them
+            is batch `first_nonfinite`, counted from 0.
     """
 
     mean: Tensor
@@ -175,7 +175,7 @@ def count_each(exponents: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def count_at_once(exponents: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the same from a single count, for a GPU, which every count has to wait for."""
+    """Return the same from a single count, since every count waits for the GPU."""
     shifted = [tensor.int() + index * EXPONENTS for index, tensor in enumerate(exponents)]
     return torch.bincount(torch.cat(shifted), minlength=EXPONENTS * len(shifted)).view(-1, EXPONENTS).unbind()
 

@@ -10,7 +10,7 @@ from phosphene.training.gradient_norms import GradientNorms
 from phosphene.training.history import History
 
 VANISHING = 1e-3  # of the last layer's gradient: less vanishes
-STANDSTILL = 2.0**-24  # of the weight's norm: half of what float32 can tell apart
+STANDSTILL = 2.0**-24  # of the weight's norm: half of float32's precision
 EXPLODING = 1000.0  # times the weight's norm
 GROWTH, LARGE = 100.0, 100.0  # times the first epoch's gradient, if it is also that many times the weight's norm
 NAMED = 4  # weights that a sentence names if there are at least two more
@@ -25,11 +25,11 @@ def verdicts(history: History) -> list[str]:
       layer's, and so is its norm over the weight's norm. In nine networks of torchvision that began to train, from
       AlexNet to DenseNet-121, and in smaller ones that had learned, one of the two was always above a hundredth; in a
       network of five layers with sigmoids, each of which passes on a quarter at most, both fell below a thousandth, and
-      the loss stood still. ConvNeXt vanishes so, too, until its layer scale has grown, which starts at a millionth.
+      the loss stood still. ConvNeXt's vanish until its layer scale has grown, which starts at a millionth.
       Also: the norm is less than 2^-24 of the weight's, which float32 rounds off, so that plain gradient descent at a
       rate of 1 would leave the weight as it is.
     - Exploding, in any epoch: the norm is a thousand times the weight's, or a hundred times it and a hundred times what
-      it was in the first epoch. A ResNet-50 begins at three hundred. Growth alone is no fault: when a deep network
+      it was in the first epoch. A ResNet-50 begins at 300 times. Growth alone is no fault: when a deep network
       begins to learn after a while, the gradients of its first layers grow ten thousandfold, to a few times the norm of
       the weight. A loss that is a sum over samples is as many times larger; the sentence says so.
 

@@ -96,7 +96,7 @@ class History:
         return dict(self.entry(epoch)["metrics"])
 
     def find(self, layer: str | int) -> str:
-        """Return the path of a recorded layer, given that path, or n for the n-th layer that is recorded.
+        """Return the path of a recorded layer, from its path or its index among the recorded layers.
 
         Raises:
             LayerNotFound: the kernels of no such layer are recorded.
@@ -253,7 +253,7 @@ def check_same(folder: Path, recorded: Mapping[str, Any], facts: Mapping[str, An
         if recorded[name] != facts[name]:
             difference = "other filters" if name == "filters" else f"{name}={recorded[name]!r}, not {facts[name]!r}"
             raise InvalidRequest(
-                f"the record in {folder} is one with {difference}; choose another folder, or keep the record's settings"
+                f"the record in {folder} was made with {difference}; choose another folder, or keep its settings"
             )
 
 

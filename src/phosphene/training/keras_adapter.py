@@ -1,4 +1,4 @@
-"""What a Recorder needs to know of a Keras network in training, on the backend that its Keras runs on."""
+"""The interface of a Recorder to a Keras network in training, on any backend of Keras."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -81,7 +81,7 @@ def batches(data: Any) -> Iterator[Batch]:
             cut = tree.map_structure(lambda array, rows=rows: None if array is None else array[rows], tuple(whole))
             yield Batch(*cut)
     elif is_endless(data):
-        raise InvalidRequest("the data for gradients='epoch' have no end; give a set of which one pass is an epoch")
+        raise InvalidRequest("the data for gradients='epoch' have no end; give data that end after one epoch")
     elif hasattr(data, "num_batches") and hasattr(data, "__getitem__"):  # a PyDataset, whose iteration never ends
         yield from (as_batch(data[number]) for number in range(data.num_batches))
     elif not isinstance(data, Iterable) or iter(data) is data:

@@ -143,11 +143,11 @@ class Recorder:
 
         Call it before `optimizer.step()` and `zero_grad()`: after each backward pass, which then counts as one batch,
         even if gradients accumulate over several passes; or once after the last of these, so that the gradient that the
-        optimizer uses counts as one batch. In distributed training the gradients are averaged over the processes then.
+        optimizer uses counts as one batch. In distributed training call it after the average over the processes.
 
         Args:
             scaler: the `GradScaler`, if there is one; whether its `unscale_` has been called is detected.
-            clipped: whether the gradients have been clipped already, which the record then says.
+            clipped: whether the gradients have been clipped already; the record says so.
 
         Raises:
             InvalidRequest: there is no gradient, or none since the last call.
@@ -212,7 +212,7 @@ class Recorder:
         )
 
     def take_gradients(self) -> tuple[dict[str, Any], dict[str, Gradient]]:
-        """Return the epoch's gradients by weight, after how they were taken as JSON values; {} if none are recorded."""
+        """Return how the epoch's gradients were taken, as JSON values, and the gradients by weight; two {} without."""
         if self.gradients == "running":
             read = " and ".join(CLIPPING[clipped] for clipped in sorted(self.clipped))
             self.clipped.clear()
@@ -224,7 +224,7 @@ class Recorder:
         return {}, {}
 
     def write(self, history: History, record: EpochRecord) -> list[str]:
-        """Write an epoch's record, and return warnings: that it exceeds the cap or the disk, or replaces another.
+        """Write an epoch's record, and return warnings: that it does not fit, or replaces an earlier one.
 
         Whatever happens here, the training continues.
         """
@@ -291,11 +291,11 @@ def check_types(**arguments: tuple[Any, Any]) -> None:
     """Refuse arguments, each given as (value, type), that are of another type."""
     for name, (value, expected) in arguments.items():
         if not isinstance(value, expected):
-            raise InvalidRequest(f"{name} has the type {getattr(expected, '__name__', expected)}, not {value!r}")
+            raise InvalidRequest(f"{name} is of type {getattr(expected, '__name__', expected)}, not {value!r}")
 
 
 def scale_of(scaler: Any) -> float:
-    """Return what a `GradScaler` has multiplied the gradients with; 1 if its `unscale_` has divided by that again."""
+    """Return what a `GradScaler` has multiplied the gradients with; 1 if its `unscale_` has already divided by it."""
     if scaler is None:
         return 1.0
     if not hasattr(scaler, "get_scale"):

@@ -97,7 +97,7 @@ class FilterTimeline(LayerTimeline):
 
 
 def weight_range(weights: Tensor) -> WeightRange:
-    """Return what a scale needs to know of a kernel."""
+    """Return the range of a kernel's finite weights."""
     finite = weights[weights.isfinite()].double()
     if not len(finite):
         return math.inf, -math.inf, 0.0, 0

@@ -18,9 +18,9 @@ from phosphene.images.display import Picture
 from phosphene.training.epoch_record import EpochRecord
 from phosphene.training.gradient_statistics import BIAS, EXPONENTS, Gradient
 
-FAILED: WeakSet[Any] = WeakSet()  # writers that there was a warning about
+FAILED: WeakSet[Any] = WeakSet()  # writers that have caused a warning
 STEPS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the last step of each run of Weights & Biases
-EPOCH = "phosphene_epoch"  # what the panels of Weights & Biases are drawn over
+EPOCH = "phosphene_epoch"  # the horizontal axis of the panels of Weights & Biases
 NUMBERS = ("epoch_metrics", "gradient_norm", "gradient_mean_abs", "gradient_zeros", "gradient_nonfinite_batches")
 GROUPS = (*NUMBERS, "gradient_log2", "kernels", "filters")
 

@@ -42,7 +42,7 @@ from phosphene.network.model import Model
 PROGRAM = """
 import os, select, sys, threading
 socket = select.poll()
-socket.register({socket}, 0)  # no event but the end
+socket.register({socket}, 0)  # reports only that it was closed
 threading.Thread(target=lambda: socket.poll() and os._exit(1), daemon=True).start()
 sys.path[:] = {path}
 from phosphene.atlases.runners.local import worker_main
@@ -75,13 +75,13 @@ class LocalRunner:
             yield from in_processes(model, source, devices)
         except CannotStart as error:
             of_script = type(model.module).__module__ == "__main__"
-            advice = "; with `pip install cloudpickle` a network from a script can travel" if of_script else ""
+            advice = "; after `pip install cloudpickle` processes can load a network of a script" if of_script else ""
             warnings.warn(f"{error}: computing in this process, one job at a time{advice}", stacklevel=2)
             yield from in_this_process(model, chain(error.jobs, source))
 
 
 def worker_devices(model: Model, workers: int | None) -> list[str | None]:
-    """Return the device of each worker, None for the model's own; no worker if this process does as well."""
+    """Return the device of each worker, None for the model's own; [] if this process alone is as fast."""
     kind = model.prototype_tensor.device.type
     if workers == 0 or sys.platform == "win32" or not sys.executable:  # a worker could not inherit its socket
         return []
@@ -150,7 +150,7 @@ class LocalWorker:
             if code >= 0:  # it was not killed, and a worker that has started never ends by itself
                 return WorkerRefused(f"a worker did not start ({self.last_error() or f'exit code {code}'})")
             name = signal.Signals(-code).name
-            return WorkerDied(f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}")
+            return WorkerDied(f"killed by {name}{', perhaps because memory ran out' if name == 'SIGKILL' else ''}")
 
     def last_error(self) -> str:
         """Return the last line of the process' error output."""

@@ -33,12 +33,12 @@ class TransformersRecorder(callback_class()):  # type: ignore[misc]
 
     One batch of the record is one step of the optimizer. Its gradient is the one that the optimizer uses, over all
     accumulated batches, the mean over all processes, without the scale of mixed precision. It is clipped already if
-    `max_grad_norm` is above 0, as it is by default: the record says which. Give `max_grad_norm=0` to record gradients
-    that are not clipped. If a gradient is not finite, clipping spreads that to all weights.
+    `max_grad_norm` is above 0, as it is by default; the record says whether it is. Give `max_grad_norm=0` to record
+    unclipped gradients. If a gradient is not finite, clipping spreads that to all weights.
 
-    The metrics of an epoch are the last of each name that was logged in it, the evaluation after it included. So an
-    epoch is recorded once these exist: when a checkpoint was saved, the next epoch begins, or the training ends. A
-    training that continues from a checkpoint continues the record; epochs that it trains again replace what was
+    An epoch's metrics are the last values that were logged in it under each name, including the evaluation after it.
+    So an epoch is recorded once these exist: when a checkpoint was saved, the next epoch begins, or the training ends.
+    A training that continues from a checkpoint continues the record; epochs that it trains again replace what was
     recorded.
 
     Args:
