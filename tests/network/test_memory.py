@@ -22,8 +22,7 @@ def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def new_page_faults():
-    page_faults()
-    start = page_faults()
+    start = [page_faults() for _ in range(8)][-1]  # by then the heap has grown to where the block fits for good
     return [page_faults() for _ in range(5)][-1] - start
 
 before = new_page_faults()
