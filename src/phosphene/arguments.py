@@ -14,11 +14,11 @@ def whole_number(value: Any, name: str, least: int = 0, most: int | None = None)
     """Return a value as an int; whole numbers of numpy and torch are accepted, True and False are not.
 
     Args:
-        name: of the value, which the error message begins with: "workers", "a channel".
+        name: the beginning of the error message: "workers", "a channel".
         least, most: the bounds, both included.
 
     Raises:
-        InvalidRequest: it is no whole number, or out of bounds.
+        InvalidRequest: it is not a whole number, or out of bounds.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -34,7 +34,7 @@ def finite_number(value: Any, sentence: str) -> float:
     """Return a value as a float.
 
     Args:
-        sentence: the expectation, which the error message begins with: "an objective is multiplied by a number".
+        sentence: the beginning of the error message: "an objective is multiplied by a number".
 
     Raises:
         InvalidRequest: it is not a real number, or it is infinite or NaN.
@@ -48,7 +48,7 @@ def indices(chosen: int | Iterable[int], noun: str) -> list[int]:
     """Return the chosen indices as a list.
 
     Args:
-        noun: of an index, for the error message: "channel", "class".
+        noun: what the error message calls an index: "channel", "class".
 
     Raises:
         InvalidRequest: none is chosen, or an index is not a whole number of at least 0.

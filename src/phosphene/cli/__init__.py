@@ -19,7 +19,7 @@ COMMANDS = {
     "activations": ("photo:activations", "Draw what each channel of a network makes of a photo."),
     "cam": ("photo:cam", "Show where on a photo the evidence for a class lies."),
     "kernels": ("training:kernels", "Draw the weights of a convolution."),
-    "strip": ("training:strip", "Draw a layer of a recorded training, a row an epoch."),
+    "strip": ("training:strip", "Draw a layer of a recorded training, one row per epoch."),
     "gradients": ("training:gradients", "Draw the gradients of a recorded training, and judge them."),
     "dream": ("render:dream", "Draw more of what a layer sees into a photo (DeepDream)."),
     "atlas": ("atlases:atlas", "Draw every filter of many layers into a store."),

@@ -41,7 +41,7 @@ LISTED = 5  # failures that are printed one by one
 StoreOption = Annotated[str, typer.Option("--store", metavar="DIR|URL", help="where the atlas is kept")]
 RunnerName = Annotated[str, typer.Option(metavar="|".join(RUNNERS), help="where to render")]
 RayAddress = Annotated[str | None, typer.Option(metavar="A", help="a running Ray cluster, such as auto or head:6379")]
-Workers = Annotated[int | None, typer.Option(metavar="N", help="workers at once; by default one a CPU, or one a GPU")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="workers at once; by default one per CPU or GPU")]
 PhotoSource = Annotated[
     str | None,
     typer.Option(metavar="DIR|FILE.parquet|package.module:callable", help="photos to compare the pictures with"),
@@ -53,21 +53,21 @@ def atlas(
     open_model: OpenModel,
     store: StoreOption,
     layers: Annotated[
-        str, typer.Option(metavar="GLOB", help="which layers, such as 'block3*'; of these the convolutions, if any")
+        str, typer.Option(metavar="GLOB", help="which layers, such as 'block3*'; if some are convolutions, only those")
     ] = "*",
-    channels: Annotated[str, typer.Option(metavar="0:64|3,7,11|all", help="which filters of each")] = "all",
+    channels: Annotated[str, typer.Option(metavar="0:64|3,7,11|all", help="which filters of each layer")] = "all",
     recipe: RecipeName = DEFAULT,
     size: Size = None,
     steps: Steps = None,
     seed: Seed = None,
-    seeds: Annotated[int, typer.Option(metavar="N", help="pictures a filter; 2 tells whether seeds agree")] = 1,
+    seeds: Annotated[int, typer.Option(metavar="N", help="pictures per filter; 2 tell whether seeds agree")] = 1,
     photos: PhotoSource = None,
     runner: RunnerName = RUNNERS[0],
     ray_address: RayAddress = None,
     workers: Workers = None,
     precision: Precision = "auto",
     batch: BatchSize = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what it would cost")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what it would cost")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -207,9 +207,7 @@ def print_summary(summary: Summary, quiet: bool, as_json: bool) -> None:
 
 def report_page(
     store: Annotated[str, typer.Argument(metavar="STORE", help="the folder or URL that an atlas was written to")],
-    atlas: Annotated[
-        str | None, typer.Option(metavar="DIGEST", help="which one, where the store holds several")
-    ] = None,
+    atlas: Annotated[str | None, typer.Option(metavar="DIGEST", help="which atlas, if the store holds several")] = None,
     out: Annotated[Path, typer.Option(metavar="PATH.html", help="the page; the table goes beside it, as .csv")] = Path(
         "report.html"
     ),

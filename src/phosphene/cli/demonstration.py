@@ -58,7 +58,7 @@ def demo(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do the main job on the built-in trained networks: sheets of filters, and a photo through a classifier."""
+    """Draw sheets of filters of the built-in trained networks, and what they see in a photo."""
     check_writable(out, folder=True)
     if and_serve:
         check_web_extra()
@@ -72,7 +72,7 @@ def demo(
         report(paths, as_json, {"store": str(out / STORE)})
     elif not quiet:
         names = " and ".join(sheet.model for sheet in SHEETS)
-        to_stderr(f"what filters of {names} respond to, and a photo, is in {out.resolve()}")
+        to_stderr(f"the filters of {names}, and what they see in a photo, are in {out.resolve()}")
     if and_serve:
         serve_place(str(out), print_and_open, device=device)
     elif not quiet:
@@ -82,7 +82,7 @@ def demo(
 def demonstrate(
     folder: Path, device: str | torch.device = "cpu", watch: Callable[[str, int, int], None] | None = None
 ) -> Iterator[Path]:
-    """Draw filters of every block of two built-in networks into a store, then look at the photo that ships.
+    """Draw filters of every block of two built-in networks into a store, and what they see in a photo.
 
     Yields the path of each picture once it is written. Finished jobs in the store are skipped.
 

@@ -26,10 +26,12 @@ LayerArgument = Annotated[
     str, typer.Argument(metavar="LAYER", help="a path that `phosphene layers` prints, or n for the n-th convolution")
 ]
 Weights = Annotated[str | None, typer.Option(metavar="none|PATH", help="weights file, or none for random ones")]
-Numbers = Annotated[str | None, typer.Option(metavar="A[,B,C]", help="a number a channel, for images in 0..1")]
-InputSize = Annotated[str | None, typer.Option(metavar="PX|HxW", help="side of the network's own input")]
+Numbers = Annotated[str | None, typer.Option(metavar="A[,B,C]", help="one, or one per channel, for images in 0..1")]
+InputSize = Annotated[
+    str | None, typer.Option(metavar="PX|HxW", help="side, or height x width, of the network's input")
+]
 ChannelsIn = Annotated[int | None, typer.Option(metavar="N", help="channels of the network's images")]
-Labels = Annotated[Path | None, typer.Option(metavar="FILE", help="class names, one a line")]
+Labels = Annotated[Path | None, typer.Option(metavar="FILE", help="class names, one per line")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="where to compute")]
 Trust = Annotated[bool, typer.Option("--trust", help="let a saved Keras model run the code that it carries")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no remarks")]

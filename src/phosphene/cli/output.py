@@ -37,7 +37,7 @@ def report(paths: Sequence[Path | str], as_json: bool, facts: Mapping[str, Any])
 
 
 class Rate(ProgressColumn):
-    """How many units are done a second, or where these are few, a minute."""
+    """The units done per second or, if that is below 1, per minute."""
 
     def render(self, task: Task) -> Text:
         if not task.speed:

@@ -52,7 +52,7 @@ def cam(
     ] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="|".join([*CAMS, *INPUT_METHODS]))] = "gradcam",
     style: Annotated[str, typer.Option(metavar="|".join(STYLES), help="how the heat is drawn")] = STYLES[0],
-    out: Annotated[Path | None, typer.Option(metavar="PATH.png|DIR", help="a folder for a folder")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="PATH.png|DIR", help="a folder for a folder of photos")] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

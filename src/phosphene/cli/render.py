@@ -64,11 +64,9 @@ def filters(
     size: Size = None,
     steps: Steps = None,
     seed: Seed = None,
-    objective: Annotated[
-        str, typer.Option(metavar="|".join(OBJECTIVES), help="what of the layer to excite")
-    ] = "channel",
+    objective: Annotated[str, typer.Option(metavar="|".join(OBJECTIVES), help="what to excite")] = "channel",
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH.png|DIR", help="a sheet, or a folder for one file a filter")
+        Path | None, typer.Option(metavar="PATH.png|DIR", help="a sheet, or a folder for one file per filter")
     ] = None,
     film: Annotated[Path | None, typer.Option(metavar="PATH.gif", help="also show how the pictures form")] = None,
     precision: Precision = "auto",
@@ -106,11 +104,11 @@ def keeping_finished(target: Path, film: Path | None, as_json: bool) -> Iterator
 
 
 def warn_of_dead(rendered: Rendered, model: Model, layer: Layer) -> None:
-    """Print which filters are dead, if any, and where they may not be."""
+    """Print which filters are dead, if any, and the layer to try instead."""
     names = ", ".join(name for name, dead in zip(rendered.names, rendered.dead, strict=True) if dead)
     if names:
         before = f"{layer.path}#preactivation"
-        advice = f"; {before} is followed uphill before the activation" if before in model.modules else ""
+        advice = f"; try {before}, which is scored before the activation" if before in model.modules else ""
         to_stderr(f"dead, crossed out in the grid: {names}{advice}")
 
 
@@ -159,7 +157,7 @@ def dream(
     open_model: OpenModel,
     photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="the photo to start from")],
     layer: LayerArgument,
-    out: Annotated[Path, typer.Option(metavar="PATH.png")] = Path("dream.png"),
+    out: Annotated[Path, typer.Option(metavar="PATH.png", help="the picture to write")] = Path("dream.png"),
     recipe: RecipeName = "dream",
     size: Size = None,
     steps: Steps = None,
@@ -167,7 +165,7 @@ def dream(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Change a photo so that a layer sees more of what it saw in it (DeepDream)."""
+    """Change a photo so that a layer responds to it more strongly (DeepDream)."""
     find_recipe(recipe).with_settings(size, steps, seed)
     check_target(out, ".png", folders=False)
     handle = open_model()

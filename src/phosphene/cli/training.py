@@ -33,7 +33,7 @@ Command = Callable[..., None]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="the folder that a Recorder wrote to")]
 RunLayer = Annotated[str, typer.Argument(metavar="LAYER", help="the path of a recorded layer, or n for the n-th")]
 Style = Annotated[str, typer.Option(metavar="|".join(STYLES), help="signed: blue, white, red; grey: lowest to highest")]
-Epoch = Annotated[int | None, typer.Option(metavar="N", help="of a recorded training; by default the last epoch")]
+Epoch = Annotated[int | None, typer.Option(metavar="N", help="of a recorded training; by default its last")]
 SheetPath = Annotated[Path | None, typer.Option(metavar="PATH.png", help="the sheet to write")]
 
 
@@ -94,7 +94,7 @@ def kernels(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the weights of a convolution: a row a filter, a column an input channel, one scale for all.
+    """Draw the weights of a convolution: one row per filter, one column per input channel, one scale for all.
 
     MODEL may be the folder of a recorded training.
     """
@@ -116,12 +116,12 @@ def strip(
     layer: RunLayer,
     style: Style = "signed",
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH.png|.gif|.mp4", help="a strip, or a film with an epoch a frame")
+        Path | None, typer.Option(metavar="PATH.png|.gif|.mp4", help="a strip, or a film with one frame per epoch")
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a layer over a training: its rendered filters where the run holds them, else its kernels; a row an epoch."""
+    """Draw a layer over a training, one row per epoch: its rendered filters if the run has them, else its kernels."""
     check_style(style)
     check_strip(out)
     history = open_history(run)

@@ -129,7 +129,7 @@ def check_web_extra() -> None:
 
 
 def trainings(histories: Sequence[History]) -> list[TrainingView]:
-    """Return training runs under the names that their addresses have; of two folders of one name the second gets ~2."""
+    """Return training runs under the names in their addresses; if two folders have one name, the second gets ~2."""
     views: dict[str, TrainingView] = {}
     for history in histories:
         name = slug = layer_slug(history.folder.absolute().name)
@@ -162,7 +162,7 @@ def warn(listener: socket.socket, token: str | None) -> None:
         return
     who = "anyone on the network can see the store and use this machine; --token TEXT lets only those in who have it"
     if token is not None:
-        who = "whoever on the network has the token can see the store and use this machine; the token goes unencrypted"
+        who = "whoever on the network has the token can see the store and use this machine; the token is sent in clear"
     to_stderr(f"the page is not for this machine alone: {who}")
     if bound_to(listener).is_unspecified:
         to_stderr(f"other machines reach it at http://{socket.gethostname()}:{listener.getsockname()[1]}/")

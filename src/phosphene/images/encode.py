@@ -92,7 +92,7 @@ def mp4(frames: Sequence[Picture], milliseconds: int) -> bytes:
                                 process.stdin.write(frame.tobytes())
                         process.stdin.close()
                     except BrokenPipeError:
-                        pass  # it ended early, and says why
+                        pass  # ffmpeg ended early, and stderr says why
                 errors.seek(0)
                 message = errors.read().decode(errors="replace").strip()
             if process.returncode == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from phosphene.errors import PhotoRefused
 
 MAX_PIXELS = 80_000_000
-# Pillow knows many more; for one of them, EPS, it starts an interpreter of programs
+# Pillow reads more formats; for one of them, EPS, it would run a PostScript interpreter
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK")  # modes whose numbers may be averaged as they are
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp")  # of files in a folder of photos
@@ -46,7 +46,7 @@ def decode(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS, max_
     """Return the photo of an image file's bytes, as `read` returns a file's.
 
     Args:
-        max_pixels: the most that it may unpack to, as its header says.
+        max_pixels: the most that the photo may have, by its header.
         max_side: pixels of the longer side at most; a larger photo is shrunk before it becomes floating point.
 
     Raises:
@@ -88,7 +88,7 @@ def decoded_image(
 ) -> Tensor:
     """Return the pixels of an image file (1, c, h, w) in [0, 1]."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's about odd files; the size is checked here
+        warnings.simplefilter("ignore")  # Pillow warns of odd files; the size is checked here
         with Image.open(source, formats=FORMATS) as image:
             check_size(name, image, max_pixels)
             if image.mode in AVERAGED:

@@ -10,7 +10,7 @@ from phosphene.images.display import Picture
 from phosphene.images.encode import webp
 
 TILE = 96  # pixels, the longer side of a tile at most
-STRIP_TILE, STRIP_TILES = 64, 12  # the same of a strip, and its tiles at most
+STRIP_TILE, STRIP_TILES = 64, 12  # the same for a strip, and how many tiles it has at most
 MAX_TILES = 256  # of a sheet: a browser shows the first sheet before it has the last, and decodes several at once
 MAX_SIDE = 16383  # pixels, the longest side that WebP has
 QUALITY = 90

@@ -18,7 +18,7 @@ from phosphene.errors import ExtraMissing, InvalidRequest, OutputRefused
 from phosphene.storage.atomic import check_writable, write_file
 
 WAITS = (0.2, 1.0, 4.0)  # seconds before each further try when a connection drops
-# Errors that no retry helps. All others may be a dropped connection, of a type that only its library knows.
+# Errors that a retry cannot mend. Any other may be a dropped connection, of a type that only its library knows.
 FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, ImportError)
 FINAL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
 # In these a put shows all of its bytes or none, so that it needs no temporary name: renaming would mean a copy.
@@ -158,7 +158,7 @@ class RemoteFiles:
             with_retries(lambda: self.replace(self.path(name), content))
 
     def replace(self, path: str, content: bytes) -> None:
-        """Write a file under a temporary name, then rename it: not all servers hide a file that is half sent."""
+        """Write a file under a temporary name, then rename it: some servers show a file that is half sent."""
         folder, _, name = path.rpartition("/")
         temporary = f"{folder}/.{name}.{secrets.token_hex(4)}{PART}"
         self.files.makedirs(folder, exist_ok=True)

@@ -90,9 +90,7 @@ class Store:
         with self.writing(entry), self.filesystem.lock(entry):
             with suppress(FileNotFoundError):
                 if self.filesystem.read(f"{entry}/{MANIFEST}") != new:
-                    self.filesystem.remove(
-                        f"{entry}/{MANIFEST}"
-                    )  # the entry is not done until its new manifest is written
+                    self.filesystem.remove(f"{entry}/{MANIFEST}")  # not done until the new one is written
             for name in sorted(files):
                 self.filesystem.write(f"{entry}/{name}", files[name])
             leftovers = set(self.filesystem.names(entry)) - {MANIFEST, *files}
@@ -188,7 +186,7 @@ class Store:
         )
 
     def display_path(self, name: str) -> str:
-        """Return the path or URL of a file of the store for messages."""
+        """Return a file's path or URL as messages show it."""
         return f"{display_name(self.url).rstrip('/')}/{name}" if name else display_name(self.url)
 
     @contextmanager
@@ -264,7 +262,7 @@ def digest_of(spec: Mapping[str, Any]) -> str:
     """Return the identity of a spec: 32 hexadecimal digits of the SHA-256 of its canonical JSON.
 
     Raises:
-        InvalidRequest: it holds a value that JSON has not, such as NaN.
+        InvalidRequest: it holds a value that JSON cannot express, such as NaN.
 
     >>> digest_of({"b": 1, "a": [0.5]}) == digest_of({"a": (0.5,), "b": 1})
     True
@@ -283,7 +281,7 @@ def signed_json(content: Mapping[str, Any]) -> bytes:
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """Return JSON as the store writes it: in ASCII, since names of files may hold characters that UTF-8 has not."""
+    """Return JSON as the store writes it: in ASCII, since file names may hold what UTF-8 cannot encode."""
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -1,1 +1,1 @@
-"""The page: stores, training runs and photos in a browser. Needs the extra `web`."""
+"""The page: stores, training runs and photos in a browser. Its server needs the extra `web`."""

@@ -32,7 +32,7 @@ def export(site: Site, folder: Path, watch: Callable[[int, int], None] | None = 
     check_contents(folder)
     paths = [path for path in dict.fromkeys(site.paths()) if path != INDEX]
     earlier = exported_paths(folder)
-    write_file(folder / MARKER, marker_text([*paths, INDEX, *earlier]))  # of both, in case this is interrupted
+    write_file(folder / MARKER, marker_text([*paths, INDEX, *earlier]))  # of both exports, if this is interrupted
     for done, path in enumerate(paths, 1):
         write_file(folder / path, site.get(path).body)
         if watch:
@@ -71,7 +71,7 @@ def exported_paths(folder: Path) -> list[str]:
 
 
 def remove_files(folder: Path, paths: Iterable[str]) -> None:
-    """Remove files, and the folders that become empty; nothing that links lead to outside of the folder.
+    """Remove files, and the folders that become empty; never a file outside that a link leads to.
 
     Raises:
         OutputRefused: a file cannot be removed.

@@ -57,12 +57,12 @@ class RequestRefused(NamedTuple):
 
 
 class SecurityMiddleware:
-    """ASGI middleware that passes requests from the page's own address on, if a token is set only those that have it.
+    """ASGI middleware that passes on requests from the page's own address and, if a token is set, only those with it.
 
     Args:
-        names: the host names of the server; None if it listens on a loopback address only, whose names then are the
-            only ones it answers to.
-        token: that every request needs, None if none does.
+        names: the host names of the server; None if it listens on a loopback address only, and answers to no name but
+            those of loopback addresses.
+        token: the word that every request needs, None if no word is needed.
     """
 
     def __init__(self, app: ASGIApp, names: Sequence[str] | None = None, token: str | None = None) -> None:
@@ -113,9 +113,7 @@ def check_host(headers: Headers, names: frozenset[str] | None) -> RequestRefused
     hosts = headers.getlist("host")
     host = host_of(hosts[0]) if len(hosts) == 1 else None
     if host is None:
-        return RequestRefused(
-            400, "The request has no Host, or more than one, or one that is none; send the page's own."
-        )
+        return RequestRefused(400, "The request has no Host, or several, or a malformed one; send the page's own.")
     if is_loopback(host) if names is None else is_loopback(host) or is_address(host) or host in names:
         return None
     accepted = "localhost or 127.0.0.1" if names is None else "its address, or by the name given with --host"

@@ -182,7 +182,7 @@ def titled_error(request: Request, status: int, sentence: str, headers: dict[str
     headers = {"Cache-Control": "no-store", **(headers or {})}
     if wants_json(request):
         return JSONResponse({"error": sentence}, status, headers)
-    # the depth as the browser counts it: an encoded slash is none
+    # the depth as the browser counts it: an encoded slash does not count
     depth = min(request.scope.get("raw_path", b"/").partition(b"?")[0].count(b"/") - 1, MAX_DEPTH)
     here = "x/" * depth + "error.html"
     title = TITLES.get(status, "This cannot be shown")

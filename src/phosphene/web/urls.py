@@ -11,7 +11,7 @@ PLAIN = frozenset((string.ascii_letters + string.digits + "._-").encode())
 
 
 def layer_slug(path: str) -> str:
-    """Return a layer's path with every byte outside A-Z a-z 0-9 . _ - as ~ and two digits, and so a leading dot.
+    """Return a layer's path with every byte outside A-Z a-z 0-9 . _ - as ~ and two digits, and a leading dot too.
 
     >>> layer_slug("base/conv1"), layer_slug(".body")
     ('base~2Fconv1', '~2Ebody')

@@ -287,7 +287,7 @@ def test_a_crowd_is_told_to_come_again(reader: StoreReader, at: str) -> None:
         answer = client.post(f"{at}/photo", content=png(picture()), headers={"Origin": HERE})
     queue.close()
     assert answer.status_code == 429
-    assert answer.json()["error"].startswith("40 people show a photo just now")
+    assert answer.json()["error"].startswith("40 people are showing a photo now")
 
 
 def test_a_photo_whose_sender_has_gone_is_not_looked_at(

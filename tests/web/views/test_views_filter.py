@@ -99,7 +99,7 @@ def test_it_is_said_at_which_size_the_network_saw_the_photos(reader: StoreReader
     assert evidence
     sentence = "The network saw these photos at 16×16 px"
     wide = {**FACTS, "receptive_field": {**FACTS["receptive_field"], "size": [16, 16]}}
-    assert photo_size_sentence(evidence, wide, (24, 24)) == f"{sentence}; the frame is what of that the filter sees."
+    assert photo_size_sentence(evidence, wide, (24, 24)) == f"{sentence}; the frame is the part that the filter sees."
     older = OlderReader(reader.stores).evidence(atlas_id)
     assert photo_size_sentence(older, FACTS, (24, 24)) == f"{sentence}."
 

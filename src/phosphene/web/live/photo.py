@@ -99,7 +99,7 @@ def top_filters(model: Model, photo: Tensor, reader: StoreReader, atlas_id: str)
     """Return which filters of an atlas a photo excites most, of each layer and of all, in JSON terms.
 
     With photos in the store, by the excitation ratio: 1 is the strongest of those photos, 0 their mean. Else 1 is the
-    filter's own picture, and 0 a grey one. The network sees the photo at the size of those. Dead filters are left out,
+    filter's own picture, and 0 a grey one. The network sees the photo at their size. Dead filters are left out,
     and so are filters that the photo does not excite, unless it excites none.
     """
     evidence, rows = reader.evidence(atlas_id), reader.atlas(atlas_id)["layers"]

@@ -138,7 +138,7 @@ class RenderQueue:
             QueueFull: too many visitors wait.
         """
         if self.visitors >= MAX_VISITORS:
-            raise QueueFull(f"{MAX_VISITORS} people show a photo just now; try again in a moment")
+            raise QueueFull(f"{MAX_VISITORS} people are showing a photo now; try again in a moment")
         self.visitors += 1
         try:
             async with self.photo_slots:

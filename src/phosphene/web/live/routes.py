@@ -29,7 +29,7 @@ HEARTBEAT = 3.0  # seconds; the longest that a visitor who has left unnoticed ke
 REQUEST_BYTES = 10_000  # of a render request
 CLIENT_GONE = 499  # the status of a response that is not sent because nobody waits for it
 NO_STORE = {"Cache-Control": "no-store"}
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no-store: Chromium reports broken streams
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # with no-store Chromium reports an error
 
 
 def live_routes(queue: RenderQueue) -> list[Route]:

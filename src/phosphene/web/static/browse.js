@@ -5,7 +5,7 @@
 
   const plain = (event) => !(event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || event.defaultPrevented);
 
-  // A picture that does not come leaves no broken image but a sentence on top, the server's own where there is one.
+  // A picture that cannot be loaded is hidden, and a sentence on top says so, in the server's words if there is one.
   const lost = new Set();
   const telling = document.createElement("p");
   telling.className = "note";
@@ -38,7 +38,7 @@
     if (event.target.matches?.("main image, main img") && isFilePicture(event.target)) missing(addressed(event.target));
   };
   document.addEventListener("error", failed, true);
-  // those that failed before this ran; what is there already is not loaded again
+  // those that failed before this ran; pictures that are loaded are not requested again
   const before = [...document.querySelectorAll("main image, main img")].filter(isFilePicture).map(addressed);
   for (const address of new Set(before)) {
     const probe = new Image();
@@ -46,7 +46,7 @@
     probe.src = address;
   }
 
-  // What a layer's pictures were chosen and sorted by, kept till the tab is closed, leads from filter to filter.
+  // How a layer's pictures were chosen and sorted is kept until the tab is closed, and leads from filter to filter.
   const folder = location.pathname.slice(0, location.pathname.lastIndexOf("/") + 1);
   const course = {
     keep(query, filters) {
@@ -108,7 +108,7 @@
 
     const number = (cell, key) => (key in cell.dataset ? Number(cell.dataset[key]) : null);
 
-    // The highest first, or `turned` the lowest; what has no such figure last; of equal ones the lower number first.
+    // The highest first, or `turned` the lowest; cells without the figure last; if two are equal, the lower number first.
     const sorted = (by, turned) => {
       if (!keys[by]) return turned ? [...cells].reverse() : cells;
       const figures = new Map(cells.map((cell) => [cell, number(cell, keys[by])]));
@@ -175,7 +175,7 @@
       try {
         history[how](null, "", url);
       } catch {
-        // a browser that keeps files from changing their address: the page works, the address stays
+        // a browser that lets no file change its address: the page works, and its address stays
       }
     };
 
@@ -210,7 +210,7 @@
       current.firstElementChild.focus({ preventScroll: true }); // as the button is gone
     });
 
-    // Who comes back from a filter goes on from its picture.
+    // A visitor who comes back from a filter goes on from its picture.
     const arrive = () => {
       const id = history.state?.from ?? location.hash.slice(1);
       const named = id && document.getElementById(id);

@@ -43,7 +43,7 @@ async function openRecipes(root, controls) {
   try {
     recipes = await (await answered(() => fetch(root.dataset.recipes))).json();
   } catch {
-    // what is asked for then says what is wrong
+    // the next request says what is wrong
   }
   const note = root.closest(".live").querySelector(".refused");
   note.textContent = recipes.refused ?? "";
@@ -52,7 +52,7 @@ async function openRecipes(root, controls) {
   return recipes;
 }
 
-// what stands between backticks is a command or its like
+// text between backticks is code
 const spelled = (text) => text.split("`").map((part, number) => (number % 2 ? made("code", { textContent: part }) : part));
 
 // a long name may break where its parts meet
@@ -244,12 +244,12 @@ function visitor(root) {
   const [group, channels] = ["group", "channels"].map(part);
   const under = new Map();
   let photo = null; // the last one that the server has read
-  let coming = null; // one that it has not answered for yet
+  let coming = null; // the one that it has not answered yet
   let excited = null;
   let top = "";
   let turn = 0;
 
-  // what was asked for before of the same kind is of no interest any more
+  // a new request of a kind replaces the one before
   const ask = async (kind, values = {}, body = photo) => {
     under.get(kind)?.abort();
     const mine = new AbortController();
@@ -265,7 +265,7 @@ function visitor(root) {
     root.setAttribute("aria-busy", "true");
     try {
       await work();
-      if (turn === mine) state.textContent = ""; // what another has said in the meantime stays
+      if (turn === mine) state.textContent = ""; // a later message stays
     } catch (error) {
       if (error.name === "AbortError") return;
       state.textContent = errorSentence(error);
@@ -299,7 +299,7 @@ function visitor(root) {
     return `${name} was not read: ${reason}${photo ? "; this is still the one before" : ""}.`;
   };
 
-  // a new photo takes the place of the one before when the server has read it, and is asked for its own first class
+  // a new photo replaces the one before once the server has read it, and is shown with its own first class
   async function look() {
     const mine = coming;
     const content = mine ? mine.content : photo;
@@ -357,7 +357,7 @@ function visitor(root) {
     part("filters").replaceChildren(...filters.map(portrait));
   };
 
-  // what was shown of the photo before does not stay under another
+  // results of the photo before do not stay under a new one
   const without = (wipe) => (error) => {
     if (error.name !== "AbortError") wipe();
     throw error;

@@ -18,7 +18,7 @@
     const set = (selector, text) => document.querySelectorAll(selector).forEach((element) => { element.textContent = text; });
     const chosen = () => layer?.selectedOptions[0];
 
-    // Where a picture lies; of filters that were not rendered after this epoch, the last before it.
+    // The path of a picture; if filters were not rendered after this epoch, that of the last before it.
     function address(noun, epoch) {
       const { base, kernels, filters } = chosen().dataset;
       if (noun === "kernels") return kernels ? [`${base}/kernels_${epoch}.png`, epoch] : null;
@@ -27,7 +27,7 @@
       return at === undefined ? null : [`${base}/filters_${at}.png`, at];
     }
 
-    // A picture takes the other's place when it is whole, so that nothing flickers.
+    // A picture replaces the one before once it is loaded, so that nothing flickers.
     async function show(figure, epoch) {
       const noun = figure.dataset.shows;
       const source = address(noun, epoch);
@@ -75,10 +75,10 @@
       if (!link) return;
       const path = `${chosen().dataset.base}/strip.png`;
       link.href = path;
-      Object.assign(link.firstElementChild, { src: path, alt: `Film strip of ${layer.value}, a row an epoch` });
+      Object.assign(link.firstElementChild, { src: path, alt: `Film strip of ${layer.value}, one row per epoch` });
     }
 
-    // From a file some browsers allow no other address; then the view works, only its address stays.
+    // For pages opened as files some browsers forbid another address; the view then works, but its address stays.
     function remember(replace) {
       const query = new URLSearchParams({ ...(layer && { layer: layer.value }), epoch: epochs[slider.value] });
       try { history[replace ? "replaceState" : "pushState"](null, "", `?${query}`); } catch { /* as above */ }

@@ -35,7 +35,7 @@ class AtlasCard(NamedTuple):
 
 
 class LayerRow(NamedTuple):
-    """A layer on the network page; `filters` of its filters have pictures, which `drawn` says if not all have."""
+    """A layer on the network page; `filters` counts those with pictures, and `drawn` says so unless all have one."""
 
     path: str
     href: str
@@ -84,7 +84,7 @@ def atlas_cards(reader: StoreReader) -> list[AtlasCard]:
 
 
 def photos_phrase(reader: StoreReader, atlas_id: str) -> str:
-    """Return with how many photos an atlas was made; damaged evidence does not keep the index from being shown."""
+    """Return the number of photos of an atlas in words; if the evidence is damaged, the index is shown all the same."""
     count, _ = photo_count(reader, atlas_id)
     return {"unknown": "with photos", "none": "without photos", "1": "1 photo"}.get(count, f"{count} photos")
 

@@ -54,7 +54,7 @@ class Box(NamedTuple):
 
 
 class TopPhoto(NamedTuple):
-    """A photo that excites the filter most: the crop around the peak, the whole photo if it is kept, the crop in it."""
+    """A photo that excites the filter most: its crop, and if it is kept whole the photo and a box in it."""
 
     name: str
     peak: str
@@ -128,7 +128,7 @@ def unrendered_view(reader: StoreReader, atlas_id: str, path: str, channel: int)
 
 def verdict_figures(verdict: Verdict, limits: Mapping[str, float]) -> list[Figure]:
     """Return the figures that a verdict has."""
-    meanings = {"score": "What the filter answers to the picture, as a mean over its map.", **labelled_meanings(limits)}
+    meanings = {"score": "How the filter responds to the picture: the mean over its map.", **labelled_meanings(limits)}
     values = [(LABELS.get(name, name), getattr(verdict, name)) for name in ("score", *FIGURES)]
     return [Figure(name, format_figure(value), meanings[name]) for name, value in values if value is not None]
 
@@ -194,7 +194,7 @@ def photo_size_sentence(evidence: Evidence, facts: Mapping[str, Any], size: Sequ
         return f"{sentence}."
     if field and all(part < whole for part, whole in zip(field.size, photo_size, strict=True)):
         return f"{sentence}; the frame is the {size_text(field.size)} px that the filter sees there."
-    return f"{sentence}; the frame is what of that the filter sees."
+    return f"{sentence}; the frame is the part that the filter sees."
 
 
 def photo_thumbnail(evidence: Evidence, photo: int) -> SpriteTile | None:
