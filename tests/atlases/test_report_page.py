@@ -66,6 +66,14 @@ def test_medians_leave_out_missing_figures() -> None:
     ]
 
 
+def test_a_verdict_by_a_later_version_has_its_name_and_no_sign() -> None:
+    section = LayerSection("conv", {}, "", judged(("vivid", None), ("duplicate", None)), [b"1", b"2"], [])
+    html = page("net", {}, [], [section], LIMITS, 96)
+    assert "<figcaption><i>●</i> 0" in html
+    assert "<figcaption><i></i> 1" in html
+    assert html.count("duplicate") >= 3
+
+
 def test_text_is_escaped_and_a_missing_variable_is_an_error() -> None:
     html = page("<b>", {"<i>": "&"}, ["<u>"], [], LIMITS, 96)
     assert "<h1>&lt;b&gt;</h1>" in html

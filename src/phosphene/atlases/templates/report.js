@@ -7,7 +7,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
     heading.replaceChildren(button);
     button.onclick = () => {
       const sign = heading.getAttribute('aria-sort') === 'ascending' ? -1 : 1;
-      const text = (row) => row.cells[column].textContent;
+      const text = (row) => row.cells[column].textContent.trim();
       const order = (a, b) => {
         const [first, second] = [text(a), text(b)];
         if (!first || !second) return (first ? 0 : 1) - (second ? 0 : 1);
