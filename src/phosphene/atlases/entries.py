@@ -60,11 +60,6 @@ def atlas_digest(plan: Atlas, evidence: Evidence | None) -> str:
     return digest_of({"layers": [layer_digest(plan, layer, evidence) for layer in plan.layers]})
 
 
-def layer_facts(layer: Layer) -> dict[str, Any]:
-    """Return what the entries say of a layer, in JSON terms."""
-    return layer.to_json()
-
-
 def write_layer(
     store: Store,
     plan: Atlas,
@@ -87,7 +82,7 @@ def write_layer(
     manifest = {
         "model": plan.model.name,
         "fingerprint": jobs[0].fingerprint,
-        "layer": layer_facts(layer),
+        "layer": layer.to_json(),
         "jobs": digests,
         "missing": [digest for digest in digests if digest not in done],
         "evidence": evidence.digest if evidence else None,
@@ -167,7 +162,7 @@ def write_atlas(store: Store, plan: Atlas, evidence: Evidence | None = None) -> 
         entry = store.manifest("layers", digest)
         of_layer = Counter(verdict["verdict"] for verdict in entry["verdicts"])
         counts += of_layer
-        rows.append({**layer_facts(layer), "digest": digest, "verdicts": dict(of_layer), "strip": entry["strip"]})
+        rows.append({**layer.to_json(), "digest": digest, "verdicts": dict(of_layer), "strip": entry["strip"]})
     first, totals = plan.recipes[0], {name: counts[name] for name in VERDICTS}
     manifest = {
         **plan.model.origin,

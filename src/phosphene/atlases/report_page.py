@@ -132,17 +132,23 @@ def page(
 
 
 @cache
-def environment() -> Environment:
-    """Return the environment of the template; a variable that it uses and does not get is an error."""
+def template_environment(package: str) -> Environment:
+    """Return the environment of a package's templates: text is escaped, and an undefined variable is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    templates = Environment(
-        loader=PackageLoader("phosphene.atlases"),
+    return Environment(
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+@cache
+def environment() -> Environment:
+    """Return the environment of the report, with its filters and words."""
+    templates = template_environment("phosphene.atlases")
     templates.filters |= {"figure": format_figure, "figures": figures_line, "data_url": data_url}
     templates.globals |= {"ORDER": ORDER, "SIGNS": SIGNS, "FIGURES": FIGURES, "MEDIANS": MEDIANS}
     return templates

@@ -87,13 +87,14 @@ class Recorder:
         check_types(store=(store, str | Path), layers=(layers, str), filters=(filters, str | None), cap=(cap, int))
         self.network = trained_network(model)
         self.layers = matching_layers(layers, self.network.kinds)
-        check_settings(self.network, gradients, data, every)
+        check_settings(self.network, gradients, data)
+        every = whole_number(every, "every", 1)
         matched_writers(writer)
         find_recipe(recipe)
         if epochs is not None:
             whole_number(epochs, "epochs")
         store = Path(store).expanduser()
-        self.gradients, self.every, self.data, self.loss, self.writer = gradients, int(every), data, loss, writer
+        self.gradients, self.every, self.data, self.loss, self.writer = gradients, every, data, loss, writer
         self.filters = None if filters is None else EpochFilters.parse(self.network, filters, recipe)
         if gradients == "epoch":
             self.network.total_gradient(data, loss, 1)  # so that what does not work fails before the training
@@ -266,7 +267,7 @@ def matching_layers(pattern: str, kinds: Mapping[str, str]) -> list[str]:
     return paths
 
 
-def check_settings(network: TrainedNetwork, gradients: str | None, data: Any, every: int) -> None:
+def check_settings(network: TrainedNetwork, gradients: str | None, data: Any) -> None:
     """Refuse settings with which the network cannot be recorded."""
     if any(type(weight).__name__ == "DTensor" for weight in network.weights().values()):
         raise InvalidRequest(
@@ -282,7 +283,6 @@ def check_settings(network: TrainedNetwork, gradients: str | None, data: Any, ev
             "gradients='running' reads what backward passes leave in .grad, which this backend does not have; give "
             "gradients='epoch' with data=, or gradients=None"
         )
-    whole_number(every, "every", 1)
     if gradients == "running" and not network.weights():
         raise InvalidRequest("no weight of the network is trained; unfreeze some, or record with gradients=None")
 

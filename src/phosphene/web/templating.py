@@ -5,8 +5,7 @@ from functools import cache, partial
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from phosphene.atlases.report_page import template_environment
 from phosphene.version import __version__
 
 
@@ -20,19 +19,7 @@ def render_template(template: str, here: str, live: bool, **context: Any) -> byt
         context: the variables of the template; text is escaped.
     """
     shared = {"here": here, "live": live, "to": cache(partial(link, here=here)), "version": __version__}
-    return environment().get_template(template).render(shared | context).encode()
-
-
-@cache
-def environment() -> Environment:
-    """Return the environment of the templates, in which an undefined variable is an error."""
-    return Environment(
-        loader=PackageLoader("phosphene.web"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    return template_environment("phosphene.web").get_template(template).render(shared | context).encode()
 
 
 def link(path: str, here: str) -> str:
