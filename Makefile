@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PHOTOS ?= photos
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check example bench bench-quality bench-peers bench-cam bench-engine bench-record bench-page docs clean
+.PHONY: help install demo test test-slow check example bench bench-pictures bench-peers bench-cam bench-engine bench-record bench-page docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,10 +41,7 @@ check: $(VENV)/installed-dev  ## lint, format, types, and who imports whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: bench-quality bench-cam bench-engine bench-record bench-page  ## run the benchmarks
-
-bench-quality: $(VENV)/installed-dev  ## measure the pictures of every recipe against photos (PHOTOS=folder)
-	$(BIN)/python bench/quality.py $(PHOTOS)
+bench: bench-pictures bench-cam bench-engine bench-record bench-page  ## run the benchmarks
 
 PEERS := .venv-peers
 
@@ -59,7 +56,14 @@ $(PEERS)/tensorflow/installed: bench/engine-peers.txt $(PEERS)/installed
 	$(PEERS)/tensorflow/bin/python -m pip install --quiet --requirement bench/engine-peers.txt
 	touch $@
 
-bench-peers: $(PEERS)/tensorflow/installed  ## set up .venv-peers with the packages that the benchmarks compare with
+$(PEERS)/judges: bench/judges.txt $(PEERS)/installed
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --requirement bench/judges.txt
+	touch $@
+
+bench-pictures: $(PEERS)/judges  ## measure what the pictures of recipes tell about photos (PHOTOS=folder)
+	$(PEERS)/bin/python bench/pictures.py $(PHOTOS)
+
+bench-peers: $(PEERS)/tensorflow/installed $(PEERS)/judges  ## set up .venv-peers with the packages that the benchmarks compare with
 
 bench-cam: $(PEERS)/installed  ## time heat maps against other packages
 	$(PEERS)/bin/python bench/cam.py

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import phosphene as ph
 from phosphene.rendering.transforms import RandomDraws, resample
-from quality import DRAWS, Photos, channel_means, read_squares
+from pictures import DRAWS, Photos, channel_means, read_squares
 from rounds import OURS, Bench, Row, Run, interleaved, over
 
 PHOTOS = 300  # of the folder, evenly spread

@@ -15,6 +15,7 @@ from phosphene.rendering.parameterizations import (
     IMAGENET_STD,
     PARAMETERIZATIONS,
     Parameterization,
+    disc,
     fourier,
     frequencies,
     maco,
@@ -23,6 +24,7 @@ from phosphene.rendering.parameterizations import (
     natural_spectrum,
     offset_and_factor,
     pixels,
+    spread,
 )
 from phosphene.rendering.transforms import RandomDraws
 
@@ -293,3 +295,62 @@ def test_gradients_agree_with_finite_differences(name: str, shape: tuple[int, in
             values.append((made.image() * weights).sum().item())
             made.tensor.sub_(side * direction)
     assert (values[0] - values[1]) / 2e-5 == pytest.approx((gradient * direction).sum().item(), rel=1e-6)
+
+
+# --- the window and the contrast of a Fourier picture
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_windowed_picture_is_the_other_one_faded_to_its_mean_colour(shape: tuple[int, int, int, int]) -> None:
+    height, width = shape[-2:]
+    seeds = list(range(shape[0]))
+    free = fourier(shape, RandomDraws(seeds), LIKE, deviation=2.0).image()
+    windowed = fourier(shape, RandomDraws(seeds), LIKE, deviation=2.0, window=0.8).image()
+    expected = torch.empty_like(windowed)
+    for row in range(height):
+        for column in range(width):
+            down, right = (row + 0.5) * 2 / height - 1, (column + 0.5) * 2 / width - 1
+            weight = 1 / (1 + math.exp(-(0.8 - math.hypot(down, right)) / 0.075))
+            mean = free.logit().mean((-2, -1))
+            expected[..., row, column] = (mean + weight * (free.logit()[..., row, column] - mean)).sigmoid()
+    assert torch.allclose(windowed, expected, atol=1e-9)
+    assert float((windowed[..., 0, 0] - free.logit().mean((-2, -1)).sigmoid()).abs().max()) < 2e-3
+
+
+def test_the_contrast_is_brought_to_its_share_and_the_mean_colour_is_kept() -> None:
+    parameterization = fourier((3, 3, 32, 32), RandomDraws([1, 2, 3]), LIKE, decay=1.3, window=0.9, contrast=0.25)
+    inside = disc(32, 32, 0.9)
+    before = parameterization.tensor[..., 0, 0, 0].clone()
+    for progress in (0.2, 0.4, 0.6, 0.8, 1.0, 1.0, 1.0):
+        with torch.no_grad():
+            parameterization.project(progress)
+    assert torch.equal(parameterization.tensor[..., 0, 0, 0], before)
+    assert spread(parameterization.image(), inside).tolist() == pytest.approx([0.25] * 3, rel=0.02)
+    with torch.no_grad():
+        parameterization.project(0.1)
+    # far from saturation one step brings it there
+    assert spread(parameterization.image(), inside).tolist() == pytest.approx([0.025] * 3, rel=0.2)
+
+
+def test_the_spread_is_the_weighted_standard_deviation() -> None:
+    image = torch.tensor([[[[0.0, 1.0, 0.5]], [[1.0, 1.0, 0.0]]]], dtype=torch.float64)
+    weight = torch.tensor([[1.0, 3.0, 0.0]], dtype=torch.float64)
+    # values 0, 1, 1, 1, 1, 1, 1, 1 of equal weight
+    assert spread(image, weight).tolist() == pytest.approx([math.sqrt(7 / 8 * 1 / 8)])
+
+
+def test_a_photo_keeps_its_border_and_its_contrast() -> None:
+    photo = photo_like(3, 24, 24)
+    parameterization = fourier((1, 3, 24, 24), photo, LIKE, window=0.5, contrast=0.01)
+    with torch.no_grad():
+        parameterization.project(1.0)
+    assert torch.allclose(parameterization.image(), photo, atol=1e-9)
+
+
+def test_without_window_and_contrast_nothing_is_changed() -> None:
+    shape = (2, 3, 16, 16)
+    free = fourier(shape, RandomDraws([1, 2]), LIKE)
+    tensor = free.tensor.clone()
+    with torch.no_grad():
+        free.project(0.5)
+    assert torch.equal(free.tensor, tensor)

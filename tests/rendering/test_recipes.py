@@ -133,3 +133,22 @@ def test_what_is_no_recipes_json_is_refused(text: str) -> None:
 
 def test_the_public_recipes_are_these() -> None:
     assert {"max-step", "std-step", "multi-scale", "rms", "fourier", "maco", "fast"} <= set(ph.RECIPES)
+
+
+def test_a_picture_is_as_wide_as_its_layer_sees() -> None:
+    recipe = RECIPES["fourier"]
+    # 3.5 receptive fields, rounded up to a multiple of 8: 35 → 40, below 64; 84 → 88; 122.5 → 128; 238 is above 128
+    assert [recipe.size_for(field) for field in (10, 24, 35, 68, None)] == [64, 88, 128, 128, 128]
+    assert RECIPES["rms"].size_for(10) == 150
+    assert recipe.with_settings(size=80).size_for(24) == 80
+
+
+def test_receptive_fields_are_no_negative_number() -> None:
+    with pytest.raises(InvalidRequest, match="receptive_fields"):
+        dataclasses.replace(RECIPES["fourier"], receptive_fields=-1.0)
+
+
+def test_the_recipe_of_an_earlier_version_is_read() -> None:
+    fields = RECIPES["vivid"].as_dict()
+    del fields["receptive_fields"]
+    assert Recipe.from_json(json.dumps(fields)) == RECIPES["vivid"]

@@ -70,20 +70,20 @@ def dead_filter_net() -> nn.Sequential:
 
 def test_a_filter_that_sees_only_zeros_at_the_start_is_revived_and_the_others_stay_as_they_are() -> None:
     model = ph.load(dead_filter_net(), input_size=24)
-    drawn = ph.render(model, ph.channel("2", range(3)), "fast", size=24, steps=24)
+    drawn = ph.render(model, ph.channel("2", range(3)), "vivid", size=24, steps=24)
     assert drawn.start_scores[1] == 0
-    assert drawn.scores[1] > 0.1
+    assert drawn.scores[1] > 0.02
     assert drawn.history[0, 1] == 0
     assert drawn.dead.tolist() == [False] * 3
     assert drawn.spec["woken"] == ["filter_1"]
-    alone = ph.render(model, ph.channel("2", [0, 2]), "fast", size=24, steps=24)
+    alone = ph.render(model, ph.channel("2", [0, 2]), "vivid", size=24, steps=24)
     assert "woken" not in alone.spec
     assert torch.allclose(drawn.images[[0, 2]], alone.images, atol=1e-12, rtol=0)
 
 
 def test_a_revived_picture_has_its_own_film_and_history() -> None:
     model = ph.load(dead_filter_net(), input_size=24)
-    drawn = ph.render(model, ph.channel("2", range(3)), "fast", size=24, steps=24, film=4)
+    drawn = ph.render(model, ph.channel("2", range(3)), "vivid", size=24, steps=24, film=4)
     assert torch.equal(drawn.moments[-1], drawn.images)
     first = model.module.get_submodule("0")
     with torch.no_grad():

@@ -18,7 +18,7 @@ from phosphene.rendering.engine.cuda_graph import ascend_with_cuda_graph
 from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, ascend, clean_scores
 from phosphene.rendering.result import Rendered
 
-LEAKY_SHARE = 0.25  # of the steps
+LEAKY_SHARE = 0.5  # of the steps
 Watch = Callable[[Frame], None]
 
 

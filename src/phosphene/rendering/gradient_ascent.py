@@ -147,6 +147,7 @@ def ascend(read: ReadActivations, plan: AscentPlan, items: Sequence[int]) -> Ite
             update, state = rule(plan.with_weight_decay(gradient, current.tensor), state)
             with torch.no_grad():
                 current.tensor.add_(recipe.cooldown_factor(step) * update)
+                current.project((step + 1) / recipe.steps)
             done += 1
         image = current.image().detach()
     yield finished_frame(read, plan, rows, image)

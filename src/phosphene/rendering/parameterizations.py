@@ -21,14 +21,23 @@ from phosphene.rendering.transforms import RandomDraws
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+DISC_EDGE = 0.075  # half sides over which the weight of a disc falls from .73 to .27, half of it on either side
+
+
+def keep(progress: float | Tensor) -> None:
+    """Keep the tensor as a step leaves it."""
 
 
 @dataclass(frozen=True)
 class Parameterization:
-    """The optimised tensor, one row per image, and `image()`, the (n, c, h, w) image that it stands for."""
+    """The optimised tensor, one row per image, and `image()`, the (n, c, h, w) image that it stands for.
+
+    `project(progress)` follows each step: it brings the tensor to what is allowed at that share of the steps, 0 to 1.
+    """
 
     tensor: Tensor
     image: Callable[[], Tensor]
+    project: Callable[[float | Tensor], None] = keep
 
 
 Shape = tuple[int, int, int, int]
@@ -92,24 +101,46 @@ def to_logits(image: Tensor) -> Tensor:
 
 
 def fourier(
-    shape: Shape, start: Start, like: Tensor, deviation: float = 0.01, decay: float = 1.0, cutoff: float = math.inf
+    shape: Shape,
+    start: Start,
+    like: Tensor,
+    deviation: float = 0.01,
+    decay: float = 1.0,
+    cutoff: float = math.inf,
+    window: float = math.inf,
+    contrast: float | None = None,
 ) -> Parameterization:
     """Fourier coefficients of uncorrelated colours, each scaled by 1 / frequency^decay, through a sigmoid.
 
     The scaling gives every frequency a learning rate in proportion to its strength in natural pictures (Olah et al.
     2017, "Preconditioning and parameterization"). A `cutoff` in cycles a pixel damps the finest detail, which
     resampling would lose: halved at that frequency, by 1 / (1 + (frequency / cutoff)^4). Random starts have
-    coefficients of standard deviation `deviation`.
+    coefficients of standard deviation `deviation`; images from them fade to their mean colour outside a `window`, see
+    `disc`, and have within it a standard deviation that grows evenly over the steps to `contrast`.
     """
     _, channels, height, width = shape
     frequency = frequencies(height, width)
     scale = frequency.clamp(min=1 / max(height, width)) ** -decay / (1 + (frequency / cutoff) ** 4)
     weight = (scale * math.sqrt(height * width)).to(like)[..., None]  # for real and imaginary part
+    from_noise = isinstance(start, RandomDraws)
+    is_windowed = from_noise and window < math.inf
+    inside = disc(height, width, window if is_windowed else math.inf).to(like)
 
     def image() -> Tensor:
         spectrum = torch.view_as_complex((weight * tensor).contiguous())
         # 4 brings the natural range of the sum to the sigmoid's
-        return torch.sigmoid(correlate(torch.fft.irfft2(spectrum, s=(height, width)) / 4))
+        colours = torch.fft.irfft2(spectrum, s=(height, width)) / 4
+        if is_windowed:
+            mean = spectrum.real[..., :1, :1] / (4 * height * width)
+            colours = mean + inside * (colours - mean)
+        return torch.sigmoid(correlate(colours))
+
+    def project(progress: float | Tensor) -> None:
+        if contrast is not None and from_noise:
+            factor = progress * contrast / spread(image(), inside).clamp(min=1e-6)
+            mean = tensor[..., :1, :1, :].clone()
+            tensor.mul_(factor.view(-1, 1, 1, 1, 1))
+            tensor[..., :1, :1, :] = mean
 
     if isinstance(start, RandomDraws):
         tensor = deviation * start.normal((channels, height, width // 2 + 1, 2)).to(like)
@@ -117,7 +148,28 @@ def fourier(
         logits = decorrelate(to_logits(start.to(like)))
         tensor = torch.view_as_real(torch.fft.rfft2(4 * logits)) / weight
     tensor = tensor.requires_grad_()
-    return Parameterization(tensor, image)
+    return Parameterization(tensor, image, project)
+
+
+def image_sum(values: Tensor) -> Tensor:
+    """Return the sum over each image (n, c, h, w), (n, 1, 1, 1), one axis after the other.
+
+    A sum over all axes at once is split over threads if the batch is one image, and then it rounds differently.
+    """
+    return values.sum(-1, keepdim=True).sum(-2, keepdim=True).sum(-3, keepdim=True)
+
+
+def disc(height: int, width: int, radius: float) -> Tensor:
+    """Return (h, w) weights: 1 inside an ellipse of `radius` half sides, 0 outside, with a soft edge between."""
+    rows, columns = ((torch.arange(side, dtype=torch.float64) + 0.5) * 2 / side - 1 for side in (height, width))
+    return torch.sigmoid((radius - torch.hypot(rows[:, None], columns)) / DISC_EDGE)
+
+
+def spread(image: Tensor, weight: Tensor) -> Tensor:
+    """Return (n,) the standard deviation of all values of images (n, c, h, w), pixels weighted by (h, w)."""
+    share = weight / (weight.sum() * image.shape[1])
+    mean = image_sum(share * image)
+    return image_sum(share * (image - mean).square()).flatten().sqrt()
 
 
 @cache

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,9 @@ class Recipe:
     steps at each. `display` maps the result to 0..1: `clip`; `stretch` from its minimum..maximum; `standardise`
     (subtract mean, divide by standard deviation + 1e-5, × 0.1, + 0.5, clip; R4.2). `blur` is the side of the box filter
     that R3 may use after each enlargement. `weight_decay` times the tensor is subtracted from every gradient.
-    `cooldown` is the share of the last steps at each scale over which updates shrink evenly to nothing.
+    `cooldown` is the share of the last steps at each scale over which updates shrink evenly to nothing. With
+    `receptive_fields` above 0, a picture whose size nobody asked for is so many receptive fields of its layer wide, at
+    least `SMALLEST` px and at most the last of `sizes`.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Recipe:
     blur: int = 0
     weight_decay: float = 0.0
     cooldown: float = 0.0
+    receptive_fields: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class Recipe:
             raise InvalidRequest(f"a blur of {self.blur} px is too wide for a picture of {min(self.sizes)} px")
         if not 0 <= self.cooldown <= 1:
             raise InvalidRequest(f"the cooldown of a recipe is a share of its steps, 0 to 1, not {self.cooldown}")
+        if not 0 <= self.receptive_fields < math.inf:
+            raise InvalidRequest(f"receptive_fields of a recipe is a number of at least 0, not {self.receptive_fields}")
         parts: tuple[tuple[str, Any], ...] = (
             (self.parameterization[0], PARAMETERIZATIONS),
             (self.step_rule[0], STEP_RULES),
@@ -107,6 +113,13 @@ class Recipe:
             steps=self.steps if steps is None else steps,
             seed=self.seed if seed is None else seed,
         )
+
+    def size_for(self, receptive_field: int | None) -> int:
+        """Return the side of a picture of a layer that sees so many pixels; None: the whole image, or unknown."""
+        if not self.receptive_fields or receptive_field is None:
+            return self.size
+        side = math.ceil(self.receptive_fields * receptive_field / STRIDE) * STRIDE
+        return min(self.size, max(SMALLEST, side))
 
     def cooldown_factor(self, step: int) -> float:
         """Return the factor of a step's update, counted from 0 at each scale: 1 until the cooldown."""
@@ -158,9 +171,10 @@ def growing(first: int, factor: float, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+SMALLEST = 64  # px, of a picture that is as wide as its receptive field asks
+STRIDE = 8  # px, of which such a side is a multiple
 AFFINE = choice("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
-SMALL_AFFINE = choice("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)  # for fewer steps
-FOURIER = choice("fourier", decay=1.3, cutoff=0.55)
+SPECTRUM = {"decay": 1.3, "cutoff": 0.55}
 ADAM = {"betas": (0.25, 0.9), "window": 3}
 
 RECIPES: dict[str, Recipe] = {
@@ -204,22 +218,34 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             name="fourier",
-            source="Olah et al. 2017; step rule and transforms chosen by bench/quality.py",
+            source="Olah et al. 2017; contrast, window, rate and steps chosen by bench/pictures.py",
             sizes=(128,),
-            steps=144,
-            parameterization=FOURIER,
-            step_rule=choice("normalised-adam", rate=0.14, **ADAM),
+            steps=32,
+            parameterization=choice("fourier", **SPECTRUM, window=0.9, contrast=0.25),
+            step_rule=choice("normalised-adam", rate=0.06, **ADAM),
             transforms=(AFFINE,),
             cooldown=1.0,
+            receptive_fields=3.5,
         ),
         Recipe(
             name="fast",
-            source="fourier with two ninths of the steps, at nearly twice the rate and under about half the moves",
+            source="fourier with half the steps",
             sizes=(128,),
-            steps=32,
-            parameterization=FOURIER,
-            step_rule=choice("normalised-adam", rate=0.27, **ADAM),
-            transforms=(SMALL_AFFINE,),
+            steps=16,
+            parameterization=choice("fourier", **SPECTRUM, window=0.9, contrast=0.25),
+            step_rule=choice("normalised-adam", rate=0.09, **ADAM),
+            transforms=(AFFINE,),
+            cooldown=1.0,
+            receptive_fields=3.5,
+        ),
+        Recipe(
+            name="vivid",
+            source="Olah et al. 2017; chosen for the strongest excitation, up to version 0.1 the recipe fourier",
+            sizes=(128,),
+            steps=144,
+            parameterization=choice("fourier", **SPECTRUM),
+            step_rule=choice("normalised-adam", rate=0.14, **ADAM),
+            transforms=(AFFINE,),
             cooldown=1.0,
         ),
         Recipe(

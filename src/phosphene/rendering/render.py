@@ -1,6 +1,6 @@
 """Rendering: the picture that excites an objective most, found by gradient ascent from noise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,7 +41,8 @@ def render(
         model: from `load`; it is used as it is and left as it was.
         objective: what to excite, such as `channel("block3_conv1", range(64))`; its `n` pictures go in batches.
         recipe: a name or a `Recipe`.
-        size: side of the pictures in pixels, by default the recipe's, but at most twice the network's input.
+        size: side of the pictures in pixels, by default the recipe's for the layer's receptive field, but at most twice
+            the network's input.
         steps: at each scale; `seed`: of starts and transforms; both by default the recipe's.
         batch: pictures at once; `auto`: up to 8 on a CPU and 64 on a GPU, as the free memory allows. A batch that
             does not fit is halved, with a warning.
@@ -82,12 +83,20 @@ def prepare(
     if photo is not None:
         model.check_photo(photo)
     layers = tuple(address if address == "" else model.find(address).path for address in objective.layers)
+    if photo is None and not size_given:
+        recipe = recipe.with_settings(size=recipe.size_for(receptive_side(model, layers)))
     with fast_forward_pass(model, objective) as forward:
         recipe, start = fit_to_network(model, forward.read, recipe, size_given, photo)
         ascent = AscentPlan(objective, recipe, start, layers, model.prototype_tensor, float32_steps(recipe, precision))
         at_once = chosen_batch(model, batch, layers, start.shape(max(recipe.sizes))[1:])
         engine = {"batch": at_once, "precision": precision, "shortcuts": list(forward.applied_shortcuts())}
         yield RenderPlan(forward.read, ascent, at_once, film, {**specification(model, ascent), **engine})
+
+
+def receptive_side(model: Model, layers: Sequence[str]) -> int | None:
+    """Return the longest side, in pixels, of the receptive fields of layers, None where one sees all or is unknown."""
+    fields = [model.find(path).receptive_field if path else None for path in layers]
+    return max(max(field.size) for field in fields if field) if fields and all(fields) else None
 
 
 def fit_to_network(

@@ -52,5 +52,5 @@ def test_other_words_are_refused() -> None:
 
 def test_the_first_fifth_is_exact() -> None:
     assert float32_steps(RECIPES["fast"], "fp32") is None
-    assert float32_steps(RECIPES["fast"], "bf16") == 7  # of 32
+    assert float32_steps(RECIPES["fourier"], "bf16") == 7  # of 32
     assert float32_steps(RECIPES["multi-scale"], "bf16") == 48  # of 12 · 20

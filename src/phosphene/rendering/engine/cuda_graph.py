@@ -96,6 +96,7 @@ class GraphedSteps:
             self.current.tensor.add_(self.cooldown_factors.index_select(0, self.step_number) * update)
             self.store_state(state or {})
             self.step_number.add_(1)
+            self.current.project(self.step_number.to(update.dtype) / self.plan.recipe.steps)
 
     def store_state(self, state: dict[str, Any]) -> None:
         """Store the state of the step rule in the same memory at every step; numbers are float64, as Python's are."""
