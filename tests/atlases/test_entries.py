@@ -9,13 +9,15 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from phosphene.atlases import entries
-from phosphene.atlases.entries import SavedPicture, kernels_of, saved_pictures, strip_of
+from phosphene.atlases.entries import SavedPicture, kernels_of, layer_verdicts, saved_pictures, strip_of
 from phosphene.atlases.job_film import JobFilm
+from phosphene.atlases.render_job import SCORES_FILE, render_job
 from phosphene.atlases.report import report
 from phosphene.atlases.run import run
 from phosphene.atlases.verdicts import Verdict
@@ -187,3 +189,18 @@ def test_an_older_store_gets_new_entries_and_renders_nothing_again(
     }
     html, table = report(open_store(tmp_path / "s"), new.atlas)
     assert (html, table) == report(open_store(tmp_path / "whole"))
+
+
+def test_jobs_of_earlier_versions_have_no_plain_pictures(tmp_path: Path) -> None:
+    plan = tiny_atlas(tiny_model())
+    store = open_store(tmp_path, create=True)
+    for job in plan.jobs:
+        files, manifest = render_job(plan.model, job)
+        figures = safetensors.torch.load(files[SCORES_FILE])
+        figures["plain"].fill_(True)
+        kept = {name: tensor for name, tensor in figures.items() if name != "plain" or job.channels[0]}
+        store.put("jobs", job.digest, {**files, SCORES_FILE: safetensors.torch.save(kept)}, manifest)
+    layer = plan.layers[0]
+    judged, remark = layer_verdicts(store, plan, layer, {job.digest for job in plan.jobs}, None)
+    assert remark is None
+    assert [verdict.channel for verdict in judged if verdict.verdict == "plain"] == [4, 5]  # of the second job

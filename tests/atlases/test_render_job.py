@@ -45,7 +45,7 @@ def test_the_files_are_what_render_makes(model: Model) -> None:
     data = ["figures.safetensors", "film.webp", "measures.safetensors"]
     assert sorted(files) == sorted([*data, "filter_4.png", "filter_5.png"])
     figures = safetensors.torch.load(files["figures.safetensors"])
-    assert sorted(figures) == ["dead", "history", "scores", "start_scores"]
+    assert sorted(figures) == ["dead", "history", "plain", "scores", "start_scores"]
     for name, tensor in figures.items():
         assert torch.equal(tensor, getattr(rendered, name)), name
     for index, name in enumerate(("filter_4", "filter_5")):
@@ -53,6 +53,7 @@ def test_the_files_are_what_render_makes(model: Model) -> None:
             assert np.array_equal(np.asarray(image), rendered.displayed()[index].permute(1, 2, 0).numpy())
             about = json.loads(image.text["phosphene"])  # type: ignore[attr-defined]
         score = float(rendered.scores[index])
+        assert about["plain"] == bool(rendered.plain[index])
         assert (about["model"], about["layer"], about["channel"], about["seed"]) == ("Sequential", ".0", 4 + index, 5)
         assert (about["score"], about["recipe"]["steps"], about["size"], about["dead"]) == (score, 3, [16, 16], False)
         assert manifest["pictures"][index] == {
@@ -62,6 +63,7 @@ def test_the_files_are_what_render_makes(model: Model) -> None:
             "score": score,
             "start_score": float(rendered.start_scores[index]),
             "dead": False,
+            "plain": bool(rendered.plain[index]),
         }
     assert {name: manifest[name] for name in ("layer", "channels", "fingerprint", "precision")} == {
         "layer": ".0",

@@ -210,7 +210,15 @@ def test_the_page_shows_each_picture_with_its_verdict_and_figures(store: Store) 
         assert colour(picture["src"]) == pytest.approx(expected, abs=8)  # lossy twice
     overview = next(row for row in parsed.rows if row[0] == "block1")
     assert overview[1:5] == ["Conv2d", "256", "14×7", "5×3 px"]
-    assert overview[6:] == ["1", "1", "1", "1", "2.5", "0.8"]  # each verdict once; medians of .1 2.5 3, and of .2 .8 .9
+    assert overview[6:] == [
+        "1",
+        "1",
+        "1",
+        "·",
+        "1",
+        "2.5",
+        "0.8",
+    ]  # plain: none; medians of .1 2.5 3, and of .2 .8 .9
     figures = [row for row in parsed.rows if len(row) == 9][1:]
     assert figures[1] == ["block1", "5", "○ weak", "-0.25", "0.1", "0.8", "2", "3", "0.5"]
     assert figures[3] == ["block1", "130", "✕ dead", "0", "", "", "4", "", ""]

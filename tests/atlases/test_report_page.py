@@ -62,6 +62,7 @@ def test_medians_leave_out_missing_figures() -> None:
         ("vivid", 1, "33 %"),
         ("unstable", 0, "0 %"),
         ("weak", 1, "33 %"),
+        ("plain", 0, "0 %"),
         ("dead", 1, "33 %"),
     ]
 
@@ -72,6 +73,16 @@ def test_a_verdict_by_a_later_version_has_its_name_and_no_sign() -> None:
     assert "<figcaption><i>●</i> 0" in html
     assert "<figcaption><i></i> 1" in html
     assert html.count("duplicate") >= 3
+
+
+def test_a_plain_filter_is_called_so_in_words() -> None:
+    section = LayerSection("conv", {}, "", judged(("plain", None), ("dead", None)), [b"1", b"2"], [])
+    html = page("net", {}, [], [section], LIMITS, 96)
+    assert "<figcaption><i>■</i> 0" in html
+    assert 'alt="picture of filter 0, plain colour"' in html
+    assert '<li class="plain"><b>1</b> <i>■</i> plain colour <small>50 %</small></li>' in html
+    assert "<td>■ plain colour<td>" in html
+    assert "<dt>plain colour</dt><dd>The filter lives" in html
 
 
 def test_text_is_escaped_and_a_missing_variable_is_an_error() -> None:

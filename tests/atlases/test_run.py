@@ -109,8 +109,8 @@ def test_a_layer_has_its_sheet_and_verdicts(tmp_path: Path) -> None:
         arrays = [np.array(saved[seed, number]).transpose(2, 0, 1) for number in range(8)]
         return torch.from_numpy(np.stack(arrays))
 
-    dead = torch.tensor([row["dead"] for row in entry["pictures"]])
-    expected_verdicts = judge(model, ".2", stacked(0), range(8), dead, None, stacked(1))
+    dead, plain = (torch.tensor([row[mark] for row in entry["pictures"]]) for mark in ("dead", "plain"))
+    expected_verdicts = judge(model, ".2", stacked(0), range(8), dead, None, stacked(1), plain)
     assert [(row["channel"], row["verdict"], row["agreement"], row["score"]) for row in entry["verdicts"]] == [
         (verdict.channel, verdict.verdict, verdict.agreement, verdict.score) for verdict in expected_verdicts
     ]

@@ -12,6 +12,7 @@ from phosphene.atlases.verdict_text import (
     format_figure,
     format_share,
     verdict_shares,
+    verdict_words,
 )
 from phosphene.atlases.verdicts import Verdict
 
@@ -42,6 +43,7 @@ def test_shares_are_in_the_order_of_a_bar() -> None:
         VerdictShare("vivid", "●", 3, "75 %", 0, 75),
         VerdictShare("unstable", "≈", 0, "0 %", 75, 0),
         VerdictShare("weak", "○", 0, "0 %", 75, 0),
+        VerdictShare("plain", "■", 0, "0 %", 75, 0),
         VerdictShare("dead", "✕", 1, "25 %", 75, 25),
     ]
     of_eight = verdict_shares({"dead": 1, "vivid": 3}, of=8)  # four more were not judged
@@ -49,14 +51,20 @@ def test_shares_are_in_the_order_of_a_bar() -> None:
         ("38 %", 37.5),
         ("0 %", 0),
         ("0 %", 0),
+        ("0 %", 0),
         ("12 %", 12.5),
     ]
     assert {(share.percent, share.left, share.share) for share in verdict_shares({})} == {("0 %", 0, 0)}
 
 
+def test_a_reader_sees_the_words_of_a_verdict() -> None:
+    assert [share.words for share in verdict_shares({})] == ["vivid", "unstable", "weak", "plain colour", "dead"]
+    assert verdict_words("of a later version") == "of a later version"
+
+
 def test_meanings_name_the_thresholds() -> None:
     meanings = figure_meanings({"excitation": 0.7, "outdone": 0.4, "stability": 0.65, "agreement": 0.55})
-    assert list(meanings) == [*FIGURES, "dead"]
+    assert list(meanings) == [*FIGURES, "dead", "plain"]
     assert meanings["excitation"].endswith("Below 0.7 a picture is weak.")
     assert meanings["stability"].endswith("Below 0.65 a picture is unstable.")
     assert "Where more than 40% of them do so" in meanings["retrieval"]

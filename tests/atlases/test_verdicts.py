@@ -103,13 +103,16 @@ def test_a_channel_that_no_photo_could_be_seen_in_is_judged_as_without_photos() 
     assert judged == Verdict(0, "filter_0", "vivid", 0.98039, None, 1.0, 1, None, None)
 
 
-def test_a_picture_that_changes_nothing_is_dead_and_so_is_what_the_render_calls_so() -> None:
+def test_dead_and_plain_is_what_the_render_calls_so_and_nothing_else() -> None:
     fires, never = looking(1, nn.ReLU()), looking(1, nn.ReLU(), bias=-10.0)
     grey = judge(never, "1", plain([255]), [0], photos=in_bytes([50], [10], [80]))[0]
-    assert (grey.verdict, grey.excitation) == ("dead", -1.6667)
-    assert judge(never, "1", plain([255]), [0])[0] == Verdict(0, "filter_0", "dead", 0.0, None, None, 1, None, None)
+    assert (grey.verdict, grey.excitation) == ("weak", -1.6667)
+    assert judge(never, "1", plain([255]), [0])[0] == Verdict(0, "filter_0", "weak", 0.0, None, None, 1, None, None)
     assert judge(fires, "1", plain([255]), [0])[0].verdict == "vivid"
-    assert judge(fires, "1", plain([255]), [0], dead=torch.tensor([True]))[0].verdict == "dead"
+    yes = torch.tensor([True])
+    assert judge(fires, "1", plain([255]), [0], dead=yes)[0].verdict == "dead"
+    assert judge(fires, "1", plain([255]), [0], plain=yes)[0].verdict == "plain"
+    assert judge(fires, "1", plain([255]), [0], dead=yes, plain=yes)[0].verdict == "dead"
 
 
 @pytest.mark.parametrize(
@@ -129,8 +132,7 @@ def test_a_picture_that_changes_nothing_is_dead_and_so_is_what_the_render_calls_
 def test_the_verdict_follows_from_the_figures(
     figures: tuple[float, float | None, float | None, float | None], verdict: str
 ) -> None:
-    assert verdict_name(False, *figures) == verdict
-    assert verdict_name(True, *figures) == "dead"
+    assert verdict_name(*figures) == verdict
 
 
 def test_what_most_other_pictures_do_better_is_weak() -> None:
@@ -257,7 +259,8 @@ def changed(**arguments: Any) -> dict[str, Any]:
         (changed(pictures=torch.rand(2, 2, 6, 6)), InvalidRequest, "as saved, uint8"),
         (changed(pictures=plain([1, 2])[:0], channels=[]), InvalidRequest, "at least 1"),
         (changed(channels=[0]), InvalidRequest, "2 pictures"),
-        (changed(dead=torch.tensor([True])), InvalidRequest, "1 values of `dead`"),
+        (changed(dead=torch.tensor([True])), InvalidRequest, "1 values of `dead` and 2 of `plain`"),
+        (changed(plain=torch.tensor([True] * 3)), InvalidRequest, "2 values of `dead` and 3 of `plain`"),
         (changed(channels=[0, 2]), ChannelNotFound, "no channel 2 in .0: it has 0 to 1"),
         (changed(channels=[-1, 1]), ChannelNotFound, "no channel -1"),
         (changed(second_seed=plain([1, 2])), InvalidRequest, "from another seed"),

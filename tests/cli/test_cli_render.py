@@ -56,6 +56,32 @@ def test_all_channels_and_a_film(run: Run, tmp_path: Path) -> None:
         assert film.n_frames == 25
 
 
+FLAT = """
+import torch
+from torch import nn
+
+def net():
+    convolution = nn.Conv2d(3, 3, 3, padding=1)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.tensor([1.0, 1.0, 0.1]).view(3, 1, 1, 1).expand(3, 3, 3, 3))
+        convolution.weight[2] *= torch.tensor([-1.0, 0.0, 1.0])
+        convolution.bias.copy_(torch.tensor([0.0, -100.0, 0.0]))
+    return nn.Sequential(convolution, nn.ReLU())
+"""
+
+
+def test_dead_and_plain_filters_are_named_each_in_a_sentence(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "flat.py").write_text(FLAT)
+    ran = run("filters", "flat:net", ".1", "--size", 16, "--steps", 20, "--json")
+    assert [(picture["dead"], picture["plain"]) for picture in json.loads(ran.out)["pictures"]] == [
+        (False, True),  # white
+        (True, False),
+        (False, False),  # an edge
+    ]
+    assert "dead, crossed out in the grid: filter_1" in ran.err
+    assert "alive, but a flat colour excites them as much as any pattern, marked plain in the grid: filter_0" in ran.err
+
+
 def test_objectives(run: Run) -> None:
     for objective, layer, names in (
         ("neuron", 1, ["filter_2"]),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import phosphene as ph
 from phosphene.images.grid import DEAD
-from phosphene.rendering.batches import is_film_frame, never_moved, without_contrast
+from phosphene.rendering.batches import in_median_colour, is_film_frame, needs_no_pattern, never_moved
 from phosphene.rendering.recipes import RECIPES, Recipe, choice
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -185,26 +185,6 @@ def test_a_dead_filter_is_crossed_in_the_grid_and_named_in_the_manifest(
     assert np.array_equal(tiles[0], np.asarray(pictures.pictures[0]))
 
 
-def test_a_picture_without_contrast_is_dead() -> None:
-    # a filter of one pixel that likes brightness: the clipped picture is white all over
-    net = nn.Sequential(nn.Conv2d(3, 1, 1)).double()
-    with torch.no_grad():
-        net[0].weight.fill_(1.0)  # type: ignore[operator]
-    recipe = dataclasses.replace(QUICK, step_rule=choice("rms", rate=400.0))
-    pictures = ph.render(ph.load(net, input_size=16), ph.channel("0", 0), recipe)
-    assert bool(pictures.scores[0] > pictures.start_scores[0])
-    assert pictures.dead.tolist() == [True]
-    assert bool((pictures.displayed() == 255).all())
-
-
-def test_contrast_is_what_is_shown_of_it() -> None:
-    flat, faint, clear = torch.full((3, 1, 2, 2), 0.5).unbind()
-    faint, clear = faint.clone(), clear.clone()
-    faint[0, 0, 0] += 1.9 / 255
-    clear[0, 0, 0] += 2.1 / 255
-    assert without_contrast(torch.stack([flat, faint, clear])).tolist() == [True, True, False]
-
-
 def test_the_first_max_steps_are_not_falsely_dead(small_net: nn.Sequential) -> None:
     model = ph.load(small_net, input_size=32)
     # R1's start spans one byte; after one step of 2 bytes the bare picture has hardly more, but it is shown stretched
@@ -217,3 +197,80 @@ def test_the_first_max_steps_are_not_falsely_dead(small_net: nn.Sequential) -> N
 
 def test_a_small_score_that_moves_is_not_dead() -> None:
     assert never_moved(torch.tensor([1e-9]), torch.tensor([[1.1e-9]])).tolist() == [False]
+
+
+# --- plain filters
+
+
+def wants_white() -> tuple[nn.Sequential, int, str]:
+    """Return two layers of weights above 0 on grey digits, as an MNIST network has that looks for ink."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 5, padding=2), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    for convolution in (net[0], net[2]):
+        positive(convolution)
+    return net, 1, "3"
+
+
+def wants_red() -> tuple[nn.Sequential, int, str]:
+    """Return a layer that likes red, and dislikes green and blue."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Identity())
+    positive(net[0])
+    with torch.no_grad():
+        net[0].weight[:, 1:].neg_()  # type: ignore[index]
+    return net, 3, "1"
+
+
+def wants_white_after_batchnorm() -> tuple[nn.Sequential, int, str]:
+    """Return a layer of weights above 0 whose outputs are normalised, so that most pictures are below its 0."""
+    norm = nn.BatchNorm2d(4)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, bias=False), norm, nn.ReLU())
+    positive(net[0])
+    with torch.no_grad():
+        norm.running_mean.fill_(0.4)  # type: ignore[union-attr]
+        norm.running_var.fill_(0.05)  # type: ignore[union-attr]
+    return net.eval(), 1, "2"
+
+
+def positive(convolution: nn.Module) -> None:
+    """Give a convolution weights in 0..0.2 and no bias."""
+    assert isinstance(convolution, nn.Conv2d)
+    with torch.no_grad():
+        convolution.weight.copy_(0.2 * torch.rand(convolution.weight.shape, generator=torch.Generator().manual_seed(1)))
+        if convolution.bias is not None:
+            convolution.bias.zero_()
+
+
+@pytest.mark.parametrize("made", [wants_white, wants_red, wants_white_after_batchnorm])
+@pytest.mark.parametrize("recipe", ["fourier", "max-step"])
+def test_a_filter_that_wants_a_flat_colour_is_plain_and_not_dead(
+    made: Callable[[], tuple[nn.Sequential, int, str]], recipe: str
+) -> None:
+    net, channels, layer = made()
+    model = ph.load(net, input_size=28, channels_in=channels)
+    pictures = ph.render(model, ph.channel(layer, range(4)), recipe, size=28, steps=60)
+    assert pictures.dead.tolist() == [False] * 4
+    assert pictures.plain.tolist() == [True] * 4
+    medians = pictures.displayed().flatten(2).median(2).values
+    assert bool((medians[:, 0] > 200).all())  # white, or red
+    assert bool((medians[:, 1:] < 50).all())
+
+
+def test_a_dead_filter_is_not_plain_and_one_that_wants_an_edge_is_neither(dead_net: nn.Sequential) -> None:
+    with torch.no_grad():
+        dead_net[0].weight[2] = torch.tensor([[-1.0, 0, 1]] * 3)  # type: ignore[operator]
+    pictures = ph.render(ph.load(dead_net, input_size=32), ph.channel("1", range(1, 3)), "fast", size=24)
+    assert pictures.dead.tolist() == [True, False]
+    assert pictures.plain.tolist() == [False, False]
+
+
+def test_the_median_colour_leaves_a_border_out() -> None:
+    framed = torch.zeros(1, 2, 5, 5)
+    framed[:, :, 1:, 1:] = torch.tensor([0.75, 0.25]).view(1, 2, 1, 1)  # 16 of 25 pixels
+    flat = in_median_colour(framed)
+    assert torch.equal(flat, torch.tensor([0.75, 0.25]).view(1, 2, 1, 1).expand(1, 2, 5, 5))
+
+
+def test_plain_is_nine_tenths_of_a_rise() -> None:
+    start, scores = torch.tensor([1.0, 1, 1, 1, -3]), torch.tensor([2.0, 2, 2, 1, -1])
+    flat = torch.tensor([1.91, 1.89, 2.5, 1, -1.1])
+    assert needs_no_pattern(start, scores, flat).tolist() == [True, False, True, False, True]
+    assert needs_no_pattern(scores, start, flat).tolist() == [False] * 5  # none rose

@@ -32,7 +32,9 @@ def metadata_of(path: Path) -> dict[str, Any]:
         return metadata
 
 
-def hand_made(display: str, images: torch.Tensor, dead: list[bool], layers: list[str]) -> Rendered:
+def hand_made(
+    display: str, images: torch.Tensor, dead: list[bool], layers: list[str], plain: list[bool] | None = None
+) -> Rendered:
     count = len(images)
     return Rendered(
         images=images,
@@ -40,6 +42,7 @@ def hand_made(display: str, images: torch.Tensor, dead: list[bool], layers: list
         start_scores=torch.zeros(count),
         history=torch.zeros(1, count),
         dead=torch.tensor(dead),
+        plain=torch.tensor(plain or [False] * count),
         names=tuple(f"filter_{index}" for index in range(count)),
         spec={"layers": layers, "recipe": {"name": "made", "display": display, "seed": 0}},
     )
@@ -69,7 +72,7 @@ def test_every_png_says_how_it_was_made(pictures: Rendered, tmp_path: Path) -> N
         )
         assert metadata["picture"] == f"filter_{channel}"
         assert metadata["score"] == pictures.scores[index].item()
-        assert metadata["dead"] is False
+        assert (metadata["dead"], metadata["plain"]) == (False, False)
         recipe = {key: value for key, value in metadata["recipe"].items() if key != "digest"}
         again = ph.Recipe.from_json(json.dumps(recipe))
         assert again == ph.RECIPES["fast"].with_settings(size=16, steps=3, seed=5)
@@ -112,7 +115,7 @@ def test_dead_pictures_are_crossed_in_the_grid_and_plain_alone() -> None:
     assert sheet.size == (85, 40)
     assert [sheet.getpixel((20, 5)), sheet.getpixel((45 + 20, 5))] == [(200, 200, 200), (60, 60, 60)]
     assert result.pictures[1].getpixel((20, 5)) == (200, 200, 200)
-    assert repr(result) == "Rendered(2 pictures of 3×40×40, 1 dead, recipe made)"
+    assert repr(result) == "Rendered(2 pictures of 3×40×40, 1 dead, 0 plain, recipe made)"
     assert len(result) == 2
 
 

@@ -67,7 +67,7 @@ def rendered(layer: str, images: Tensor) -> Rendered:
     none = torch.zeros(len(images))
     spec = {"layers": [layer], "recipe": {"name": "made", "display": "clip", "seed": 0}}
     names = tuple(f"filter_{3 + index}" for index in range(len(images)))
-    return Rendered(images, none, none, none[None], none > 0, names, spec)
+    return Rendered(images, none, none, none[None], none > 0, none > 0, names, spec)
 
 
 def gradient(

@@ -96,7 +96,8 @@ def painted(model: Model, job: Job, size: int) -> tuple[dict[str, bytes], dict[s
     }
     dead = scores == 0
     history = torch.linspace(0, 1, job.recipe.steps)[:, None] * scores
-    rendered = Rendered(images, scores, start, history, dead, channel(job.layer, job.channels).names, spec)
+    plain = torch.tensor([number % 19 == 7 for number in job.channels]) & ~dead
+    rendered = Rendered(images, scores, start, history, dead, plain, channel(job.layer, job.channels).names, spec)
     film = JobFilm(DISPLAYS[job.recipe.display])
     film.steps = job.recipe.steps
     grey = picture(torch.full((3, size, size), 128, dtype=torch.uint8))

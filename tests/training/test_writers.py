@@ -39,7 +39,7 @@ def rendered(seed: int) -> Rendered:
     images = torch.rand(2, 3, 9, 11, generator=torch.Generator().manual_seed(seed))
     zeros = torch.zeros(2)
     spec = {"layers": ["conv1"], "recipe": {"name": "fast", "display": "clip", "seed": 0}}
-    return Rendered(images, zeros, zeros, zeros[None], zeros.bool(), ("filter_0", "filter_5"), spec)
+    return Rendered(images, zeros, zeros, zeros[None], zeros.bool(), zeros.bool(), ("filter_0", "filter_5"), spec)
 
 
 def epoch_record(epoch: int, gradient: Tensor = GRADIENT, **changes: Any) -> EpochRecord:

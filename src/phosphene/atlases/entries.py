@@ -137,12 +137,14 @@ def layer_verdicts(
         scores = pick_channels(saved_measurements(store, second_jobs).plain, torch.tensor(order))
         second = scores[[order.index(channel) for channel in channels.tolist()]]
         measurements = measurements._replace(second_seed=second)
-    dead = [load(store.get("jobs", job.digest, SCORES_FILE))["dead"] for job in jobs]
+    files = [load(store.get("jobs", job.digest, SCORES_FILE)) for job in jobs]
+    dead = torch.cat([tensors["dead"] for tensors in files])
+    plain = torch.cat([tensors.get("plain", torch.zeros_like(tensors["dead"])) for tensors in files])  # of older jobs
     try:
         check_finite(layer.path, channels, measurements)
     except LayerRefused as error:
         return (), str(error)
-    return verdicts(measurements, channels, torch.cat(dead), photos), None
+    return verdicts(measurements, channels, dead, plain, photos), None
 
 
 def saved_measurements(store: Store, jobs: Sequence[Job]) -> Measurements:

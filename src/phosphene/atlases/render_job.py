@@ -23,6 +23,7 @@ from phosphene.rendering.result import Rendered
 
 AT_ONCE = 8  # pictures in a batch on a CPU, where no number is faster; fixed, since another number rounds differently
 SCORES_FILE, MEASURES_FILE = "figures.safetensors", "measures.safetensors"
+SCORES = ("scores", "start_scores", "history", "dead", "plain")
 
 
 def render_job(
@@ -31,9 +32,9 @@ def render_job(
     """Render one job and return its files, by name, and its manifest.
 
     The files are one PNG for each filter; `film.webp`: see `JobFilm`; `figures.safetensors`: scores (n,), start_scores
-    (n,), history (steps, n) and dead (n,) as in `Rendered`; `measures.safetensors`: plain (n, c), moved (n,) and grey
-    (c,) as in `Measurements`, of the pictures as they are saved. The bytes depend on the job alone, for which a CPU
-    computes with one thread.
+    (n,), history (steps, n), dead (n,) and plain (n,) as in `Rendered`; `measures.safetensors`: plain (n, c), moved
+    (n,) and grey (c,) as in `Measurements`, of the pictures as they are saved. The bytes depend on the job alone, for
+    which a CPU computes with one thread.
 
     Raises:
         ModelRefused: the network is not the one that the job was planned for.
@@ -101,7 +102,7 @@ def files_of(job: Job, rendered: Rendered, measurements: Measurements) -> dict[s
     """Return a finished job's files."""
     named = zip(rendered.names, rendered.pictures, strict=True)
     pictures = {f"{name}.png": png(image, metadata(job, rendered, index)) for index, (name, image) in enumerate(named)}
-    scores = {name: getattr(rendered, name).contiguous() for name in ("scores", "start_scores", "history", "dead")}
+    scores = {name: getattr(rendered, name).contiguous() for name in SCORES}
     precision = torch.promote_types(rendered.scores.dtype, torch.float32)  # of the means over maps
     plain, grey = measurements.plain.to(precision), measurements.grey.to(precision)
     measures = {"plain": plain, "moved": measurements.moved, "grey": grey}
@@ -129,7 +130,7 @@ def manifest_of(job: Job, rendered: Rendered) -> dict[str, Any]:
 def about_picture(rendered: Rendered, index: int) -> dict[str, Any]:
     """Return what the file and the manifest say about one picture."""
     about = rendered.metadata(index)
-    return {name: about[name] for name in ("picture", "channel", "score", "dead")}
+    return {name: about[name] for name in ("picture", "channel", "score", "dead", "plain")}
 
 
 def spec_and_recipe(job: Job, rendered: Rendered) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from phosphene.atlases.verdict_text import (
     figures_line,
     format_figure,
     verdict_shares,
+    verdict_words,
 )
 from phosphene.atlases.verdicts import VERDICTS, Verdict
 
@@ -133,16 +134,21 @@ def page(
 
 @cache
 def template_environment(package: str) -> Environment:
-    """Return the environment of a package's templates: text is escaped, and an undefined variable is an error."""
+    """Return the environment of a package's templates: text is escaped, and an undefined variable is an error.
+
+    The filter `words` turns a verdict into what a reader sees.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["words"] = verdict_words
+    return environment
 
 
 @cache

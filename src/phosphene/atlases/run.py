@@ -38,7 +38,7 @@ class Summary:
         atlas: the name of the atlas' entry in it, None if it has no entry yet.
         jobs: of the whole atlas; `done`: those that are in the store; `rendered`: those that this run has done.
         failed: why a job failed, by its digest.
-        verdicts: how many pictures are vivid, weak, unstable, dead; empty if the atlas has no entry yet.
+        verdicts: how many pictures are vivid, weak, unstable, dead, plain; empty if the atlas has no entry yet.
     """
 
     store: str

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from phosphene.atlases.verdicts import DEAD, MOVES, UNSTABLE, VIVID, WEAK, Verdict
+from phosphene.atlases.verdicts import DEAD, MOVES, PLAIN, UNSTABLE, VIVID, WEAK, Verdict
 
-ORDER = (VIVID, UNSTABLE, WEAK, DEAD)
-SIGNS = {VIVID: "●", UNSTABLE: "≈", WEAK: "○", DEAD: "✕"}  # so that colour alone never tells a verdict
+ORDER = (VIVID, UNSTABLE, WEAK, PLAIN, DEAD)
+WORDS = {PLAIN: "plain colour"}  # what a reader sees, where that is not the verdict's name
+SIGNS = {VIVID: "●", UNSTABLE: "≈", WEAK: "○", PLAIN: "■", DEAD: "✕"}  # so that colour alone never tells a verdict
 FIGURES = ("excitation", "stability", "retrieval", "own", "agreement")
 
 
@@ -19,6 +20,16 @@ class VerdictShare(NamedTuple):
     percent: str
     left: float
     share: float
+
+    @property
+    def words(self) -> str:
+        """The verdict as a reader sees it."""
+        return verdict_words(self.verdict)
+
+
+def verdict_words(verdict: str) -> str:
+    """Return the words for a verdict: its name, or what `WORDS` has for it."""
+    return WORDS.get(verdict, verdict)
 
 
 def verdict_shares(counts: Mapping[str, int], of: int | None = None) -> list[VerdictShare]:
@@ -38,7 +49,7 @@ def verdict_shares(counts: Mapping[str, int], of: int | None = None) -> list[Ver
 
 
 def figure_meanings(limits: Mapping[str, float]) -> dict[str, str]:
-    """Return what each figure means and what a dead filter is, given the thresholds by name."""
+    """Return what each figure means and what a dead and a plain filter are, given the thresholds by name."""
     return {
         "excitation": "How strongly the picture, as it is saved, excites the filter on average over its map: 0 is the "
         f"mean of the photos, 1 the strongest photo. Below {limits['excitation']:g} a picture is weak.",
@@ -50,7 +61,8 @@ def figure_meanings(limits: Mapping[str, float]) -> dict[str, str]:
         f"what photos do, in standard deviations. Where more than {limits['outdone']:.0%} are before it, it is weak.",
         "agreement": "How alike pictures from two seeds excite the filter, the weaker over the stronger. Below "
         f"{limits['agreement']:g} a picture is unstable.",
-        "dead": "The filter never answered while its picture was made, or the picture does no more than plain grey.",
+        DEAD: "The filter never answered while its picture was made: its score stayed as it was at the start.",
+        PLAIN: "The filter lives and wants a flat colour: one colour all over excites it about as much as its picture.",
     }
 
 

@@ -15,7 +15,7 @@ as strong as the strongest photo; 1 is also the best rank.
 A figure is None if it cannot be computed: excitation and own without photos, or if the photos excite the channel all
 alike; agreement without a second seed; stability of a picture that excites its channel no more than b, agreement if
 neither picture does. A verdict rests on the figures that exist: without photos on stability, retrieval and agreement.
-A picture is dead if the render says so, or if it excites its channel exactly as a grey picture does.
+The render says first which pictures are dead and which plain; the others are weak, unstable or vivid by their figures.
 """
 
 import math
@@ -35,7 +35,7 @@ from phosphene.rendering.transforms import RandomDraws, resample
 
 Move = Callable[[Tensor], Tensor]
 
-VIVID, WEAK, UNSTABLE, DEAD = VERDICTS = ("vivid", "weak", "unstable", "dead")
+VIVID, WEAK, UNSTABLE, DEAD, PLAIN = VERDICTS = ("vivid", "weak", "unstable", "dead", "plain")
 MOVES = 8
 AT_ONCE = 8  # pictures in a batch; fixed, since rounding depends on the size of the batch
 ROUNDING = 1e-6  # relative; smaller differences are rounding errors of float32
@@ -111,6 +111,7 @@ def judge(
     dead: Tensor | None = None,
     photos: LayerStatistics | None = None,
     second_seed: Tensor | None = None,
+    plain: Tensor | None = None,
 ) -> tuple[Verdict, ...]:
     """Return the verdicts on pictures of a layer's filters.
 
@@ -120,7 +121,7 @@ def judge(
     Args:
         pictures: (n, c, h, w) uint8, as saved; `second_seed`: pictures of the same filters from another seed.
         channels: the filter that each of them shows.
-        dead: (n,) of the render: which pictures never left their starting score, or have no contrast.
+        dead, plain: (n,) of the render, see `Rendered`; by default no picture is either.
         photos: their statistics at this layer, at the size of the pictures, for every channel of the layer.
 
     Raises:
@@ -129,11 +130,12 @@ def judge(
         ChannelNotFound, InvalidRequest: the other arguments do not fit the layer or each other.
     """
     numbers = torch.tensor(list(channels), dtype=torch.long)
-    is_dead = torch.zeros(len(numbers), dtype=torch.bool) if dead is None else dead.cpu()
-    check_pictures(model.find(layer), pictures, numbers, is_dead, photos, second_seed)
+    none = torch.zeros(len(numbers), dtype=torch.bool)
+    is_dead, is_plain = (none if marks is None else marks.cpu() for marks in (dead, plain))
+    check_pictures(model.find(layer), pictures, numbers, is_dead, is_plain, photos, second_seed)
     measurements = measure(model, layer, pictures, second_seed, numbers)
     check_finite(layer, numbers, measurements)
-    return verdicts(measurements, numbers, is_dead, photos)
+    return verdicts(measurements, numbers, is_dead, is_plain, photos)
 
 
 def check_pictures(
@@ -141,6 +143,7 @@ def check_pictures(
     pictures: Tensor,
     channels: Tensor,
     dead: Tensor,
+    plain: Tensor,
     photos: LayerStatistics | None,
     second_seed: Tensor | None,
 ) -> None:
@@ -152,10 +155,10 @@ def check_pictures(
             f"pictures are judged as saved, uint8 (n, c, height, width), n at least 1, not "
             f"{tuple(pictures.shape)} of {pictures.dtype}"
         )
-    if channels.shape != pictures.shape[:1] or dead.shape != pictures.shape[:1]:
+    if any(tensor.shape != pictures.shape[:1] for tensor in (channels, dead, plain)):
         raise InvalidRequest(
-            f"each of the {len(pictures)} pictures shows one filter, which is dead or not; "
-            f"{len(channels)} filters and {len(dead)} values of `dead` are given"
+            f"each of the {len(pictures)} pictures shows one filter, which may be dead or plain; {len(channels)} "
+            f"filters, {len(dead)} values of `dead` and {len(plain)} of `plain` are given"
         )
     if second_seed is not None and (second_seed.shape != pictures.shape or second_seed.dtype != torch.uint8):
         raise InvalidRequest(
@@ -236,17 +239,17 @@ def moves() -> list[Move]:
 
 
 def verdicts(
-    measurements: Measurements, channels: Tensor, dead: Tensor, photos: LayerStatistics | None
+    measurements: Measurements, channels: Tensor, dead: Tensor, plain: Tensor, photos: LayerStatistics | None
 ) -> tuple[Verdict, ...]:
     """Return the verdicts that follow from the measurements on pictures of these channels (n,)."""
-    plain, missing = measurements.plain, torch.full((len(channels),), torch.nan)
-    score, grey = pick_channels(plain, channels), measurements.grey[channels]
+    means, missing = measurements.plain, torch.full((len(channels),), torch.nan)
+    score = pick_channels(means, channels)
     mean = measurements.grey if photos is None else photos.mean.double().cpu()
     base = torch.where(mean.isnan(), measurements.grey, mean)[channels]
     gain = score - base
-    picture_rank = picture_ranks(plain[:, channels].T)
-    channel_rank = missing if photos is None else channel_ranks(plain, channels, photos)
-    shares_better = torch.stack([(picture_rank - 1) / len(channels), (channel_rank - 1) / plain.shape[1]])
+    picture_rank = picture_ranks(means[:, channels].T)
+    channel_rank = missing if photos is None else channel_ranks(means, channels, photos)
+    shares_better = torch.stack([(picture_rank - 1) / len(channels), (channel_rank - 1) / means.shape[1]])
     second = measurements.second_seed
     figures = {
         "score": score,
@@ -258,17 +261,18 @@ def verdicts(
         "own": channel_rank,
     }
     rows = [dict(zip(figures, row, strict=True)) for row in torch.stack(list(figures.values()), 1).tolist()]
-    is_dead, share_better = dead | within_rounding(score, grey), shares_better.nan_to_num(0).amax(0)
-    return tuple(map(verdict, channels.tolist(), is_dead.tolist(), share_better.tolist(), rows))
+    of_render = [DEAD if is_dead else PLAIN if is_plain else "" for is_dead, is_plain in zip(dead, plain, strict=True)]
+    share_better = shares_better.nan_to_num(0).amax(0)
+    return tuple(map(verdict, channels.tolist(), of_render, share_better.tolist(), rows))
 
 
-def verdict(channel: int, is_dead: bool, share_better: float, figures: Mapping[str, float]) -> Verdict:
-    """Return the verdict on one picture from its figures, in which NaN stands for a missing one."""
+def verdict(channel: int, of_render: str, share_better: float, figures: Mapping[str, float]) -> Verdict:
+    """Return the verdict on one picture: the render's, or else that of its figures, in which NaN is a missing one."""
     excitation, stability, agreement = (rounded(figures[name]) for name in ("excitation", "stability", "agreement"))
     return Verdict(
         channel=channel,
         picture=f"filter_{channel}",
-        verdict=verdict_name(is_dead, share_better, excitation, stability, agreement),
+        verdict=of_render or verdict_name(share_better, excitation, stability, agreement),
         score=rounded(figures["score"]) or 0.0,
         excitation=excitation,
         stability=stability,
@@ -279,11 +283,9 @@ def verdict(channel: int, is_dead: bool, share_better: float, figures: Mapping[s
 
 
 def verdict_name(
-    is_dead: bool, share_better: float, excitation: float | None, stability: float | None, agreement: float | None
+    share_better: float, excitation: float | None, stability: float | None, agreement: float | None
 ) -> str:
-    """Return the first verdict that applies: dead, weak, unstable, vivid; see `Thresholds`."""
-    if is_dead:
-        return DEAD
+    """Return the first verdict that applies: weak, unstable, vivid; see `Thresholds`."""
     is_weak = excitation is not None and excitation < THRESHOLDS.excitation
     if is_weak or stability is None or share_better > THRESHOLDS.outdone:
         return WEAK

@@ -16,6 +16,7 @@ from phosphene.atlases.run import AtlasProgress, Summary, run
 from phosphene.atlases.runners.local import LocalRunner, worker_devices
 from phosphene.atlases.runners.pool import Runner
 from phosphene.atlases.runners.ray import RayRunner
+from phosphene.atlases.verdict_text import verdict_words
 from phosphene.cli.options import (
     AsJson,
     BatchSize,
@@ -199,7 +200,7 @@ def print_summary(summary: Summary, quiet: bool, as_json: bool) -> None:
     if len(summary.failed) > LISTED:
         to_stderr(f"{len(summary.failed):,} jobs failed; each says why in {store}/jobs/…/error.json")
     if not quiet and summary.atlas:
-        counts = ", ".join(f"{count:,} {name}" for name, count in summary.verdicts.items())
+        counts = ", ".join(f"{count:,} {verdict_words(name)}" for name, count in summary.verdicts.items())
         to_stderr(
             f"{summary.done:,} of {summary.jobs:,} jobs are done; {counts}; a page of it: phosphene report {store}"
         )

@@ -104,12 +104,17 @@ def keeping_finished(target: Path, film: Path | None, as_json: bool) -> Iterator
 
 
 def warn_of_dead(rendered: Rendered, model: Model, layer: Layer) -> None:
-    """Print which filters are dead, if any, and the layer to try instead."""
-    names = ", ".join(name for name, dead in zip(rendered.names, rendered.dead, strict=True) if dead)
-    if names:
+    """Print which filters are dead, if any, and the layer to try instead; and which only want a flat colour."""
+    dead, plain = (
+        ", ".join(name for name, marked in zip(rendered.names, marks, strict=True) if marked)
+        for marks in (rendered.dead, rendered.plain)
+    )
+    if dead:
         before = f"{layer.path}#preactivation"
         advice = f"; try {before}, which is scored before the activation" if before in model.modules else ""
-        to_stderr(f"dead, crossed out in the grid: {names}{advice}")
+        to_stderr(f"dead, crossed out in the grid: {dead}{advice}")
+    if plain:
+        to_stderr(f"alive, but a flat colour excites them as much as any pattern, marked plain in the grid: {plain}")
 
 
 def objective_for(layer: Layer, name: str, channels: str | None) -> Objective:
@@ -148,7 +153,7 @@ def write(rendered: Rendered, target: Path, film: Path | None) -> list[Path]:
 def facts(rendered: Rendered) -> dict[str, Any]:
     """Return what `--json` prints about a result."""
     pictures = [rendered.metadata(index) for index in range(len(rendered))]
-    keys = ("picture", "score", "dead")
+    keys = ("picture", "score", "dead", "plain")
     return {**rendered.spec, "pictures": [{key: metadata[key] for key in keys} for metadata in pictures]}
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from phosphene.errors import Interrupted, LayerRefused, OutOfMemory, Unfinished, first_line
-from phosphene.images import display
 from phosphene.network.memory import is_out_of_memory
 from phosphene.rendering.engine.cuda_graph import ascend_with_cuda_graph
 from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, ascend, clean_scores
 from phosphene.rendering.result import Rendered
 
 LEAKY_SHARE = 0.5  # of the steps
+PLAIN_SHARE = 0.9  # of the rise of a score; see decision 8
 Watch = Callable[[Frame], None]
 
 
@@ -34,12 +34,16 @@ class RenderPlan:
 
 
 class RenderedBatch(NamedTuple):
-    """The results of one batch, on the CPU; `items` are its pictures' indices in the objective, as are `revived`."""
+    """The results of one batch, on the CPU; `items` are its pictures' indices in the objective, as are `revived`.
+
+    `flat_scores` are those of the pictures in their median colour throughout.
+    """
 
     items: list[int]
     images: Tensor
     start_scores: Tensor
     scores: Tensor
+    flat_scores: Tensor
     history: Tensor
     moments: list[Tensor]
     revived: tuple[int, ...] = ()
@@ -56,7 +60,8 @@ class RenderedBatch(NamedTuple):
         unmoved = retry.unmoved_rows
         revived = [(row, index) for index, row in enumerate(rows) if index not in unmoved]
         for row, index in revived:
-            self.images[row], self.scores[row] = retry.images[index], retry.scores[index]
+            for name in ("images", "scores", "flat_scores"):
+                getattr(self, name)[row] = getattr(retry, name)[index]
             self.history[:, row] = retry.history[:, index]
             for moment, retried in zip(self.moments, retry.moments, strict=True):
                 moment[row] = retried[index]
@@ -130,8 +135,15 @@ def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_
     assert start_scores is not None
     # once at the end: reading a value at every step would make a GPU wait
     check_finite(torch.stack([*history, frame.scores]), ascent, items)
+    flat_scores = clean_scores(plan.read, ascent.objective, in_median_colour(frame.image), frame.items)
     return RenderedBatch(
-        items, frame.image.cpu(), start_scores.cpu(), frame.scores.cpu(), torch.stack(history).cpu(), moments
+        items,
+        frame.image.cpu(),
+        start_scores.cpu(),
+        frame.scores.cpu(),
+        flat_scores.cpu(),
+        torch.stack(history).cpu(),
+        moments,
     )
 
 
@@ -162,11 +174,12 @@ def is_film_frame(frame: Frame, moments: int) -> bool:
 
 def assemble(batches: Sequence[RenderedBatch], plan: RenderPlan) -> Rendered:
     """Return batches as one result."""
-    images, start_scores, scores = (
-        torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "start_scores", "scores")
+    images, start_scores, scores, flat_scores = (
+        torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("images", "start_scores", "scores", "flat_scores")
     )
     history = torch.cat([batch.history for batch in batches], 1)
-    displayed = display.DISPLAYS[plan.spec["recipe"]["display"]](images)
+    dead = never_moved(start_scores, torch.cat([history, scores[None]]))
     names = plan.ascent.objective.names
     revived = [names[item] for batch in batches for item in batch.revived]
     return Rendered(
@@ -174,7 +187,8 @@ def assemble(batches: Sequence[RenderedBatch], plan: RenderPlan) -> Rendered:
         scores=scores,
         start_scores=start_scores,
         history=history,
-        dead=never_moved(start_scores, torch.cat([history, scores[None]])) | without_contrast(displayed),
+        dead=dead,
+        plain=~dead & needs_no_pattern(start_scores, scores, flat_scores),
         names=tuple(names[item] for batch in batches for item in batch.items),
         spec={**plan.spec, "woken": revived} if revived else plan.spec,
         moments=tuple(torch.cat(moments) for moments in zip(*(batch.moments for batch in batches), strict=False)),
@@ -186,6 +200,16 @@ def never_moved(start_scores: Tensor, scores: Tensor) -> Tensor:
     return ((scores - start_scores).abs() <= 1e-6 * start_scores.abs()).all(0)
 
 
-def without_contrast(displayed: Tensor) -> Tensor:
-    """Return for each displayed image (n, c, h, w) in [0, 1] whether its values span less than 2 of 255 levels."""
-    return displayed.flatten(1).amax(1) - displayed.flatten(1).amin(1) < 2 / 255
+def in_median_colour(images: Tensor) -> Tensor:
+    """Return each image (n, c, h, w) in one colour, its median channel by channel, which a ragged border leaves out."""
+    return images.flatten(2).median(2).values[..., None, None].expand_as(images).contiguous()
+
+
+def needs_no_pattern(start_scores: Tensor, scores: Tensor, flat_scores: Tensor) -> Tensor:
+    """Return for each picture whether its score rose, and in one flat colour reaches `PLAIN_SHARE` of that rise.
+
+    A limit on the contrast would not tell: recipes differ in it, and a filter that wants white may have a border of
+    any contrast where the network pads with zeros.
+    """
+    rise = scores - start_scores
+    return (rise > 0) & (flat_scores - start_scores >= PLAIN_SHARE * rise)

@@ -23,7 +23,9 @@ class Rendered:
         scores: (n,) score of each image, without transforms.
         start_scores: (n,) score of each starting image.
         history: (steps, n) scores under the transforms, step by step.
-        dead: (n,) whether the picture never left its starting score, or has no contrast.
+        dead: (n,) whether the picture never left its starting score.
+        plain: (n,) whether its filter wants a flat colour and no pattern: the score rose, and the picture in its median
+            colour throughout has at least nine tenths of that rise.
         names: what each picture shows, such as `filter_12`.
         spec: model, layers, objective, recipe and versions that made them, in JSON terms.
         moments: images (n, c, h, w) of the film, if one was requested.
@@ -34,6 +36,7 @@ class Rendered:
     start_scores: Tensor
     history: Tensor
     dead: Tensor
+    plain: Tensor
     names: tuple[str, ...]
     spec: Mapping[str, Any]
     moments: tuple[Tensor, ...] = ()
@@ -43,8 +46,8 @@ class Rendered:
 
     def __repr__(self) -> str:
         size = "×".join(map(str, self.images.shape[1:]))
-        dead, recipe = int(self.dead.sum()), self.spec["recipe"]["name"]
-        return f"Rendered({len(self)} pictures of {size}, {dead} dead, recipe {recipe})"
+        dead, plain, recipe = int(self.dead.sum()), int(self.plain.sum()), self.spec["recipe"]["name"]
+        return f"Rendered({len(self)} pictures of {size}, {dead} dead, {plain} plain, recipe {recipe})"
 
     def displayed(self, images: Tensor | None = None) -> Tensor:
         """Return the images (n, c, h, w) as shown: uint8 after the recipe's display rule."""
@@ -73,6 +76,7 @@ class Rendered:
             "channel": int(number) if noun in ("filter", "class") else None,
             "score": float(self.scores[index]),
             "dead": bool(self.dead[index]),
+            "plain": bool(self.plain[index]),
         }
 
     def save(self, folder: str | Path, columns: int | None = None) -> list[Path]:
@@ -95,6 +99,7 @@ class Rendered:
                 "score": float(self.scores[index]),
                 "start_score": float(self.start_scores[index]),
                 "dead": bool(self.dead[index]),
+                "plain": bool(self.plain[index]),
             }
             for index, path in enumerate(pictures)
         ]

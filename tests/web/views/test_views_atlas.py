@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from page_store import FIRST, SECOND, OlderReader, atlas_id, cut, filled, filter_picture, nearest_index, reader
-from phosphene.atlases.verdict_text import verdict_shares
+from phosphene.atlases.verdict_text import verdict_shares, verdict_words
 from phosphene.storage.store import open_store
 from phosphene.web.store_reader import StoreReader
 from phosphene.web.urls import SpriteTile
@@ -28,11 +28,11 @@ __all__ = ["atlas_id", "cut", "reader"]
 
 
 def test_parts_stand_side_by_side_on_a_bar_of_100() -> None:
-    vivid, unstable, weak, dead = verdict_shares({"vivid": 3, "dead": 1})
+    vivid, unstable, weak, plain, dead = verdict_shares({"vivid": 3, "dead": 1})
     assert (vivid.filters, vivid.left, vivid.share, vivid.percent) == (3, 0, 75, "75 %")
-    assert (unstable.filters, weak.filters) == (0, 0)
+    assert (unstable.filters, weak.filters, plain.filters) == (0, 0, 0)
     assert (dead.filters, dead.left, dead.share, dead.sign) == (1, 75, 25, "✕")
-    assert [share.share for share in verdict_shares({})] == [0, 0, 0, 0]
+    assert [share.share for share in verdict_shares({})] == [0, 0, 0, 0, 0]
 
 
 def test_each_cell_of_a_layer_shows_its_own_filter(
@@ -50,7 +50,10 @@ def test_a_cell_has_the_figures_of_its_verdict(reader: StoreReader, atlas_id: st
         layer_view(reader, atlas_id, SECOND)["cells"], reader.verdicts(atlas_id, SECOND), strict=True
     ):
         assert (cell.excitation, cell.stability, cell.score) == (verdict.excitation, verdict.stability, verdict.score)
-        assert cell.label == f"filter {verdict.channel}, {verdict.verdict}, excitation {verdict.excitation:.1f}"
+        assert (
+            cell.label
+            == f"filter {verdict.channel}, {verdict_words(verdict.verdict)}, excitation {verdict.excitation:.1f}"
+        )
 
 
 def test_strips_show_their_filters(reader: StoreReader, atlas_id: str, cut: Callable[[SpriteTile], np.ndarray]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phosphene.atlases.verdict_text import verdict_words
 from phosphene.atlases.verdicts import DEAD, Verdict, photo_range, within_rounding
 from phosphene.errors import EntryNotFound, LayerRefused
 from phosphene.evidence.photo_pass import photo_runs
@@ -172,6 +173,7 @@ def top_of_layer(path: str, ratios: Tensor, verdicts: Sequence[Verdict]) -> list
             "channel": verdict.channel,
             "excitation": float(f"{excitations[verdict.channel]:.4g}"),
             "verdict": verdict.verdict,
+            "words": verdict_words(verdict.verdict),
             "page": f"{slug}/{verdict.channel}.html",
             "picture": f"{slug}/filter_{verdict.channel}.png",
         }

@@ -116,6 +116,7 @@ def render_response(
         "score": finite_or_none(float(rendered.scores[0])),
         "start_score": finite_or_none(float(rendered.start_scores[0])),
         "dead": bool(rendered.dead[0]),
+        "plain": bool(rendered.plain[0]),
         "image": data_uri("image/png", encode.png(rendered.pictures[0], rendered.metadata(0))),
         "command": command(model, request, recipe, size, rendered.spec["precision"]),
     }

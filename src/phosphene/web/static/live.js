@@ -119,10 +119,10 @@ function easel(root) {
       const quarters = Math.floor((4 * step) / all);
       say(["Rendering.", "A quarter is done.", "Half is done.", "Three quarters are done.", "Nearly there."][quarters]);
     },
-    done({ score, start_score: start, dead, image: picture, command }) {
+    done({ score, start_score: start, dead, plain, image: picture, command }) {
       image.src = picture;
       image.alt = `the picture that ${name} answers to`;
-      say(`Done: score ${short(score)}, from ${short(start)} at the start.${dead ? " The filter stayed silent: it answers to nothing that was tried." : ""}`);
+      say(`Done: score ${short(score)}, from ${short(start)} at the start.${dead ? " The filter stayed silent: it answers to nothing that was tried." : plain ? " The filter wants a flat colour: a pattern adds little." : ""}`);
       outcome.hidden = false;
       for (const element of outcome.querySelectorAll(".made")) element.hidden = !command;
       outcome.querySelector("code").textContent = command;
@@ -347,7 +347,7 @@ function visitor(root) {
     made("li", {}, made("a", { href: filter.page },
       made("img", { src: filter.picture, alt: `filter ${filter.channel} of ${filter.layer}`, loading: "lazy" }),
       made("b", { textContent: `${filter.excitation.toFixed(2)}` }),
-      made("i", { textContent: filter.verdict, className: filter.verdict }),
+      made("i", { textContent: filter.words, className: filter.verdict }),
       made("span", {}, ...breaking(filter.layer)),
       made("span", { textContent: `filter ${filter.channel}` })));
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from phosphene.atlases.report import facts_of_atlas, facts_of_layer, note_on_layer, notes_on_atlas, verdicts_of
-from phosphene.atlases.verdict_text import SIGNS, VerdictShare, figure_meanings, verdict_shares
+from phosphene.atlases.verdict_text import SIGNS, VerdictShare, figure_meanings, verdict_shares, verdict_words
 from phosphene.atlases.verdicts import Verdict
 from phosphene.errors import PhospheneError
 from phosphene.web.store_reader import AtlasFacts, StoreReader
@@ -216,7 +216,7 @@ def sheet_tiles(atlas_id: str, manifest: Mapping[str, Any]) -> Iterator[SpriteTi
 def filter_cell(verdict: Verdict, tile: SpriteTile) -> FilterCell:
     """Return the cell of a filter on the layer page."""
     name, channel = verdict.verdict, verdict.channel
-    label = f"filter {channel}, {name or 'not judged'}"
+    label = f"filter {channel}, {verdict_words(name) or 'not judged'}"
     if verdict.excitation is not None:
         label += f", excitation {verdict.excitation:.1f}"
     figures = verdict.excitation, verdict.stability, verdict.score

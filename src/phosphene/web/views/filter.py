@@ -88,7 +88,7 @@ def filter_view(reader: StoreReader, atlas_id: str, path: str, channel: int) -> 
         "verdict": verdict,
         "sign": SIGNS.get(verdict.verdict, ""),
         "figures": verdict_figures(verdict, layer["thresholds"]),
-        "meaning_of_dead": figure_meanings(layer["thresholds"])["dead"],
+        "meaning": figure_meanings(layer["thresholds"]).get(verdict.verdict, ""),
         "film": film_frames(atlas_id, path, channel, job),
         "kernels": kernel_tiles(atlas_id, layer, channel),
         "drawn": drawn_sentence(len(layer["pictures"]), layer["layer"]["channels"]),
