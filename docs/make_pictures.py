@@ -7,8 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 import phosphene as ph
+from phosphene.images.captions import LETTERS, with_axis_labels
 from phosphene.images.encode import png
-from phosphene.images.grid import grid
+from phosphene.rendering.filter_sheet import paste_tiles
 from phosphene.storage.atomic import write_file
 
 HERE = Path(__file__).parent
@@ -34,7 +35,12 @@ def draw_filters() -> None:
     tiles = []
     for layer, channels in FILTERS.items():
         tiles += ph.render(model, ph.channel(layer, channels), size=112).pictures
-    print(write_file(HERE / "filters.png", png(grid(tiles, columns=8), {"model": model.name, "filters": FILTERS})))
+    numbers = [str(number) for channels in FILTERS.values() for number in channels]
+    body = paste_tiles(tiles, 8, tiles[0].size, numbers, LETTERS)
+    pitch = body.height // len(FILTERS)
+    layers = {row * pitch + pitch // 2: layer for row, layer in enumerate(FILTERS)}
+    sheet = with_axis_labels(body, layers, letters=LETTERS)
+    print(write_file(HERE / "filters.png", png(sheet, {"model": model.name, "filters": FILTERS})))
 
 
 def draw_photo() -> None:

@@ -11,6 +11,7 @@ from phosphene.images.captions import (
     LETTERS,
     SHADE,
     colour_bar,
+    index_labels,
     label_font,
     stack_images,
     table,
@@ -45,6 +46,11 @@ def test_labels_stand_beside_their_rows_and_above_their_columns() -> None:
     assert np.argwhere(page[top:, :left, 0] < 200)[:, 0].mean() == pytest.approx(30, abs=2)
     assert np.argwhere(page[:top, left:, 0] < 200)[:, 1].mean() == pytest.approx(10, abs=2)
     assert with_axis_labels(image, {}).size == (60, 60)
+
+
+def test_labels_are_as_close_as_there_is_room() -> None:
+    assert index_labels(range(5, 8), 49, 14) == {24: "5", 73: "6", 122: "7"}
+    assert index_labels(range(6), 10, 28, "+") == {5: "+0", 45: "+4"}
 
 
 def test_pictures_are_joined_in_both_directions() -> None:

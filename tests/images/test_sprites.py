@@ -26,7 +26,7 @@ def test_tiles_lie_row_by_row() -> None:
     colours = [(40 * number, 0, 0) for number in range(5)]
     sheet = np.asarray(tile(plain_pictures(*colours, size=(2, 3)), 2))
     assert sheet.shape == (9, 4, 3)
-    assert sheet[::3, ::2, 0].tolist() == [[0, 40], [80, 120], [160, 0]]
+    assert sheet[::3, ::2, 0].tolist() == [[0, 40], [80, 120], [160, 255]]
 
 
 def test_a_picture_shrinks_to_its_tile_without_aliasing() -> None:

@@ -49,10 +49,10 @@ def viridis(level: int) -> tuple[int, ...]:
 
 
 def tile_at(page: Image.Image, index: int, tile: int, columns: int = 16) -> np.ndarray[Any, Any]:
-    """Return the pixels of a tile of a grid: the page has a border of 12, two lines of 24 and 4 above, labels left."""
+    """Return the pixels of a tile of a grid: above are a border of 12, two lines of 24, 4, and labels; labels left."""
     row, column = divmod(index, columns)
     pixels = np.asarray(page)
-    top = 12 + 2 * 24 + 4
+    top = 12 + 2 * 24 + 4 + 18
     left = sheet_left(pixels, top) + column * (tile + 2)
     top += row * (tile + 2)
     return pixels[top : top + tile, left : left + tile]

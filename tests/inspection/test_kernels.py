@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from phosphene import errors
 from phosphene.images import captions, display, encode
-from phosphene.inspection.kernels import Kernels, KernelSheet, index_labels, kernels, scale
+from phosphene.inspection.kernels import Kernels, KernelSheet, kernels, scale
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.network.preprocessing import Preprocessing
@@ -116,10 +116,11 @@ def test_the_scale_is_symmetric_and_an_outlier_does_not_take_the_colour_from_the
 def test_depthwise_kernels_fill_a_near_square_grid_row_by_row() -> None:
     weights = torch.linspace(-1, 1, 7 * 4).view(7, 1, 2, 2)
     page = np.asarray(kernels_of(weights).grid())
-    left = first_column(page, TOP)
+    left = first_column(page, TOP + HEAD)
     for index in range(7):
         row, column = divmod(index, 3)
-        assert tuple(page[TOP + row * 49, left + column * 49]) == colour(float(weights[index, 0, 0, 0]))
+        assert tuple(page[TOP + HEAD + row * 49, left + column * 49]) == colour(float(weights[index, 0, 0, 0]))
+    assert (page[TOP + HEAD + 2 * 49 :, left + 49 : left + 3 * 49] == 255).all()  # no eighth, no ninth
 
 
 def test_rows_go_on_in_a_further_block_where_filters_see_few_channels() -> None:
@@ -162,11 +163,6 @@ def test_the_pages_of_a_large_layer(tmp_path: Path) -> None:
     assert (metadata["layer"], metadata["page"]) == ("conv", 1)
 
 
-def test_labels_are_as_close_as_there_is_room() -> None:
-    assert index_labels(range(5, 8), 49, 14) == {24: "5", 73: "6", 122: "7"}
-    assert list(index_labels(range(6), 10, 28).values()) == ["0", "4"]
-
-
 # --- in colour --------------------------------------------------------------------------------------------------------
 
 
@@ -175,9 +171,9 @@ def test_filters_of_the_first_layer_in_colour(order: str, expected: tuple[int, .
     weights = torch.zeros(4, 3, 1, 1)
     weights[0, :, 0, 0] = torch.tensor([1.0, 0.0, -0.5])
     page = np.asarray(kernels_of(weights, order).rgb())
-    left = first_column(page, TOP)
-    assert tuple(page[TOP, left]) == expected
-    assert tuple(page[TOP + 49, left]) == (128, 128, 128)
+    left = first_column(page, TOP + HEAD)
+    assert tuple(page[TOP + HEAD, left]) == expected
+    assert tuple(page[TOP + HEAD + 49, left]) == (128, 128, 128)
     with pytest.raises(errors.LayerRefused, match="conv has 2 input channels; a colour has 3"):
         kernels_of(weights[:, :2]).rgb()
 
@@ -196,8 +192,8 @@ def test_the_built_in_network_shows_a_green_filter_in_green() -> None:
     assert first.weights.shape == (64, 3, 3, 3)
     assert first.spec["colours"] == "bgr"
     page = np.asarray(first.rgb()).astype(int)
-    left = first_column(page, TOP)
-    red, green, blue = page[TOP + 49 + 24, left + 4 * 49 + 24]  # filter 12: green against red and blue
+    left = first_column(page, TOP + HEAD)
+    red, green, blue = page[TOP + HEAD + 49 + 24, left + 4 * 49 + 24]  # filter 12: green against red and blue
     assert green > red + 60
     assert green > blue + 60
 

@@ -188,7 +188,7 @@ def test_the_recipes_carry_the_published_numbers() -> None:
 def test_the_r4_sheet_is_eight_by_eight_pictures_of_64_px_with_margins_of_5() -> None:
     model, layer, _ = small_network()
     result = ph.render(model, ph.channel(layer, [k % 8 for k in range(64)]), "rms", size=64, steps=1)
-    sheet = result.grid()
+    sheet = result.grid(captions=False)
     assert sheet.size == (547, 547)  # 8 · 64 + 7 · 5
     pixels = np.asarray(sheet)
     assert not pixels[64:69].any()
@@ -200,4 +200,4 @@ def test_the_r1_demonstration_is_six_pictures_three_wide() -> None:
     model, _, _ = small_network()
     result = ph.render(model, ph.channel(3, range(6)), "max-step", size=16, steps=1)
     assert result.spec["layers"] == ["conv3"]  # the layer is given by its index in the list of convolutions
-    assert result.grid().size == (3 * 16 + 2 * 5, 2 * 16 + 5)
+    assert result.grid(captions=False).size == (3 * 16 + 2 * 5, 2 * 16 + 5)

@@ -44,7 +44,12 @@ def hand_made(
         dead=torch.tensor(dead),
         plain=torch.tensor(plain or [False] * count),
         names=tuple(f"filter_{index}" for index in range(count)),
-        spec={"layers": layers, "recipe": {"name": "made", "display": display, "seed": 0}},
+        spec={
+            "layers": layers,
+            "sees": ["unknown"],
+            "model": "net",
+            "recipe": {**ph.RECIPES["fast"].as_dict(), "display": display},
+        },
     )
 
 
@@ -57,7 +62,7 @@ def test_saving_writes_a_file_a_filter_the_grid_and_the_manifest_last(pictures: 
     for path, image in zip(written[:3], pictures.images, strict=True):
         expected = np.rint(image.clamp(0, 1).permute(1, 2, 0).numpy() * 255)
         assert np.array_equal(np.asarray(Image.open(path)), expected)
-    assert Image.open(written[3]).size == (2 * 16 + 5, 2 * 16 + 5)
+    assert np.array_equal(np.asarray(Image.open(written[3])), np.asarray(pictures.grid(columns=2)))
 
 
 def test_every_png_says_how_it_was_made(pictures: Rendered, tmp_path: Path) -> None:
@@ -111,11 +116,11 @@ def test_the_display_rule_is_the_recipes() -> None:
 def test_dead_pictures_are_crossed_in_the_grid_and_plain_alone() -> None:
     images = torch.full((2, 3, 40, 40), 200 / 255)
     result = hand_made("clip", images, [False, True], ["a"])
-    sheet = result.grid()
+    sheet = result.grid(captions=False)
     assert sheet.size == (85, 40)
     assert [sheet.getpixel((20, 5)), sheet.getpixel((45 + 20, 5))] == [(200, 200, 200), (60, 60, 60)]
     assert result.pictures[1].getpixel((20, 5)) == (200, 200, 200)
-    assert repr(result) == "Rendered(2 pictures of 3×40×40, 1 dead, 0 plain, recipe made)"
+    assert repr(result) == "Rendered(2 pictures of 3×40×40, 1 dead, 0 plain, recipe fast)"
     assert len(result) == 2
 
 

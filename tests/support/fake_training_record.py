@@ -65,7 +65,8 @@ def record_of(
 def rendered(layer: str, images: Tensor) -> Rendered:
     """Return pictures (n, 3, h, w) in [0, 1] as filters 3, 4 … of a layer."""
     none = torch.zeros(len(images))
-    spec = {"layers": [layer], "recipe": {"name": "made", "display": "clip", "seed": 0}}
+    recipe = {"name": "made", "display": "clip", "seed": 0, "sizes": [16], "steps": 1}
+    spec = {"model": "net", "layers": [layer], "sees": ["unknown"], "recipe": recipe}
     names = tuple(f"filter_{3 + index}" for index in range(len(images)))
     return Rendered(images, none, none, none[None], none > 0, none > 0, names, spec)
 

@@ -19,12 +19,12 @@ from phosphene.cli.web import check_web_extra, print_and_open, serve_place
 from phosphene.errors import Unfinished
 from phosphene.images.display import Picture
 from phosphene.images.encode import png
-from phosphene.images.grid import cross_out, grid
 from phosphene.images.photo import read
 from phosphene.inspection.activations import activations
 from phosphene.inspection.explain import explain
 from phosphene.network.layers import Layer
 from phosphene.network.loading import load, torch_device
+from phosphene.rendering.filter_sheet import SheetPicture, filter_sheet
 from phosphene.storage.atomic import check_writable, write_file
 from phosphene.storage.store import Store, open_store
 
@@ -106,7 +106,7 @@ def demonstrate(
 
 
 def sheets(store: Store, plan: Atlas, watch: Callable[[str, int, int], None] | None) -> Iterator[tuple[Layer, Picture]]:
-    """Yield each layer with the sheet of its pictures, as soon as the layer is finished; dead filters are crossed out.
+    """Yield each layer with the sheet of its pictures, see `filter_sheet`, as soon as the layer is finished.
 
     Raises:
         Unfinished: a picture could not be drawn.
@@ -115,10 +115,14 @@ def sheets(store: Store, plan: Atlas, watch: Callable[[str, int, int], None] | N
     with errors_with_summary(atlas_run):
         for layer in atlas_run.finished_layers(LocalRunner()):
             done = [job for job in plan.jobs_of(layer) if job.digest in atlas_run.done]
-            pictures = [picture for job in done for picture in saved_pictures(store, job)]
-            tiles = [cross_out(picture.image) if picture.entry["dead"] else picture.image for picture in pictures]
-            if tiles:
-                yield layer, grid(tiles, COLUMNS)
+            saved = [(picture.image, picture.entry) for job in done for picture in saved_pictures(store, job)]
+            pictures = [
+                SheetPicture(image, entry["picture"], entry["dead"], entry.get("plain", False))
+                for image, entry in saved
+            ]
+            spec = {"layers": [layer.path], "sees": [layer.field_size], "recipe": plan.recipes[0].as_dict()}
+            if pictures:
+                yield layer, filter_sheet(pictures, {**spec, "model": plan.model.name}, COLUMNS)
         summary = atlas_run.end()
     for reason in summary.failed.values():
         raise Unfinished(reason, summary)

@@ -178,4 +178,4 @@ def dream(
     path = chosen_layer(handle, layer, quiet).path
     with progress_of_frames(1, quiet) as watch:
         rendered = render_dream(handle, image, path, recipe, size=size, steps=steps, seed=seed, watch=watch)
-    report(write(rendered, out, None), as_json, facts(rendered))
+    report([write_file(out, png(rendered.pictures[0], rendered.metadata(0)))], as_json, facts(rendered))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,21 +14,26 @@ from phosphene.images.display import Picture, apply_colormap
 
 PAPER, INK, GREY, SHADE = (255, 255, 255), (25, 25, 25), (110, 110, 110), (243, 243, 243)
 LETTERS = 14  # height of the text, in pixels
+FONT = "fonts/ttf/DejaVuSans.ttf"
 
 
 @cache
 def label_font(size: int = LETTERS) -> ImageFont.FreeTypeFont:
     """Return a font of a size in pixels: matplotlib's own, which looks the same everywhere."""
-    from matplotlib import get_data_path
+    package = find_spec("matplotlib")  # half a second faster than its import, after which it would say itself where
+    path = Path(str(package and package.origin)).parent / "mpl-data" / FONT
+    if not path.is_file():
+        from matplotlib import get_data_path
 
-    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+        path = Path(get_data_path()) / FONT
+    return ImageFont.truetype(str(path), size)
 
 
-def with_caption(image: Picture, title: str, note: str = "") -> Picture:
+def with_caption(image: Picture, title: str, note: str = "", letters: int = LETTERS) -> Picture:
     """Return a picture on white paper under a title and the lines of a note, which are grey."""
-    lines = [(title, label_font(LETTERS + 3), INK)] + [(text, label_font(), GREY) for text in note.splitlines()]
+    lines = [(title, label_font(letters + 3), INK)] + [(text, label_font(letters), GREY) for text in note.splitlines()]
     width = max(image.width, *(math.ceil(font.getlength(text)) for text, font, _ in lines))
-    border, line = 12, LETTERS + 10
+    border, line = 12, letters + 10
     top = border + line * len(lines) + 4
     page = Image.new("RGB", (width + 2 * border, top + image.height + border), PAPER)
     for number, (text, font, ink) in enumerate(lines):
@@ -36,21 +42,23 @@ def with_caption(image: Picture, title: str, note: str = "") -> Picture:
     return page
 
 
-def wrap_text(parts: Sequence[str], width: int, between: str = " · ") -> str:
+def wrap_text(parts: Sequence[str], width: int, between: str = " · ", letters: int = LETTERS) -> str:
     """Return the parts of a note in lines of at most `width` pixels; a part that is wider gets a line to itself."""
     lines: list[str] = []
     for part in parts:
         joined = f"{lines[-1]}{between}{part}" if lines else part
-        fits = lines and label_font().getlength(joined) <= width
+        fits = lines and label_font(letters).getlength(joined) <= width
         lines = [*lines[:-1], joined] if fits else [*lines, part]
     return "\n".join(lines)
 
 
-def with_axis_labels(image: Picture, rows: Mapping[int, str], columns: Mapping[int, str] | None = None) -> Picture:
+def with_axis_labels(
+    image: Picture, rows: Mapping[int, str], columns: Mapping[int, str] | None = None, letters: int = LETTERS - 3
+) -> Picture:
     """Return a picture with labels left of it and above it; the keys are the pixels that labels are centred on."""
-    font = label_font(LETTERS - 3)
+    font = label_font(letters)
     left = max((math.ceil(font.getlength(text)) + 6 for text in rows.values()), default=0)
-    top = LETTERS + 4 if columns else 0
+    top = letters + 7 if columns else 0
     page = Image.new("RGB", (left + image.width, top + image.height), PAPER)
     page.paste(image, (left, top))
     draw = ImageDraw.Draw(page)
@@ -59,6 +67,13 @@ def with_axis_labels(image: Picture, rows: Mapping[int, str], columns: Mapping[i
     for x, text in (columns or {}).items():
         draw.text((left + x, top - 3), text, GREY, font, anchor="ms")
     return page
+
+
+def index_labels(numbers: range, step: int, room: int, prefix: str = "") -> dict[int, str]:
+    """Return labels for tiles that are `step` pixels apart: each 1st, 2nd, 4th … so that a label has `room` pixels."""
+    stride = 2 ** max(0, math.ceil(math.log2(room / step)))
+    shown = ((index, number) for index, number in enumerate(numbers) if index % stride == 0)
+    return {index * step + step // 2: f"{prefix}{number}" for index, number in shown}
 
 
 def text_column(heading: str, cells: Mapping[int, str], height: int) -> Picture:

@@ -55,6 +55,8 @@ def gif(frames: Sequence[Picture], milliseconds: int = 80) -> bytes:
     durations = [milliseconds] * (len(frames) - 1) + [LAST_FRAME]
     size = frames[-1].size
     scaled = [frame if frame.size == size else frame.resize(size, Image.Resampling.NEAREST) for frame in frames]
+    # what Pillow would do takes 50 times as long, and looks no better
+    scaled = [frame.quantize(256, Image.Quantize.FASTOCTREE) if frame.mode == "RGB" else frame for frame in scaled]
     scaled[0].save(buffer, "GIF", save_all=True, append_images=scaled[1:], duration=durations, loop=0)
     return buffer.getvalue()
 

@@ -13,6 +13,7 @@ from phosphene.images.display import Picture, to_bytes
 RING = (110, 110, 110)
 MARGIN = 5  # black pixels between the pictures of a grid (R4.2)
 DEAD = (200, 60, 60)
+UNUSED = 243  # the level of a cell that holds no picture
 EMPTY = (38, 38, 38)  # darker than any colour of viridis, so that a blank channel is not taken for a map
 
 
@@ -59,7 +60,7 @@ def mosaic(tiles: Tensor, columns: int, gap: int = 1, between: int = 255) -> Pic
 
 
 def grid(tiles: Sequence[Picture], columns: int | None = None, margin: int = MARGIN) -> Picture:
-    """Return the tiles row by row, with `margin` black pixels between them.
+    """Return the tiles row by row, with `margin` black pixels between them; cells that hold none are light.
 
     `columns` is by default the side of the smallest square that holds all: 3 for six (R1), 8 for sixty-four (R4.2).
 
@@ -74,7 +75,10 @@ def grid(tiles: Sequence[Picture], columns: int | None = None, margin: int = MAR
     mode = "L" if all(tile.mode == "L" for tile in tiles) else "RGB"
     size = (columns * width + (columns - 1) * margin, rows * height + (rows - 1) * margin)
     sheet = Image.new(mode, size)
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
-        sheet.paste(tile, (column * (width + margin), row * (height + margin)))
+    for index in range(rows * columns):
+        left, top = index % columns * (width + margin), index // columns * (height + margin)
+        if index < len(tiles):
+            sheet.paste(tiles[index], (left, top))
+        else:
+            sheet.paste(UNUSED if mode == "L" else (UNUSED,) * 3, (left, top, left + width, top + height))
     return sheet

@@ -65,9 +65,9 @@ def thumbnail(image: Picture, size: tuple[int, int]) -> Picture:
 
 
 def tile(tiles: Sequence[Picture], columns: int) -> Picture:
-    """Return tiles of one size row by row."""
+    """Return tiles of one size row by row; cells that hold none are white."""
     width, height = tiles[0].size
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height), "white")
     for index, picture in enumerate(tiles):
         sheet.paste(picture, (index % columns * width, index // columns * height))
     return sheet

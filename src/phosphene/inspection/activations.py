@@ -140,7 +140,8 @@ class Activations(Mapping[str, Tensor]):
         note += f" · {broken:,} with NaN or infinity" if broken else ""
         note += f" · shown at {size[0]}×{size[1]}" if size[0] < height or size[1] < width else ""
         note += f" · page {page + 1} of {pages}" if pages > 1 else ""
-        return captions.with_caption(captions.with_axis_labels(sheet, labels), path, note)
+        offsets = captions.index_labels(range(min(columns, len(maps))), size[1] + GAP, 28, "+")
+        return captions.with_caption(captions.with_axis_labels(sheet, labels, offsets), path, note)
 
     def channel(self, path: str, number: int) -> display.Picture:
         """Return one channel, enlarged, in viridis from its lowest value to its highest, with a colour bar.

@@ -150,10 +150,13 @@ class Kernels:
         factor = enlargement(self.weights, columns)
         tiles = levels.permute(0, 2, 3, 1).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         sheet = grid.mosaic(tiles, columns, GAP)
-        labels = index_labels(range(0, len(self), columns), self.weights.shape[2] * factor + GAP, 14)
+        height, width = (side * factor + GAP for side in self.weights.shape[2:])
+        labels = captions.index_labels(range(0, len(self), columns), height, 14)
+        offsets = captions.index_labels(range(columns), width, 28, "+")
         size = "×".join(map(str, self.weights.shape[2:]))
         note = f"{len(self):,} filters of {size} in colour · grey is 0, full colour ±{high:.3g}"
-        return captions.with_caption(captions.with_axis_labels(sheet, labels), self.title("filters in colour"), note)
+        labelled = captions.with_axis_labels(sheet, labels, offsets)
+        return captions.with_caption(labelled, self.title("filters in colour"), note)
 
     def pixels(self, filters: Sequence[int]) -> tuple[display.Picture, dict[str, Any]]:
         """Return filters with one pixel per weight and one row per filter, and the legend in JSON terms.
@@ -265,9 +268,11 @@ class KernelSheet(NamedTuple):
         big = tiles.flatten(0, 1).repeat_interleave(self.factor, 1).repeat_interleave(self.factor, 2)
         if self.columns == 1:
             side = math.ceil(math.sqrt(len(tiles)))
-            rows = index_labels(range(0, len(tiles), side), height, 14)
-            return captions.with_axis_labels(grid.mosaic(big, side, GAP), rows)
-        rows, columns = index_labels(range(first, first + len(tiles)), height, 14), index_labels(channels, width, 28)
+            rows = captions.index_labels(range(0, len(tiles), side), height, 14)
+            offsets = captions.index_labels(range(side), width, 28, "+")
+            return captions.with_axis_labels(grid.mosaic(big, side, GAP), rows, offsets)
+        rows = captions.index_labels(range(first, first + len(tiles)), height, 14)
+        columns = captions.index_labels(channels, width, 28)
         if colours:
             columns = {position: colours.upper()[int(number)] for position, number in columns.items()}
         return captions.with_axis_labels(grid.mosaic(big, len(channels), GAP, GAP_GREY), rows, columns)
@@ -292,9 +297,3 @@ def scale(weights: Tensor, about_zero: bool) -> tuple[float, float]:
 def as_levels(weights: Tensor, low: float, high: float) -> Tensor:
     """Return weights as levels 0..255, uint8, of the scale from `low` to `high`."""
     return display.to_bytes((weights.double() - low) / (high - low))
-
-
-def index_labels(numbers: range, step: int, room: int) -> dict[int, str]:
-    """Return labels for tiles that are `step` pixels apart: each 1st, 2nd, 4th … so that a label has `room` pixels."""
-    stride = 2 ** max(0, math.ceil(math.log2(room / step)))
-    return {index * step + step // 2: str(number) for index, number in enumerate(numbers) if index % stride == 0}

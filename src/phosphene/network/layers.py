@@ -61,6 +61,11 @@ class Layer:
         return self.size is not None
 
     @property
+    def field_size(self) -> list[int] | str:
+        """How much of the image an entry sees: [down, right] in pixels, "whole" or "unknown"; in JSON terms."""
+        return list(self.receptive_field.size) if self.receptive_field else self.sees
+
+    @property
     def spellings(self) -> tuple[str, ...]:
         """The path with and without the leading dot that marks a path of digits alone."""
         return (self.path, self.path.removeprefix("."))

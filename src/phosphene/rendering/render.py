@@ -127,6 +127,7 @@ def specification(model: Model, ascent: AscentPlan) -> dict[str, Any]:
     return {
         **model.origin,
         "layers": list(ascent.layers),
+        "sees": [model.find(path).field_size if path else "whole" for path in ascent.layers],
         "objective": ascent.objective.spec,
         "recipe": {**ascent.recipe.as_dict(), "digest": ascent.recipe.digest},
         "size": list(ascent.start_image.shape(ascent.recipe.size)[1:]),

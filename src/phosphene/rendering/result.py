@@ -6,11 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from phosphene.errors import InvalidRequest
 from phosphene.images import display, encode, grid
 from phosphene.network.layers import file_prefix
+from phosphene.rendering.filter_sheet import SheetPicture, filter_sheet
 from phosphene.storage.atomic import write_file, write_manifest
 
 
@@ -59,11 +61,23 @@ class Rendered:
         """The pictures as PIL images; those of dead filters are not crossed out."""
         return [grid.picture(image) for image in self.displayed()]
 
-    def grid(self, columns: int | None = None, images: Tensor | None = None) -> display.Picture:
-        """Return all pictures on one sheet with 5 black pixels between them; dead filters are darkened and crossed."""
-        pictures = self.pictures if images is None else [grid.picture(image) for image in self.displayed(images)]
-        tiles = [grid.cross_out(tile) if dead else tile for tile, dead in zip(pictures, self.dead, strict=True)]
-        return grid.grid(tiles, columns)
+    def grid(self, columns: int | None = None, images: Tensor | None = None, captions: bool = True) -> display.Picture:
+        """Return all pictures, or images of them at any size, on one sheet; dead filters are crossed out, plain named.
+
+        `captions`: numbered and under a caption, see `filter_sheet`. Without, as in R1 and R4.2, the pictures lie in a
+        near square with 5 black pixels between them, and only dead filters are marked.
+        """
+        size = self.pictures[0].size
+        pictures = (
+            self.pictures
+            if images is None
+            else [grid.picture(image).resize(size, Image.Resampling.NEAREST) for image in self.displayed(images)]
+        )
+        marks = zip(self.names, self.dead.tolist(), self.plain.tolist(), strict=True)
+        marked = [SheetPicture(image, *mark) for image, mark in zip(pictures, marks, strict=True)]
+        if captions:
+            return filter_sheet(marked, self.spec, columns)
+        return grid.grid([grid.cross_out(tile.image) if tile.dead else tile.image for tile in marked], columns)
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the metadata of one picture's file; `channel` is None if it shows neither a filter nor a class."""
@@ -79,8 +93,8 @@ class Rendered:
             "plain": bool(self.plain[index]),
         }
 
-    def save(self, folder: str | Path, columns: int | None = None) -> list[Path]:
-        """Write one PNG per picture, `grid.png`, and `manifest.json` last; return the paths.
+    def save(self, folder: str | Path, columns: int | None = None, captions: bool = True) -> list[Path]:
+        """Write one PNG per picture, `grid.png` (see `grid`), and `manifest.json` last; return the paths.
 
         Raises:
             OutputRefused: the folder cannot be written.
@@ -91,7 +105,7 @@ class Rendered:
             write_file(directory / f"{prefix}_{name}.png", encode.png(picture, self.metadata(index)))
             for index, (name, picture) in enumerate(zip(self.names, self.pictures, strict=True))
         ]
-        sheet = write_file(directory / "grid.png", encode.png(self.grid(columns), self.spec))
+        sheet = write_file(directory / "grid.png", encode.png(self.grid(columns, captions=captions), self.spec))
         entries = [
             {
                 "file": path.name,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phosphene.errors import ExtraMissing, InvalidRequest, LayerNotFound, nearest
 from phosphene.images import captions, display, encode, grid
-from phosphene.inspection.kernels import GAP, GAP_GREY, STYLES, index_labels
+from phosphene.inspection.kernels import GAP, GAP_GREY, STYLES
 from phosphene.storage.atomic import check_writable, write_file
 from phosphene.training.history import History
 from phosphene.training.timeline import FilterTimeline, KernelTimeline, LayerTimeline
@@ -137,10 +137,10 @@ class LayerStrip:
         sheet = self.mosaic(self.resized_tiles(epoch, layout), layout)
         height, width = (side + GAP for side in layout.size)
         if layout.lines > 1:
-            channels = index_labels(range(layout.lines), width, 28)
+            channels = captions.index_labels(range(layout.lines), width, 28)
             body = captions.with_axis_labels(sheet, self.filter_labels(layout.filters, height, 14), channels)
         else:
-            firsts = index_labels(range(0, layout.filters, layout.columns), height, 14)
+            firsts = captions.index_labels(range(0, layout.filters, layout.columns), height, 14)
             body = captions.with_axis_labels(sheet, {y: self.timeline.names[int(first)] for y, first in firsts.items()})
         metrics = list(self.history.metrics(epoch).items())[:METRICS]
         line = " · ".join(f"{name} {format_metric(value)}" for name, value in metrics) or " "
@@ -163,7 +163,8 @@ class LayerStrip:
     def filter_labels(self, count: int, step: int, room: int = 28) -> dict[int, str]:
         """Return the names of the first filters by the pixel where each is written."""
         return {
-            pixel: self.timeline.names[int(index)] for pixel, index in index_labels(range(count), step, room).items()
+            pixel: self.timeline.names[int(index)]
+            for pixel, index in captions.index_labels(range(count), step, room).items()
         }
 
     def captioned(

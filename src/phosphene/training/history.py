@@ -157,7 +157,7 @@ class History:
                 arrays = {name: gradient.mean.contiguous() for name, gradient in record.gradients.items()}
                 write_file(folder / GRADIENTS, safetensors.torch.save(arrays))
             if record.filters:
-                record.filters.save(folder / FILTERS)
+                record.filters.save(folder / FILTERS, captions=False)  # which would take ten times the place
             write_manifest(folder / MANIFEST, record.manifest())
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)

@@ -117,7 +117,7 @@ def test_a_render_is_seen_as_it_forms_and_ends_as_the_library_renders_it(
     assert bytes_of(done["image"]) == encode.png(rendered.pictures[0], rendered.metadata(0))
     assert frames[-1]["image"] == frame_event(seen[-1], "clip")["image"]
     assert (done["score"], done["start_score"]) == (float(rendered.scores[0]), float(rendered.start_scores[0]))
-    assert done["dead"] is False
+    assert (done["dead"], done["plain"]) == (False, bool(rendered.plain[0]))
     by_step = {frame.step: float(frame.scores[0]) for frame in seen}
     assert all(frame["score"] == by_step[frame["step"]] for frame in frames)
 
@@ -325,7 +325,7 @@ def test_the_command_makes_the_very_picture(
     took = json.loads(encode.decode_image(bytes_of(done.facts["image"])).info["phosphene"])["precision"]
     assert words[words.index("--precision") + 1] == took
     assert command_line(monkeypatch, capsys, tmp_path, "")(*words[1:], "--device", "cpu", "--quiet").code == 0
-    made = encode.decode_image((tmp_path / words[-1]).read_bytes())
+    made = encode.decode_image((tmp_path / words[-1] / "layer__conv_stem_filter_5.png").read_bytes())
     picture = encode.decode_image(bytes_of(done.facts["image"]))
     assert made.tobytes() == picture.tobytes()
     assert picture.size == (32, 32)

@@ -137,7 +137,7 @@ def command(model: Model, request: RenderRequest, recipe: Recipe, size: int | No
         return ""
     options = {"channels": request.channel, "recipe": recipe.name, "size": size, "steps": recipe.steps}
     options |= {"seed": recipe.seed, "precision": precision}
-    options |= {"out": f"{file_prefix([request.layer])}_filter_{request.channel}.png"}
+    options |= {"out": f"{file_prefix([request.layer])}_filter_{request.channel}"}
     return filters_command(model.name, model.options, request.layer, options)
 
 
