@@ -43,6 +43,19 @@ def test_filters_into_a_folder_writes_a_file_a_filter(run: Run, tmp_path: Path) 
         assert json.loads(picture.text["phosphene"])["picture"] == "filter_7"  # type: ignore[attr-defined]
 
 
+def test_facets_are_a_row_of_the_sheet_and_opposites_have_names_of_their_own(run: Run, tmp_path: Path) -> None:
+    ran = run("filters", "nets:colour", ".3", "--channels", "5,7,9", *QUICK, "--facets", 2, "--opposite")
+    assert ran.out == "layer_.3_opposite.png\n"
+    with Image.open(tmp_path / "layer_.3_opposite.png") as sheet:
+        assert sheet.size == (16 * 2 + 5, 16 * 3 + 10)
+        metadata = json.loads(sheet.text["phosphene"])  # type: ignore[attr-defined]
+    assert (metadata["facets"], metadata["opposite"]) == (2, True)
+    run("filters", "nets:colour", ".3", "--channels", "5", *QUICK, "--facets", 2, "--out", "sheets")
+    names = ["grid.png", "layer_.3_filter_5.png", "layer_.3_filter_5_facet_1.png", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == names
+    assert run("filters", "nets:colour", ".3", *QUICK, "--facets", 0).code == 2
+
+
 def test_by_default_the_first_64_filters_or_all_there_are(run: Run) -> None:
     printed = [json.loads(run("filters", "nets:colour", layer, *QUICK, "--json").out) for layer in (0, 1)]
     assert [len(sheet["pictures"]) for sheet in printed] == [6, 64]

@@ -10,6 +10,7 @@ import typer
 from phosphene.cli.options import (
     AsJson,
     BatchSize,
+    Facets,
     LayerArgument,
     OpenModel,
     Precision,
@@ -65,6 +66,8 @@ def filters(
     steps: Steps = None,
     seed: Seed = None,
     objective: Annotated[str, typer.Option(metavar="|".join(OBJECTIVES), help="what to excite")] = "channel",
+    facets: Facets = 1,
+    opposite: Annotated[bool, typer.Option("--opposite", help="draw what suppresses the filter most")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="PATH.png|DIR", help="a sheet, or a folder for one file per filter")
     ] = None,
@@ -79,13 +82,14 @@ def filters(
     handle = open_model()
     target_layer = chosen_layer(handle, layer, quiet)
     score = objective_for(target_layer, objective, channels)
-    target = out or Path(f"{file_prefix([target_layer.path])}.png")
+    target = out or Path(f"{file_prefix([target_layer.path])}{'_opposite' if opposite else ''}.png")
     check_target(target, ".png")
     if film:
         check_target(film, ".gif", folders=False)
     settings = dict[str, Any](size=size, steps=steps, seed=seed, batch=batch_size(batch), precision=precision)
-    with keeping_finished(target, film, as_json), progress_of_frames(score.n, quiet) as watch:
-        rendered = render(handle, score, recipe, **settings, film=24 if film else 0, watch=watch)
+    settings |= {"facets": facets, "opposite": opposite, "film": 24 if film else 0}
+    with keeping_finished(target, film, as_json), progress_of_frames(score.n * facets, quiet) as watch:
+        rendered = render(handle, score, recipe, **settings, watch=watch)
     report(write(rendered, target, film), as_json, facts(rendered))
     if not quiet:
         warn_of_dead(rendered, handle, target_layer)

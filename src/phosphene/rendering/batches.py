@@ -24,7 +24,10 @@ Watch = Callable[[Frame], None]
 
 @dataclass(frozen=True)
 class RenderPlan:
-    """A checked request: `batch` pictures at once, `film` moments besides the start, and the result's `spec`."""
+    """A checked request: `batch` pictures at once, `film` moments besides the start, and the result's `spec`.
+
+    `batch` is a multiple of the facets, which go together.
+    """
 
     read: ReadActivations
     ascent: AscentPlan
@@ -55,10 +58,13 @@ class RenderedBatch(NamedTuple):
         rows: list[int] = unmoved.nonzero()[:, 0].tolist()
         return rows
 
-    def with_revived(self, retry: RenderedBatch, rows: Sequence[int]) -> RenderedBatch:
-        """Return this batch, with those pictures of `rows` that left their start in `retry` taken from there."""
-        unmoved = retry.unmoved_rows
-        revived = [(row, index) for index, row in enumerate(rows) if index not in unmoved]
+    def with_revived(self, retry: RenderedBatch) -> RenderedBatch:
+        """Return this batch, with those pictures that left their start only in `retry` taken from there."""
+        unmoved, still_unmoved = self.unmoved_rows, retry.unmoved_rows
+        rows = {self.items[row]: row for row in unmoved}
+        revived = [
+            (rows[item], index) for index, item in enumerate(retry.items) if item in rows and index not in still_unmoved
+        ]
         for row, index in revived:
             for name in ("images", "scores", "flat_scores"):
                 getattr(self, name)[row] = getattr(retry, name)[index]
@@ -71,12 +77,14 @@ class RenderedBatch(NamedTuple):
 def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch]:
     """Return all pictures of an objective in batches; a batch that does not fit the memory is halved.
 
+    The facets of one filter stay in one batch.
+
     Raises:
         OutOfMemory: not even one picture fits.
         Interrupted, Unfinished: see `render`.
     """
     finished: list[RenderedBatch] = []
-    remaining, at_once = list(range(plan.ascent.objective.n)), plan.batch
+    remaining, at_once, facets = list(range(plan.ascent.objective.n)), plan.batch, plan.ascent.facets
     with keeping_finished(finished, plan):
         while remaining:
             items = remaining[:at_once]
@@ -85,11 +93,12 @@ def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(items) == 1:
+                if len(items) == facets:
+                    one = "one picture" if facets == 1 else f"the {facets} facets of one filter"
                     raise OutOfMemory(
-                        f"not even one picture of {plan.ascent.recipe.size} px fits in memory; give a smaller size"
+                        f"not even {one} of {plan.ascent.recipe.size} px fits in memory; give a smaller size"
                     ) from error
-                at_once = len(items) // 2
+                at_once = len(items) // facets // 2 * facets
                 # 3: the line that called `render`
                 warnings.warn(
                     f"out of memory with {len(items)} pictures at once; going on with {at_once}", stacklevel=3
@@ -148,12 +157,17 @@ def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_
 
 
 def retry_unmoved(plan: RenderPlan, batch: RenderedBatch, watch: Watch | None) -> RenderedBatch:
-    """Render again, with leaky rectifiers in the first steps, those pictures that never left their start."""
-    rows = batch.unmoved_rows
-    if not rows:
+    """Render again, with leaky rectifiers in the first steps, those pictures that never left their start.
+
+    Facets are rendered again together, for each is kept apart from the others; those that have left keep their picture.
+    """
+    facets = plan.ascent.facets
+    filters = {batch.items[row] // facets for row in batch.unmoved_rows}
+    items = [item for item in batch.items if item // facets in filters]
+    if not items:
         return batch
     leaky_steps = max(1, round(LEAKY_SHARE * plan.ascent.total_steps))
-    return batch.with_revived(render_batch(plan, [batch.items[row] for row in rows], watch, leaky_steps), rows)
+    return batch.with_revived(render_batch(plan, items, watch, leaky_steps))
 
 
 def check_finite(scores: Tensor, ascent: AscentPlan, items: Sequence[int]) -> None:

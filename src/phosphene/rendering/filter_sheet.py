@@ -1,6 +1,7 @@
 """The sheet of rendered pictures: numbered, under a caption, on light paper; dead and plain filters are marked."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ GAP, OUTLINE = 6, (190, 190, 190)  # pixels between pictures; the line around ea
 WIDTH, SIDES = 1024, (128, 384)  # pixels: of a sheet that is to be filled; least and most of a picture that is enlarged
 LETTERS_ACROSS, LEAST_WIDTH = 70, 40  # letter heights in the width of a sheet, so that large ones can be projected
 LISTED = 12  # numbers that a caption lists
+NUMBER = re.compile("[a-z]+_([0-9]+)")  # at the beginning of a picture's name
 PLURALS = {"class": "classes"}
 
 
@@ -40,7 +42,9 @@ def filter_sheet(pictures: Sequence[SheetPicture], spec: Mapping[str, Any], colu
     Raises:
         InvalidRequest: there are no pictures, or fewer than one column.
     """
-    columns = near_square(len(pictures)) if columns is None else columns
+    facets = spec.get("facets", 1)
+    if columns is None:
+        columns = facets if facets > 1 else near_square(len(pictures))
     if not pictures or columns < 1:
         raise InvalidRequest(f"a sheet needs pictures and columns, not {len(pictures)} pictures in {columns} columns")
     columns = min(columns, len(pictures))
@@ -50,7 +54,11 @@ def filter_sheet(pictures: Sequence[SheetPicture], spec: Mapping[str, Any], colu
     letters = max(LETTERS, columns * (width + GAP) // LETTERS_ACROSS)
     tiles = [marked_tile(picture, factor, letters) for picture in pictures]
     numbers = [number_of(picture.name) for picture in pictures]
-    if len(tiles) <= columns:
+    if columns == facets > 1:
+        body = paste_tiles(tiles, columns, (width, height))
+        offsets = [f"facet {column + 1}" for column in range(columns)]
+        body = with_axis_labels(body, centres(height, numbers[::columns]), centres(width, offsets), letters)
+    elif len(tiles) <= columns:
         body = paste_tiles(tiles, columns, (width, height))
         body = with_axis_labels(body, {}, centres(width, numbers) if len(tiles) > 1 else {}, letters)
     elif counts_up(numbers):
@@ -121,8 +129,8 @@ def centres(side: int, labels: Sequence[str]) -> dict[int, str]:
 
 def number_of(name: str) -> str:
     """Return the number of what a picture shows, the whole name if it has none."""
-    number = name.rpartition("_")[2]
-    return number if number.isdigit() else name
+    number = NUMBER.match(name)
+    return number[1] if number else name
 
 
 def counts_up(numbers: Sequence[str]) -> bool:

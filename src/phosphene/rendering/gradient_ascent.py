@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from phosphene.errors import LayerRefused
-from phosphene.rendering.objectives import Acts, Objective
+from phosphene.rendering.facets import kept_apart
+from phosphene.rendering.objectives import Acts, MapOf, Objective
 from phosphene.rendering.parameterizations import PARAMETERIZATIONS, Parameterization
 from phosphene.rendering.recipes import Recipe
 from phosphene.rendering.relu_gradients import LeakyReluGradients
@@ -77,7 +78,8 @@ class AscentPlan:
 
     `layers` are the paths of the objective's addresses; `prototype_tensor` has the network's device and dtype. The
     first `full_precision_steps` run in the network's own dtype and the others in bfloat16; None: all in its own. In
-    the first `leaky_steps`, gradients also pass rectifiers that return 0; see `relu_gradients.py`.
+    the first `leaky_steps`, gradients also pass rectifiers that return 0; see `relu_gradients.py`. The objective has
+    `facets` pictures of each filter in a row, which go through the ascent together; if `opposite`, scores descend.
     """
 
     objective: Objective
@@ -87,6 +89,8 @@ class AscentPlan:
     prototype_tensor: Tensor
     full_precision_steps: int | None = None
     leaky_steps: int = 0
+    facets: int = 1
+    opposite: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -116,6 +120,11 @@ class AscentPlan:
         """Return whether a step, counted over all scales, runs in bfloat16."""
         return self.full_precision_steps is not None and step >= self.full_precision_steps
 
+    def ascended(self, scores: Tensor, acts: Acts) -> Tensor:
+        """Return what each picture ascends, (b,): its score or the negative, for facets less the diversity term."""
+        signed = -scores if self.opposite else scores
+        return kept_apart(signed, acts, self.facets) if self.facets > 1 else signed
+
     def with_weight_decay(self, gradient: Tensor, tensor: Tensor) -> Tensor:
         """Return the gradient with respect to the optimised tensor, less its weight decay."""
         return gradient - self.recipe.weight_decay * tensor.detach() if self.recipe.weight_decay else gradient
@@ -140,10 +149,10 @@ def ascend(read: ReadActivations, plan: AscentPlan, items: Sequence[int]) -> Ite
             for transform in transforms:
                 transformed = transform(transformed, draws)
             with LeakyReluGradients() if done < plan.leaky_steps else nullcontext():
-                scores = score(read, plan.objective, image, transformed, rows, plan.is_bf16(done))
+                scores, ascended = score(read, plan, image, transformed, rows, plan.is_bf16(done))
             yield Frame(done, plan.total_steps, rows, scores.detach(), image.detach())
             # of the sum: each image's gradient is exactly what it would be alone
-            gradient = torch.autograd.grad(scores.sum(), current.tensor)[0]
+            gradient = torch.autograd.grad(ascended.sum(), current.tensor)[0]
             update, state = rule(plan.with_weight_decay(gradient, current.tensor), state)
             with torch.no_grad():
                 current.tensor.add_(recipe.cooldown_factor(step) * update)
@@ -154,16 +163,23 @@ def ascend(read: ReadActivations, plan: AscentPlan, items: Sequence[int]) -> Ite
 
 
 def score(
-    read: ReadActivations, objective: Objective, image: Tensor, transformed: Tensor, items: Tensor, bf16: bool
-) -> Tensor:
-    """Return the scores (b,) of images, which the network sees `transformed`, in bfloat16 or in its own dtype."""
+    read: ReadActivations, plan: AscentPlan, image: Tensor, transformed: Tensor, items: Tensor, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the scores (b,) of images, and what they ascend (b,).
+
+    The network sees them `transformed`, in bfloat16 or in its own dtype.
+    """
     if bf16:
         with torch.autocast(transformed.device.type, torch.bfloat16):
-            acts: Acts = {address: act.to(transformed.dtype) for address, act in read(transformed, items).items()}
+            acts: Acts = {
+                address: act if isinstance(address, MapOf) else act.to(transformed.dtype)
+                for address, act in read(transformed, items).items()
+            }
     else:
         acts = read(transformed, items)
     check_gradient_flows(acts)
-    return objective.score(acts, image, items)
+    scores = plan.objective.score(acts, image, items)
+    return scores, plan.ascended(scores, acts)
 
 
 def check_gradient_flows(acts: Acts) -> None:

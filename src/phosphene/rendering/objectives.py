@@ -22,7 +22,15 @@ from phosphene.errors import ChannelNotFound, InvalidRequest, LayerRefused
 from phosphene.network.device_constant import DeviceConstant
 
 Address = str | int
-Acts = Mapping[Address, Tensor]
+
+
+class MapOf(NamedTuple):
+    """The key under which `Acts` also hold the tensor that was read for an address, where facets need it."""
+
+    address: Address
+
+
+Acts = Mapping[Any, Tensor]  # by `Address` or `MapOf`
 Score = Callable[[Acts, Tensor, Tensor], Tensor]
 OUTPUT = ""  # the address of the network's output
 

@@ -15,6 +15,7 @@ from phosphene.rendering.batches import RenderPlan, Watch, assemble, collect_bat
 from phosphene.rendering.engine.batch_size import check_batch, chosen_batch
 from phosphene.rendering.engine.forward import fast_forward_pass
 from phosphene.rendering.engine.precision import chosen_precision, float32_steps
+from phosphene.rendering.facets import with_facets
 from phosphene.rendering.gradient_ascent import AscentPlan, ReadActivations, StartImage
 from phosphene.rendering.objectives import Address, Objective, layer
 from phosphene.rendering.recipes import DEFAULT, Recipe, find_recipe
@@ -34,6 +35,8 @@ def render(
     film: int = 0,
     photo: Tensor | None = None,
     watch: Watch | None = None,
+    facets: int = 1,
+    opposite: bool = False,
 ) -> Rendered:
     """Return the pictures that excite an objective most.
 
@@ -51,6 +54,7 @@ def render(
         film: how many moments to keep besides the start.
         photo: (1, c, h, w) in [0, 1] to start from in place of noise.
         watch: called with every `Frame`.
+        facets: different pictures of each filter; `opposite`: of what suppresses it most. Scores stay the network's.
 
     Raises:
         LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, SizeRefused, InvalidRequest, OutOfMemory.
@@ -61,7 +65,7 @@ def render(
         >>> render(load("builtin/vgg19"), channel("block3_conv1", range(4)), "fast").grid().save("grid.png")
     """
     recipe = find_recipe(recipe).with_settings(size, steps, seed)
-    with prepare(model, objective, recipe, size is not None, batch, precision, film, photo) as plan:
+    with prepare(model, objective, recipe, size is not None, batch, precision, film, photo, facets, opposite) as plan:
         batches = collect_batches(plan, watch)
     return assemble(batches, plan)
 
@@ -76,19 +80,32 @@ def prepare(
     precision: str,
     film: int,
     photo: Tensor | None,
+    facets: int,
+    opposite: bool,
 ) -> Iterator[RenderPlan]:
     """Check the arguments of `render`, borrow the network, and yield the plan."""
     check_batch(batch)
+    objective = with_facets(objective, facets, opposite)
     precision, film = chosen_precision(model, precision), whole_number(film, "film")
     if photo is not None:
         model.check_photo(photo)
     layers = tuple(address if address == "" else model.find(address).path for address in objective.layers)
     if photo is None and not size_given:
         recipe = recipe.with_settings(size=recipe.size_for(receptive_side(model, layers)))
-    with fast_forward_pass(model, objective) as forward:
+    with fast_forward_pass(model, objective, maps=facets > 1) as forward:
         recipe, start = fit_to_network(model, forward.read, recipe, size_given, photo)
-        ascent = AscentPlan(objective, recipe, start, layers, model.prototype_tensor, float32_steps(recipe, precision))
+        ascent = AscentPlan(
+            objective,
+            recipe,
+            start,
+            layers,
+            model.prototype_tensor,
+            float32_steps(recipe, precision),
+            facets=facets,
+            opposite=opposite,
+        )
         at_once = chosen_batch(model, batch, layers, start.shape(max(recipe.sizes))[1:])
+        at_once = max(facets, at_once // facets * facets)
         engine = {"batch": at_once, "precision": precision, "shortcuts": list(forward.applied_shortcuts())}
         yield RenderPlan(forward.read, ascent, at_once, film, {**specification(model, ascent), **engine})
 
@@ -131,6 +148,8 @@ def specification(model: Model, ascent: AscentPlan) -> dict[str, Any]:
         "objective": ascent.objective.spec,
         "recipe": {**ascent.recipe.as_dict(), "digest": ascent.recipe.digest},
         "size": list(ascent.start_image.shape(ascent.recipe.size)[1:]),
+        **({"facets": ascent.facets} if ascent.facets > 1 else {}),
+        **({"opposite": True} if ascent.opposite else {}),
     }
 
 

@@ -1,5 +1,6 @@
 """The result of rendering: pictures, their scores, and the request that made them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from phosphene.network.layers import file_prefix
 from phosphene.rendering.filter_sheet import SheetPicture, filter_sheet
 from phosphene.storage.atomic import write_file, write_manifest
 
+CHANNEL = re.compile("(?:filter|class)_([0-9]+)")  # at the beginning of a picture's name
+
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
@@ -28,7 +31,7 @@ class Rendered:
         dead: (n,) whether the picture never left its starting score.
         plain: (n,) whether its filter wants a flat colour and no pattern: the score rose, and the picture in its median
             colour throughout has at least nine tenths of that rise.
-        names: what each picture shows, such as `filter_12`.
+        names: what each picture shows, such as `filter_12`, its facet `filter_12_facet_1`, or `filter_12_opposite`.
         spec: model, layers, objective, recipe and versions that made them, in JSON terms.
         moments: images (n, c, h, w) of the film, if one was requested.
     """
@@ -65,7 +68,7 @@ class Rendered:
         """Return all pictures, or images of them at any size, on one sheet; dead filters are crossed out, plain named.
 
         `captions`: numbered and under a caption, see `filter_sheet`. Without, as in R1 and R4.2, the pictures lie in a
-        near square with 5 black pixels between them, and only dead filters are marked.
+        near square with 5 black pixels between them, and only dead filters are marked. Facets have a row for each filter.
         """
         size = self.pictures[0].size
         pictures = (
@@ -81,13 +84,13 @@ class Rendered:
 
     def metadata(self, index: int) -> dict[str, Any]:
         """Return the metadata of one picture's file; `channel` is None if it shows neither a filter nor a class."""
-        noun, _, number = self.names[index].rpartition("_")
+        number = CHANNEL.match(self.names[index])
         return {
             **self.spec,
             "layer": ", ".join(self.spec["layers"]),
             "seed": self.spec["recipe"]["seed"],
             "picture": self.names[index],
-            "channel": int(number) if noun in ("filter", "class") else None,
+            "channel": int(number[1]) if number else None,
             "score": float(self.scores[index]),
             "dead": bool(self.dead[index]),
             "plain": bool(self.plain[index]),

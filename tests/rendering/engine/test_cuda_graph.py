@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import phosphene as ph
 from phosphene.rendering.engine.cuda_graph import GraphedSteps, PredrawnNumbers, ascend_with_cuda_graph, cuda_graph
 from phosphene.rendering.engine.forward import fast_forward_pass
+from phosphene.rendering.facets import with_facets
 from phosphene.rendering.gradient_ascent import AscentPlan, Frame, StartImage, ascend
 from phosphene.rendering.recipes import RECIPES, Recipe, choice
 from phosphene.rendering.transforms import RandomDraws, affine, jitter
@@ -72,10 +73,26 @@ def as_it_is(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def frames(
-    model: ph.Model, objective: ph.Objective, recipe: Recipe, loop: Any, exact: int | None = None
+    model: ph.Model,
+    objective: ph.Objective,
+    recipe: Recipe,
+    loop: Any,
+    exact: int | None = None,
+    facets: int = 1,
+    opposite: bool = False,
 ) -> list[Frame]:
-    with fast_forward_pass(model, objective) as (read, _):
-        plan = AscentPlan(objective, recipe, StartImage(3), ("layer",), model.prototype_tensor, exact)
+    objective = with_facets(objective, facets, opposite)
+    with fast_forward_pass(model, objective, maps=facets > 1) as (read, _):
+        plan = AscentPlan(
+            objective,
+            recipe,
+            StartImage(3),
+            ("layer",),
+            model.prototype_tensor,
+            exact,
+            facets=facets,
+            opposite=opposite,
+        )
         return list(loop(read, plan, range(objective.n)))
 
 
@@ -132,6 +149,16 @@ def test_other_objectives_and_a_direction(small_net: nn.Sequential) -> None:
         assert_same(ours, frames(model, objective, recipe, ascend), 1e-9)
 
 
+@pytest.mark.parametrize("opposite", [False, True])
+def test_facets_and_opposites(small_net: nn.Sequential, opposite: bool) -> None:
+    model, recipe = ph.load(small_net, input_size=32), RECIPES["fast"].with_settings(size=24, steps=5)
+    plain, ours = (
+        frames(model, ph.channel("4", [0, 5]), recipe, loop, facets=2, opposite=opposite)
+        for loop in (ascend, partial(ascend_with_cuda_graph, capture=recorded))
+    )
+    assert_same(ours, plain, 1e-9)
+
+
 def test_each_number_format_and_scale_is_captured_on_its_own(small_net: nn.Sequential) -> None:
     model = ph.load(small_net.float(), input_size=32)
     captured: list[int] = []
@@ -160,14 +187,13 @@ class Forbidding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_a_repeated_step_asks_the_host_for_nothing(small_net: nn.Sequential, name: str) -> None:
+@pytest.mark.parametrize(("name", "facets"), [*((name, 1) for name in RULES), ("fourier", 2)])
+def test_a_repeated_step_asks_the_host_for_nothing(small_net: nn.Sequential, name: str, facets: int) -> None:
     model = ph.load(small_net, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.3], input_size=32)
-    objective = ph.channel("4", [0, 5]) + ph.direction("4", torch.eye(8)[:2])
-    with fast_forward_pass(model, objective, ("folded",)) as (read, _):
-        plan = AscentPlan(
-            objective, RULES[name].with_settings(size=24, steps=6), StartImage(3), ("layer",), model.prototype_tensor
-        )
+    objective = with_facets(ph.channel("4", [0, 5]) + ph.direction("4", torch.eye(8)[:2]), facets)
+    with fast_forward_pass(model, objective, ("folded",), maps=facets > 1) as (read, _):
+        recipe = RULES[name].with_settings(size=24, steps=6)
+        plan = AscentPlan(objective, recipe, StartImage(3), ("layer",), model.prototype_tensor, facets=facets)
         draws = plan.random_draws([0, 1])
         shape, start = plan.start_image.start(24, None, 0, draws)
         steps = GraphedSteps(read, plan, torch.tensor([0, 1]), plan.parameterization(shape, start), draws)

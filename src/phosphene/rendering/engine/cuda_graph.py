@@ -87,8 +87,8 @@ class GraphedSteps:
         self.random_numbers.next = 0
         for transform in self.transforms:
             transformed = transform(transformed, self.random_numbers)
-        scores = score(self.read, self.plan.objective, image, transformed, self.rows, self.bf16)
-        gradient = torch.autograd.grad(scores.sum(), self.current.tensor)[0]
+        scores, ascended = score(self.read, self.plan, image, transformed, self.rows, self.bf16)
+        gradient = torch.autograd.grad(ascended.sum(), self.current.tensor)[0]
         update, state = self.rule(self.plan.with_weight_decay(gradient, self.current.tensor), self.state)
         with torch.no_grad():
             self.image.copy_(image)

@@ -15,7 +15,7 @@ Four shortcuts, each of them exact, each left out where it does not apply:
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from phosphene.rendering.engine.linear_readout import LinearReadout
 from phosphene.rendering.engine.receptive_crop import receptive_crop_of
 from phosphene.rendering.engine.subpixel_backward import few_channel_convolutions, subpixel
 from phosphene.rendering.gradient_ascent import ReadActivations
-from phosphene.rendering.objectives import Acts, Address, Objective
+from phosphene.rendering.objectives import Acts, Address, MapOf, Objective
 
 SHORTCUTS = ("linear", "folded", "subpixel", "cropped")
 
@@ -42,9 +42,12 @@ class FastForward(NamedTuple):
 
 @contextmanager
 def fast_forward_pass(
-    model: Model, objective: Objective, shortcuts: Sequence[str] = SHORTCUTS
+    model: Model, objective: Objective, shortcuts: Sequence[str] = SHORTCUTS, maps: bool = False
 ) -> Iterator[FastForward]:
-    """Borrow a network and yield a forward pass that computes what an objective needs; see `Model.reading`."""
+    """Borrow a network and yield a forward pass that computes what an objective needs; see `Model.reading`.
+
+    If `maps`, it also returns the tensor that was read for each address, under `MapOf(address)`.
+    """
     layers = scalar_layers(model, objective)
     modules = {
         address: model.modules[layer.tensor_address.path] for address, layer in layers.items() if "linear" in shortcuts
@@ -56,9 +59,10 @@ def fast_forward_pass(
     bf16_weights = Bf16Weights(model.modules.values())
     with model.reading(objective.layers, inputs=list(convolutions)) as read_layers:
 
-        def read(image: Tensor) -> dict[Address, Tensor]:
+        def read(image: Tensor) -> dict[Any, Tensor]:
             with folding.folded() if folding else nullcontext(), subpixel(few_channels), bf16_weights.swapped_in():
-                return read_layers(channels_last_on_cpu(image))
+                acts = read_layers(channels_last_on_cpu(image))
+            return {**acts, **{MapOf(address): act for address, act in acts.items()}} if maps else {**acts}
 
         readouts = {
             address: LinearReadout(convolution, address, objective.scalar_reads[address])
@@ -68,8 +72,9 @@ def fast_forward_pass(
 
         def read_scalars(image: Tensor, items: Tensor) -> Acts:
             if receptive_crop and (crop := receptive_crop.crop_for(image)):
-                act = read(image[..., crop.rows, crop.columns])[receptive_crop.layer]
-                return {receptive_crop.layer: receptive_crop.neuron_values(act, items, crop.position)}
+                acts = read(image[..., crop.rows, crop.columns])
+                layer = receptive_crop.layer
+                return {**acts, layer: receptive_crop.neuron_values(acts[layer], items, crop.position)}
             acts = read(image)
             return {
                 address: readouts[address](act, items) if address in readouts else act for address, act in acts.items()
