@@ -141,6 +141,22 @@ def test_the_entry_of_the_atlas_repeats_the_strips(tmp_path: Path) -> None:
         assert Image.open(io.BytesIO(content)).size == (16 * row["strip"]["columns"], 16)
 
 
+def test_a_filter_with_facets_and_an_opposite_stays_one_filter(tmp_path: Path) -> None:
+    plan = tiny_atlas(tiny_model(), layers=".0", facets=2, opposite=True)
+    summary = run(plan, tmp_path / "new", InProcessRunner())
+    plain = run(tiny_atlas(tiny_model(), layers=".0"), tmp_path / "plain", InProcessRunner())
+    assert summary.verdicts == plain.verdicts
+    entry, plain_entry = (entries_of(open_store(tmp_path / name))[".0"][1] for name in ("new", "plain"))
+    for name in ("verdicts", "sheets", "strip", "kernels", "thresholds"):
+        assert entry[name] == plain_entry[name], name
+    jobs = {job.digest: job for job in plan.jobs}
+    for number, row in enumerate(entry["pictures"]):
+        assert [facet["file"] for facet in row["facets"]] == [f"filter_{number}_facet_1.png"]
+        assert (row["opposite"]["file"], row["opposite"]["channel"]) == (f"filter_{number}_opposite.png", number)
+        assert (jobs[row["job"]].opposite, jobs[row["opposite"]["job"]].opposite) == (False, True)
+        assert row["opposite"]["score"] < row["score"]
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,8 @@ CHANGES: dict[str, Any] = {
     "size": None,
     "precision": "bf16",
     "versions": (torch.__version__, PICTURES_VERSION + 1),
+    "facets": 2,
+    "opposite": True,
 }
 
 
@@ -154,6 +156,24 @@ def test_further_seeds_are_jobs_of_their_own(model: Model) -> None:
     assert plan.jobs_of(plan.layers[0]) == plan.jobs[:2]
     assert plan.jobs_of(plan.layers[0], seed=1) == plan.jobs[2:]
     assert plan.jobs[:2] == atlas(model, 0, seed=7, per_job=3).jobs
+
+
+def test_facets_are_in_the_jobs_of_the_first_seed_and_opposites_in_jobs_of_their_own(model: Model) -> None:
+    plan, plain = atlas(model, 0, seeds=2, facets=3, opposite=True), atlas(model, 0, seeds=2)
+    assert [(job.recipe.seed, job.facets, job.opposite) for job in plan.jobs] == [
+        (0, 3, False),
+        (1, 1, False),
+        (0, 1, True),
+    ]
+    assert plan.jobs[0].spec == {**plain.jobs[0].spec, "facets": 3}
+    assert plan.jobs[2].spec == {**plain.jobs[0].spec, "opposite": True}
+    assert plan.jobs[1].digest == plain.jobs[1].digest  # which an earlier store has already
+    assert [plan.jobs_of(plan.layers[0]), plan.jobs_of(plan.layers[0], opposite=True)] == [plan.jobs[:1], plan.jobs[2:]]
+    assert plan.filters == 6
+    assert plan.jobs[0].pictures[:4] == ("filter_0", "filter_0_facet_1", "filter_0_facet_2", "filter_1")
+    assert plan.jobs[2].pictures[:2] == ("filter_0_opposite", "filter_1_opposite")
+    with pytest.raises(errors.InvalidRequest, match="facets is a whole number"):
+        atlas(model, 0, facets=0)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,35 @@ def test_the_files_are_what_render_makes(model: Model) -> None:
     }
 
 
+def test_a_job_of_facets_has_all_pictures_and_the_numbers_of_the_filters_own(model: Model) -> None:
+    faceted, plain = (tiny_atlas(model, facets=facets).jobs[1] for facets in (3, 1))
+    files, manifest = render_job(model, faceted)
+    plain_files, plain_manifest = render_job(model, plain)
+    assert set(files) - set(plain_files) == {f"filter_{k}_facet_{facet}.png" for k in (4, 5) for facet in (1, 2)}
+    for name in ("figures.safetensors", "measures.safetensors", "film.webp"):
+        assert files[name] == plain_files[name], name
+    rendered = render(model, channel(".0", [4, 5]), "fourier", size=16, steps=3, precision="fp32", facets=3)
+    for row, plain_row, first in zip(manifest["pictures"], plain_manifest["pictures"], (0, 3), strict=True):
+        further = row.pop("facets")
+        assert row == plain_row
+        assert [facet["file"] for facet in further] == [f"{rendered.names[first + k]}.png" for k in (1, 2)]
+        assert [facet["score"] for facet in further] == rendered.scores[first + 1 : first + 3].tolist()
+        assert [facet["channel"] for facet in further] == [row["channel"]] * 2
+    with Image.open(io.BytesIO(files["filter_5_facet_2.png"])) as image:
+        assert np.array_equal(np.asarray(image), rendered.displayed()[5].permute(1, 2, 0).numpy())
+
+
+def test_a_job_of_opposites_is_not_judged(model: Model) -> None:
+    job = tiny_atlas(model, opposite=True).jobs[3]
+    files, manifest = render_job(model, job)
+    names = ["filter_4_opposite", "filter_5_opposite"]
+    assert sorted(files) == ["figures.safetensors", *(f"{name}.png" for name in names)]
+    assert manifest["opposite"] is True
+    assert [row["picture"] for row in manifest["pictures"]] == names
+    for row in manifest["pictures"]:
+        assert row["score"] < row["start_score"]
+
+
 def test_the_pictures_are_measured_as_they_are_saved(model: Model) -> None:
     job = tiny_atlas(model).jobs[1]
     files, _ = render_job(model, job)

@@ -40,8 +40,8 @@ def estimate(atlas: Atlas, done: Collection[str] = ()) -> Estimate:
     """
     missing = [job for job in atlas.jobs if job.digest not in done]
     costs = dict(zip(missing, costs_per_picture(atlas.model, missing), strict=True))
-    seconds = float(sum(len(job.channels) * cost[0] for job, cost in costs.items()))
-    size = sum(len(job.channels) * cost[1] for job, cost in costs.items())
+    seconds = float(sum(len(job.pictures) * cost[0] for job, cost in costs.items()))
+    size = sum(len(job.pictures) * cost[1] for job, cost in costs.items())
     return Estimate(len(atlas.jobs), atlas.filters, len(missing), seconds, round(size))
 
 
@@ -71,7 +71,8 @@ def measure_job(model: Model, job: Job) -> tuple[float, float]:
     )
     step = max(0.0, many - few) / (STEPS[1] - STEPS[0])
     seconds = few + step * (job.recipe.steps - STEPS[0])
-    return seconds / len(channels), size / len(channels)
+    count = len(channels) * job.facets
+    return seconds / count, size / count
 
 
 def time_job(model: Model, job: Job) -> tuple[float, int]:

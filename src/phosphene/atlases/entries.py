@@ -73,7 +73,7 @@ def write_layer(
     if not pictures:
         return
     digests = [job.digest for job in plan.jobs if job.layer == layer.path]
-    channels = [picture.entry["channel"] for picture in pictures]
+    channels, opposites = [picture.entry["channel"] for picture in pictures], opposites_of(store, plan, layer, done)
     sheets = list(sprite_sheets([picture.image for picture in pictures], channels))
     statistics = evidence[layer.path] if evidence else None
     judged, remark = layer_verdicts(store, plan, layer, done, statistics)
@@ -88,13 +88,23 @@ def write_layer(
         "evidence": evidence.digest if evidence else None,
         "sheets": [sheet.facts for sheet in sheets],
         **{name: sheet.facts for name, sheet in extra.items()},
-        "pictures": [{"job": picture.job, **picture.entry} for picture in pictures],
+        "pictures": [{"job": job, **entry, **opposites.get(entry["channel"], {})} for _, job, entry in pictures],
         "thresholds": asdict(THRESHOLDS),
         "verdicts": [asdict(verdict) for verdict in judged],
         "remark": remark,
     }
     files = {sheet.name: sheet.content for sheet in (*sheets, *extra.values())}
     store.put("layers", layer_digest(plan, layer, evidence), files, manifest)
+
+
+def opposites_of(store: Store, plan: Atlas, layer: Layer, done: AbstractSet[str]) -> dict[int, dict[str, Any]]:
+    """Return by channel what a filter's row says about its opposite, under `opposite`: the picture's own row."""
+    return {
+        row["channel"]: {"opposite": {"job": job.digest, **row}}
+        for job in plan.jobs_of(layer, opposite=True)
+        if job.digest in done
+        for row in store.manifest("jobs", job.digest)["pictures"]
+    }
 
 
 def strip_of(pictures: Sequence[SavedPicture], judged: Sequence[Verdict]) -> SpriteSheet:

@@ -49,21 +49,24 @@ class JobFilm:
                 {index: film_tile(image) for index, image in zip(frame.items.tolist(), images, strict=True)}
             )
 
-    def sheet(self, rendered: Rendered) -> SpriteSheet | None:
+    def sheet(self, rendered: Rendered, facets: int = 1) -> SpriteSheet | None:
         """Return the film, a row for each picture and a column for each moment, the last being the finished picture.
+
+        Of the `facets` of a filter, it shows the first.
 
         The facts are `file`, `tile` (width, height), `columns` and `steps` (the step of each column). None if the
         pictures are too many for one file.
         """
-        side = min(STRIP_TILE, MAX_SIDE // len(rendered))
+        chosen = range(0, len(rendered), facets)
+        side = min(STRIP_TILE, MAX_SIDE // len(chosen))
         if not side:
             return None
         steps = sorted(self.moments)
-        finished = [film_tile(image) for image in rendered.displayed()]
+        finished = [film_tile(image) for image in rendered.displayed()[::facets]]
         size = tile_size(finished[0].size, side)
         tiles = [
             thumbnail(image, size)
-            for index, last in enumerate(finished)
+            for index, last in zip(chosen, finished, strict=True)
             for image in (*(self.moments[step][index] for step in steps), last)
         ]
         columns = len(steps) + 1

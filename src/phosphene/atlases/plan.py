@@ -5,7 +5,7 @@ else that determines its pictures. Two jobs with the same digest make the same p
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from phosphene.network.channel_ranges import parse_channels
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
 from phosphene.rendering.engine.precision import chosen_precision
+from phosphene.rendering.facets import with_facets
 from phosphene.rendering.objectives import channel
 from phosphene.rendering.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.storage.store import digest_of
@@ -39,6 +40,7 @@ class Job:
         size: side of the pictures in pixels; None for the recipe's size, or what the network accepts of it.
         precision: fp32 or bf16.
         versions: of torch, and `PICTURES_VERSION`.
+        facets: pictures of each filter; `opposite`: of what suppresses the filters.
     """
 
     model: str
@@ -50,10 +52,15 @@ class Job:
     size: int | None
     precision: str
     versions: tuple[str, int] = VERSIONS
+    facets: int = 1
+    opposite: bool = False
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Everything that determines the pictures, in JSON terms; the recipe as its digest, which ignores its name."""
+        """Everything that determines the pictures, in JSON terms; the recipe as its digest, which ignores its name.
+
+        Facets and opposites are in it only if there are any: the jobs of earlier stores keep their names.
+        """
         return {
             "model": self.model,
             "fingerprint": self.fingerprint,
@@ -64,6 +71,8 @@ class Job:
             "size": self.size,
             "precision": self.precision,
             "versions": {"torch": self.versions[0], "pictures": self.versions[1]},
+            **({"facets": self.facets} if self.facets > 1 else {}),
+            **({"opposite": True} if self.opposite else {}),
         }
 
     @cached_property
@@ -74,7 +83,7 @@ class Job:
     @property
     def pictures(self) -> tuple[str, ...]:
         """The names of its pictures, such as `filter_12`."""
-        return channel(self.layer, self.channels).names
+        return with_facets(channel(self.layer, self.channels), self.facets, self.opposite).names
 
     @property
     def readable_spec(self) -> dict[str, Any]:
@@ -104,11 +113,15 @@ class Atlas:
     @property
     def filters(self) -> int:
         """How many filters the atlas has; each has one picture for each seed."""
-        return sum(len(job.channels) for job in self.jobs if job.recipe == self.recipes[0])
+        return sum(len(job.channels) for job in self.jobs if job.recipe == self.recipes[0] and not job.opposite)
 
-    def jobs_of(self, layer: Layer, seed: int = 0) -> tuple[Job, ...]:
-        """Return the jobs of a layer: of its pictures, or with `seed` 1, 2 … of the pictures from that further seed."""
-        return tuple(job for job in self.jobs if job.layer == layer.path and job.recipe == self.recipes[seed])
+    def jobs_of(self, layer: Layer, seed: int = 0, opposite: bool = False) -> tuple[Job, ...]:
+        """Return the jobs of a layer: of its pictures, of those from a further seed, 1, 2 …, or of its opposites."""
+        return tuple(
+            job
+            for job in self.jobs
+            if (job.layer, job.recipe, job.opposite) == (layer.path, self.recipes[seed], opposite)
+        )
 
 
 def atlas(
@@ -123,6 +136,8 @@ def atlas(
     precision: str = "auto",
     per_job: int = PER_JOB,
     seeds: int = 1,
+    facets: int = 1,
+    opposite: bool = False,
 ) -> Atlas:
     """Return the plan of an atlas: which filters of which layers, as jobs. Nothing is rendered yet; see `run`.
 
@@ -133,6 +148,7 @@ def atlas(
         size, steps, seed, precision: as in `render`.
         per_job: filters in a job.
         seeds: pictures of each filter, from consecutive seeds; with 2, verdicts say whether they agree.
+        facets: as in `render`, of the first seed; `opposite`: also draw what suppresses each filter most.
 
     Raises:
         LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, InvalidRequest.
@@ -142,20 +158,38 @@ def atlas(
         8
     """
     whole_number(per_job, "per_job", 1)
-    whole_number(seeds, "seeds", 1)
-    find_recipe(recipe).with_settings(size)
-    first = find_recipe(recipe).with_settings(steps=steps, seed=seed)
-    recipes = tuple(first.with_settings(seed=first.seed + number) for number in range(seeds))
+    recipes = recipes_of_seeds(recipe, size, steps, seed, seeds)
     matching = chosen_layers(model, layers)
-    fingerprint, precision = model.fingerprint, chosen_precision(model, precision)
+    kinds = kinds_of_jobs(model, recipes, size, chosen_precision(model, precision), facets, opposite)
     jobs = tuple(
-        Job(model.name, fingerprint, model.input_size, layer.path, batch, seeded, size, precision)
+        replace(kind, layer=layer.path, channels=batch)
         for layer, numbers in chosen_channels(matching, channels)
-        for seeded in recipes
+        for kind in kinds
         for batch in batches(numbers, per_job)
     )
     paths = {job.layer for job in jobs}
     return Atlas(model, tuple(layer for layer in matching if layer.path in paths), recipes, size, jobs)
+
+
+def recipes_of_seeds(
+    recipe: str | Recipe, size: int | None, steps: int | None, seed: int | None, seeds: int
+) -> tuple[Recipe, ...]:
+    """Return the recipe for each of `seeds` consecutive seeds; a size is checked, and left to the jobs."""
+    whole_number(seeds, "seeds", 1)
+    find_recipe(recipe).with_settings(size)
+    first = find_recipe(recipe).with_settings(steps=steps, seed=seed)
+    return tuple(first.with_settings(seed=first.seed + number) for number in range(seeds))
+
+
+def kinds_of_jobs(
+    model: Model, recipes: Sequence[Recipe], size: int | None, precision: str, facets: int, opposite: bool
+) -> list[Job]:
+    """Return jobs without filters: of pictures with their facets, of further seeds, and of opposites if wanted."""
+    facets = whole_number(facets, "facets", 1)
+    first, *further = recipes
+    job = Job(model.name, model.fingerprint, model.input_size, "", (), first, size, precision, facets=facets)
+    seeds = [replace(job, recipe=recipe, facets=1) for recipe in further]
+    return [job, *seeds, replace(job, facets=1, opposite=True)] if opposite else [job, *seeds]
 
 
 def chosen_layers(model: Model, layers: str | int | Sequence[str | int]) -> list[Layer]:

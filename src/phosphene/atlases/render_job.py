@@ -31,10 +31,11 @@ def render_job(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Render one job and return its files, by name, and its manifest.
 
-    The files are one PNG for each filter; `film.webp`: see `JobFilm`; `figures.safetensors`: scores (n,), start_scores
+    The files are one PNG for each picture; `film.webp`: see `JobFilm`; `figures.safetensors`: scores (n,), start_scores
     (n,), history (steps, n), dead (n,) and plain (n,) as in `Rendered`; `measures.safetensors`: plain (n, c), moved
-    (n,) and grey (c,) as in `Measurements`, of the pictures as they are saved. The bytes depend on the job alone, for
-    which a CPU computes with one thread.
+    (n,) and grey (c,) as in `Measurements`, of the pictures as they are saved. Of facets, film and numbers are those of
+    the first, which is the filter's picture. Opposites, which are not judged, have no film and no measures. The bytes
+    depend on the job alone, for which a CPU computes with one thread.
 
     Raises:
         ModelRefused: the network is not the one that the job was planned for.
@@ -48,12 +49,21 @@ def render_job(
             channel(job.layer, job.channels),
             job.recipe,
             size=job.size,
-            batch=AT_ONCE if model.prototype_tensor.device.type == "cpu" else len(job.channels),
+            batch=AT_ONCE if model.prototype_tensor.device.type == "cpu" else len(job.pictures),
             precision=job.precision,
             watch=film.also_calling(watch),
+            facets=job.facets,
+            opposite=job.opposite,
         )
-        measurements = measure(model, job.layer, rendered.displayed(), None, torch.tensor(job.channels))
-    return with_film(film.sheet(rendered), files_of(job, rendered, measurements), manifest_of(job, rendered))
+        measurements = None if job.opposite else measure_filters(model, job, rendered)
+    files = files_of(job, rendered, measurements)
+    sheet = None if job.opposite else film.sheet(rendered, job.facets)
+    return with_film(sheet, files, manifest_of(job, rendered))
+
+
+def measure_filters(model: Model, job: Job, rendered: Rendered) -> Measurements:
+    """Return the measurements of the filters' pictures."""
+    return measure(model, job.layer, rendered.displayed()[:: job.facets], None, torch.tensor(job.channels))
 
 
 def with_film(
@@ -98,15 +108,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def files_of(job: Job, rendered: Rendered, measurements: Measurements) -> dict[str, bytes]:
+def files_of(job: Job, rendered: Rendered, measurements: Measurements | None) -> dict[str, bytes]:
     """Return a finished job's files."""
     named = zip(rendered.names, rendered.pictures, strict=True)
     pictures = {f"{name}.png": png(image, metadata(job, rendered, index)) for index, (name, image) in enumerate(named)}
-    scores = {name: getattr(rendered, name).contiguous() for name in SCORES}
+    scores = {name: getattr(rendered, name)[..., :: job.facets].contiguous() for name in SCORES}
+    files = {**pictures, SCORES_FILE: safetensors.torch.save(scores)}
+    if measurements is None:
+        return files
     precision = torch.promote_types(rendered.scores.dtype, torch.float32)  # of the means over maps
     plain, grey = measurements.plain.to(precision), measurements.grey.to(precision)
     measures = {"plain": plain, "moved": measurements.moved, "grey": grey}
-    return {**pictures, SCORES_FILE: safetensors.torch.save(scores), MEASURES_FILE: safetensors.torch.save(measures)}
+    return {**files, MEASURES_FILE: safetensors.torch.save(measures)}
 
 
 def metadata(job: Job, rendered: Rendered, index: int) -> dict[str, Any]:
@@ -115,8 +128,11 @@ def metadata(job: Job, rendered: Rendered, index: int) -> dict[str, Any]:
 
 
 def manifest_of(job: Job, rendered: Rendered) -> dict[str, Any]:
-    """Return a finished job's manifest, to which the store adds the list of files."""
-    pictures = [
+    """Return a finished job's manifest, to which the store adds the list of files.
+
+    `pictures` has a row for each filter, with rows for its further facets, if any, under `facets`.
+    """
+    rows = [
         {
             "file": f"{name}.png",
             **about_picture(rendered, index),
@@ -124,6 +140,8 @@ def manifest_of(job: Job, rendered: Rendered) -> dict[str, Any]:
         }
         for index, name in enumerate(rendered.names)
     ]
+    filters = [rows[first : first + job.facets] for first in range(0, len(rows), job.facets)]
+    pictures = [{**first, "facets": further} if further else first for first, *further in filters]
     return {**spec_and_recipe(job, rendered), "pictures": pictures}
 
 

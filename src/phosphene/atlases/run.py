@@ -102,7 +102,7 @@ class AtlasRun:
     def __init__(self, atlas: Atlas, store: Store, watch: AtlasProgress | None) -> None:
         self.atlas, self.store, self.watch = atlas, store, watch
         self.done: set[str] = set()
-        self.pictures, self.total = 0, sum(len(job.channels) for job in atlas.jobs)
+        self.pictures, self.total = 0, sum(len(job.pictures) for job in atlas.jobs)
         self.unfinished = Counter(job.layer for job in atlas.jobs)
         self.waiting: deque[Job] = deque()
         self.failed: dict[str, str] = {}
@@ -146,7 +146,7 @@ class AtlasRun:
     def count(self, job: Job) -> None:
         """Count a job that is in the store."""
         self.done.add(job.digest)
-        self.pictures += len(job.channels)
+        self.pictures += len(job.pictures)
         self.unfinished[job.layer] -= 1
 
     def missing_jobs(self) -> Iterator[Job]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from phosphene.atlases.verdict_text import verdict_words
 from phosphene.cli.options import (
     AsJson,
     BatchSize,
+    Facets,
     OpenModel,
     Precision,
     Quiet,
@@ -62,6 +63,8 @@ def atlas(
     steps: Steps = None,
     seed: Seed = None,
     seeds: Annotated[int, typer.Option(metavar="N", help="pictures per filter; 2 tell whether seeds agree")] = 1,
+    facets: Facets = 1,
+    opposite: Annotated[bool, typer.Option("--opposite", help="also draw what suppresses each filter most")] = False,
     photos: PhotoSource = None,
     runner: RunnerName = RUNNERS[0],
     ray_address: RayAddress = None,
@@ -76,18 +79,9 @@ def atlas(
     find_recipe(recipe).with_settings(size, steps, seed)
     chosen = chosen_runner(runner, ray_address, workers)
     per_job = filters_per_job(batch)
-    plan = plan_atlas(
-        open_model(),
-        layers,
-        channels,
-        recipe,
-        size=size,
-        steps=steps,
-        seed=seed,
-        precision=precision,
-        per_job=per_job,
-        seeds=seeds,
-    )
+    settings = dict[str, Any](size=size, steps=steps, seed=seed, precision=precision, per_job=per_job)
+    settings |= {"seeds": seeds, "facets": facets, "opposite": opposite}
+    plan = plan_atlas(open_model(), layers, channels, recipe, **settings)
     if dry_run:
         print_cost(plan, store, workers, as_json)
     else:

@@ -41,7 +41,7 @@ Size = Annotated[int | None, typer.Option(metavar="PX", help="side of the pictur
 Steps = Annotated[int | None, typer.Option(metavar="N", help="steps at each scale")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="seed of starts and transforms")]
 BatchSize = Annotated[str, typer.Option(metavar="auto|N", help="pictures at once")]
-Facets = Annotated[int, typer.Option(metavar="N", help="different pictures of each filter, a row of the sheet")]
+Facets = Annotated[int, typer.Option(metavar="N", help="different pictures of each filter, kept apart")]
 Precision = Annotated[str, typer.Option(metavar="fp32|bf16|auto", help="number format of the network's forward pass")]
 
 MODEL_OPTIONS: dict[str, tuple[Any, Any]] = {
