@@ -24,8 +24,9 @@ from phosphene.images.sprites import sprite_sheets
 from phosphene.storage.store import digest_of, open_store
 from phosphene.web.site import Site
 from phosphene.web.store_reader import StoreReader
-from phosphene.web.templating import link
+from phosphene.web.templating import link, render_template
 from phosphene.web.urls import filter_href, layer_slug
+from phosphene.web.views.filter import filter_view
 from phosphene.web.views.training import TrainingView
 
 EVIL = "a\"'><script>alert(1)</script>&amp;{{ 7 * 7 }}"
@@ -193,6 +194,41 @@ def test_the_filter_s_page_tells_its_verdict_and_how_it_was_made(site: Site, atl
     assert f"{verdict.excitation:.3g}" in words
     for text in ("Filter 5 of .2", "a.png", "fourier (", "3 others at once", "from noise to the finished picture"):
         assert text in words
+
+
+def test_a_filter_s_page_shows_its_facets_and_its_opposite(tmp_path: Path) -> None:
+    store = filled(tmp_path, layers=".0", names=(), facets=3, opposite=True)
+    site = Site(StoreReader([store]), [])
+    (atlas,) = site.reader.atlases()
+    folder = f"atlas/{atlas.atlas_id}/~2E0"
+    files = ["filter_1.png", "filter_1_facet_1.png", "filter_1_facet_2.png", "filter_1_opposite.png"]
+    page = Page(site.get(f"{folder}/1.html").body)
+    assert [image["src"] for image in page.all("img")] == files
+    assert "Other pictures of it" in page.words
+    row = site.reader.filter(atlas.atlas_id, ".0", 1).picture
+    scores = [f"{further['score']:.3g}" for further in (*row["facets"], row["opposite"])]
+    assert all(score in page.words for score in scores)
+    paths = list(site.paths())
+    for name, further in zip(files, (row, *row["facets"], row["opposite"]), strict=True):
+        assert f"{folder}/{name}" in paths
+        job = row["opposite"]["job"] if further is row["opposite"] else row["job"]
+        assert site.get(f"{folder}/{name}").body == store.get("jobs", job, name)
+    for ending in ("facet_3", "facet_0", "facet_01", "opposite_facet_1"):
+        with pytest.raises(EntryNotFound):
+            site.get(f"{folder}/filter_1_{ending}.png")
+
+
+def test_an_opposite_that_never_left_its_start_is_said_to(tmp_path: Path) -> None:
+    store = filled(tmp_path, layers=".0", names=(), opposite=True)
+    site = Site(StoreReader([store]), [])
+    (atlas,) = site.reader.atlases()
+    path = f"atlas/{atlas.atlas_id}/~2E0/1.html"
+    assert "suppresses the filter most" in Page(site.get(path).body).words
+    view = {**filter_view(site.reader, atlas.atlas_id, ".0", 1)}
+    view["opposite"] = [view["opposite"][0]._replace(dead=True)]
+    words = Page(render_template("filter.html", path, False, **view)).words
+    assert "No picture was found that suppresses the filter" in words
+    assert "Other pictures of it" not in words
 
 
 def test_a_server_has_a_page_of_what_is_not_drawn_yet(site: Site, atlas_id: str) -> None:

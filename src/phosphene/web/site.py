@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from phosphene.errors import EntryNotFound
 from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
 from phosphene.web.cache import SizedCache
-from phosphene.web.store_reader import StoreReader
+from phosphene.web.store_reader import StoreReader, picture_files
 from phosphene.web.templating import render_template
 from phosphene.web.urls import evidence_href, file_href, filter_href, layer_href, layer_path, layer_slug, network_href
 from phosphene.web.views.atlas import atlas_cards, layer_view, network_view
@@ -29,7 +29,7 @@ PAGE_BYTES = 16_000_000  # of cached pages
 LIVE = "live.js"  # used by a server only
 NUMBER = "(0|[1-9][0-9]{0,8})"  # each number has one spelling
 VIEW = re.compile(rf"{NUMBER}\.html")
-PICTURE = re.compile(rf"filter_{NUMBER}\.png")
+PICTURE = re.compile(rf"filter_{NUMBER}(_facet_{NUMBER}|_opposite)?\.png")
 FILM = re.compile(rf"film_{NUMBER}\.webp")
 
 
@@ -110,7 +110,7 @@ class Site:
             for picture in manifest["pictures"]:
                 channel = picture["channel"]
                 first_of_job.setdefault(picture["job"], channel)
-                yield file_href(atlas_id, path, f"filter_{channel}.png")
+                yield from (file_href(atlas_id, path, name) for name in picture_files(picture))
                 yield filter_href(atlas_id, path, channel)
             for channel in first_of_job.values():
                 if "film" in self.reader.filter(atlas_id, path, channel).job:

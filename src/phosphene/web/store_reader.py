@@ -191,8 +191,10 @@ class StoreReader:
         return self.entry_file(self.store_of(atlas_id), "layers", self.row(atlas_id, path)["digest"], name)
 
     def job_file(self, atlas_id: str, path: str, channel: int, name: str) -> bytes:
-        """Return a file of the job that rendered a filter, such as "filter_7.png"."""
-        job = self.filter(atlas_id, path, channel).picture["job"]
+        """Return a file of the job that rendered a filter or its opposite, such as "filter_7.png"."""
+        picture = self.filter(atlas_id, path, channel).picture
+        opposite = picture.get("opposite", {})
+        job = opposite["job"] if name == opposite.get("file") else picture["job"]
         return self.entry_file(self.store_of(atlas_id), "jobs", job, name)
 
     def evidence_file(self, digits: str, name: str) -> bytes:
@@ -242,6 +244,12 @@ class StoreReader:
             return before if before and same else Manifest(store.verified_json(name, content), etag), len(content)
 
         return self.manifest_cache.get((store, kind, digest), read)
+
+
+def picture_files(picture: Mapping[str, Any]) -> list[str]:
+    """Return the files of a filter by its row of the layer's manifest: its picture, further facets, its opposite."""
+    further = [*picture.get("facets", ()), *filter(None, [picture.get("opposite")])]
+    return [row["file"] for row in (picture, *further)]
 
 
 def stores_and_records_at(place: str | Path) -> StoresAndRecords:

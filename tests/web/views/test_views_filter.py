@@ -175,22 +175,26 @@ class Fewer(StoreReader):
 
 
 @pytest.mark.parametrize(
-    "loading",
-    ["", " --weights none --mean 0.5,0.4,0.3 --std 0.25 --input-size 24x32 --channels-in 3"],
+    ("loading", "facets"),
+    [
+        ("", ""),
+        (" --weights none --mean 0.5,0.4,0.3 --std 0.25 --input-size 24x32 --channels-in 3", ""),
+        ("", " --facets 2"),
+    ],
 )
 def test_the_command_draws_the_same_picture_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, loading: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, loading: str, facets: str
 ) -> None:
     run = command_line(monkeypatch, capsys, tmp_path, NETS, "nets_again")
     options = ("--size", "16", "--steps", "4", "--seed", "3", "--precision", "fp32", "--workers", "0", "--quiet")
-    how = (*loading.split(), *options)
+    how = (*loading.split(), *facets.split(), *options)
     run("atlas", "nets_again:tiny", "--store", "s", "--layers", ".2", "--recipe", "fast", *how)
     reader = StoreReader([open_store("s")])
     (atlas,) = reader.atlases()
     typed = filter_view(reader, atlas.atlas_id, SECOND, 5)["command"]
     assert typed == (
         f"phosphene filters nets_again:tiny .2{loading} --channels 5 --recipe fast --size 16 --steps 4 --seed 3 "
-        "--precision fp32"
+        f"--precision fp32{facets}"
     )
     assert run(*shlex.split(typed)[1:], "--out", "again", "--quiet").code == 0
     again = np.asarray(Image.open("again/layer_.2_filter_5.png"), dtype=float)

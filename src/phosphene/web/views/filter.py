@@ -37,6 +37,14 @@ class FilmFrame(NamedTuple):
     tile: SpriteTile
 
 
+class FurtherPicture(NamedTuple):
+    """A further facet of a filter, or its opposite; `dead` if it never left its start."""
+
+    file: str
+    score: str
+    dead: bool
+
+
 class KernelTile(NamedTuple):
     """The kernel for an input channel; `channel` is None if the tile shows all of them as colours."""
 
@@ -70,7 +78,7 @@ def filter_view(reader: StoreReader, atlas_id: str, path: str, channel: int) -> 
         EntryNotFound: it has none.
     """
     atlas, layer = reader.atlas(atlas_id), reader.layer(atlas_id, path)
-    verdict, _, job = reader.filter(atlas_id, path, channel)
+    verdict, picture, job = reader.filter(atlas_id, path, channel)
     before, after = neighbours([picture["channel"] for picture in layer["pictures"]], channel)
     evidence, notes = None, [f"Not judged: {layer['remark']}."] if layer["remark"] else []
     try:
@@ -89,6 +97,8 @@ def filter_view(reader: StoreReader, atlas_id: str, path: str, channel: int) -> 
         "sign": SIGNS.get(verdict.verdict, ""),
         "figures": verdict_figures(verdict, layer["thresholds"]),
         "meaning": figure_meanings(layer["thresholds"]).get(verdict.verdict, ""),
+        "facets": further_pictures(atlas_id, path, picture.get("facets", ())),
+        "opposite": further_pictures(atlas_id, path, [picture["opposite"]] if "opposite" in picture else ()),
         "film": film_frames(atlas_id, path, channel, job),
         "kernels": kernel_tiles(atlas_id, layer, channel),
         "drawn": drawn_sentence(len(layer["pictures"]), layer["layer"]["channels"]),
@@ -131,6 +141,13 @@ def verdict_figures(verdict: Verdict, limits: Mapping[str, float]) -> list[Figur
     meanings = {"score": "How the filter responds to the picture: the mean over its map.", **labelled_meanings(limits)}
     values = [(LABELS.get(name, name), getattr(verdict, name)) for name in ("score", *FIGURES)]
     return [Figure(name, format_figure(value), meanings[name]) for name, value in values if value is not None]
+
+
+def further_pictures(atlas_id: str, path: str, rows: Sequence[Mapping[str, Any]]) -> list[FurtherPicture]:
+    """Return the pictures of some rows of a manifest."""
+    return [
+        FurtherPicture(file_href(atlas_id, path, row["file"]), format_figure(row["score"]), row["dead"]) for row in rows
+    ]
 
 
 def film_frames(atlas_id: str, path: str, channel: int, job: Mapping[str, Any]) -> list[FilmFrame]:
@@ -241,6 +258,7 @@ def settings(atlas: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, str]
         "blur": f"{recipe['blur']} px" if recipe["blur"] else "",
         "weight decay": f"{recipe['weight_decay']:g}" if recipe["weight_decay"] else "",
         "cooldown": f"over the last {recipe['cooldown']:.0%} of the steps" if recipe["cooldown"] else "",
+        "facets": f"{job['facets']} pictures of each filter" if "facets" in job else "",
         "drawn with": f"{others} others at once" if others > 0 else "no others",
         "network": f"{job['model']}, weights {job['fingerprint']}",
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(atlas["versions"].items())),
@@ -262,7 +280,7 @@ def command(atlas: Mapping[str, Any], path: str, channel: int, job: Mapping[str,
     if not is_named_recipe(recipe["name"], recipe["steps"], atlas["recipe"]["seed"], atlas["recipe"]["digest"]):
         return None
     options = {"channels": channel, "recipe": recipe["name"], "size": atlas["size"], "steps": recipe["steps"]}
-    options |= {"seed": recipe["seed"], "precision": job["precision"]}
+    options |= {"seed": recipe["seed"], "precision": job["precision"], "facets": job.get("facets")}
     return filters_command(model, atlas.get("options", {}), path, options)
 
 
