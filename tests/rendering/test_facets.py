@@ -171,6 +171,19 @@ def test_an_opposite_is_dead_only_if_it_never_left_its_start() -> None:
     assert ph.render(model, ph.channel("0", [0, 1]), QUICK, opposite=True).dead.tolist() == [False, False]
 
 
+def test_facets_in_bf16_are_kept_apart_too(small_net: nn.Sequential) -> None:
+    model, recipe = ph.load(small_net.float(), input_size=32), RECIPES["fast"].with_settings(size=24, steps=8)
+    plain, facets = (
+        ph.render(model, ph.channel("4", [0, 5]), recipe, precision="bf16", facets=count) for count in (1, 2)
+    )
+    torch.testing.assert_close(facets.images[::2], plain.images, rtol=0, atol=0.02)
+    alone = ph.render(model, ph.channel("4", [0, 5]), recipe, precision="bf16", seed=1)
+    pairs = torch.stack([plain.images, alone.images], 1).flatten(0, 1)
+    with model.reading(["3"]) as read, torch.no_grad():
+        distances = [1 - likeness(read(images)["3"], 2)[1::2].mean() for images in (facets.images, pairs)]
+    assert distances[0] > 3 * distances[1]
+
+
 # --- batches
 
 
