@@ -222,7 +222,7 @@ def test_a_batch_holds_at_least_the_facets_of_one_filter(model: ph.Model) -> Non
 def test_of_facets_that_are_rendered_again_only_those_that_had_not_moved_are_taken() -> None:
     def batch(start: list[float], end: list[float], level: float) -> RenderedBatch:
         images, scores = torch.full((2, 1, 1, 1), level), torch.tensor(end)
-        return RenderedBatch([4, 5], images, torch.tensor(start), scores, scores[None].clone(), [])
+        return RenderedBatch([4, 5], images, torch.tensor(start), scores, scores.clone(), scores[None].clone(), [])
 
     revived = batch([1.0, 1.0], [3.0, 1.0], 0.0).with_revived(batch([1.0, 1.0], [5.0, 7.0], 0.5))
     assert revived.scores.tolist() == [3.0, 7.0]

@@ -68,7 +68,8 @@ class Rendered:
         """Return all pictures, or images of them at any size, on one sheet; dead filters are crossed out, plain named.
 
         `captions`: numbered and under a caption, see `filter_sheet`. Without, as in R1 and R4.2, the pictures lie in a
-        near square with 5 black pixels between them, and only dead filters are marked. Facets have a row for each filter.
+        near square with 5 black pixels between them, and only dead filters are marked. Facets have a row
+        for each filter.
         """
         size = self.pictures[0].size
         pictures = (
