@@ -51,7 +51,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Written:
     return Written(monkeypatch)
 
 
-def flat(number: int, side: int = 128, **marks: bool) -> SheetPicture:
+def flat(number: int, side: int = 384, **marks: bool) -> SheetPicture:
     """Return a picture whose level is its number, doubled."""
     return SheetPicture(Image.new("RGB", (side, side), (2 * number,) * 3), f"filter_{number}", **marks)
 
@@ -66,12 +66,12 @@ def cell(body: Image.Image, index: int, columns: int, side: int, below: int = 0)
 def test_every_picture_lies_where_its_row_and_column_say(written: Written) -> None:
     filter_sheet([flat(number) for number in range(40, 53)], SPEC, columns=5)
     assert (written.rows, written.columns) == (["40", "45", "50"], ["+0", "+1", "+2", "+3", "+4"])
-    assert written.places == [67, 201, 335, 67, 201, 335, 469, 603]  # the middles of cells of 128 + 6
+    assert written.places == [195, 585, 975, 195, 585, 975, 1365, 1755]  # the middles of cells of 384 + 6
     for index in range(13):
-        drawn = cell(written.body, index, 5, 128)
+        drawn = cell(written.body, index, 5, 384)
         assert (drawn[1:-1, 1:-1] == 2 * (40 + index)).all()
         assert all((line == OUTLINE).all() for line in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]))
-    assert all((cell(written.body, index, 5, 128) == 255).all() for index in (13, 14))  # empty
+    assert all((cell(written.body, index, 5, 384) == 255).all() for index in (13, 14))  # empty
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_labels_fit_the_numbers(
 
 
 def test_numbers_in_no_order_stand_under_their_pictures() -> None:
-    names = [flat(number, 384) for number in (3, 7, 11, 2)]
+    names = [flat(number) for number in (3, 7, 11, 2)]
     page = np.asarray(filter_sheet(names, SPEC, columns=2))[..., 0]
     top = 12 + 2 * 24 + 4 + GAP // 2  # border, title, note, gap
     for index, number in enumerate((3, 7, 11, 2)):
@@ -113,20 +113,20 @@ def test_the_caption_says_in_words_what_there_is(written: Written) -> None:
     assert written.note == "classes 5, 9 · each sees the whole image · recipe fast, 10 steps · 300×400 px"
     filter_sheet([SheetPicture(picture, "layer")], {**SPEC, "sees": ["unknown"]})
     assert written.note == "recipe fast, 10 steps · 300×400 px"
-    filter_sheet([flat(2 * number) for number in range(13)], {**SPEC, "sees": []}, columns=8)
-    assert written.note == "13 filters · recipe fast, 10 steps · 128×128 px"
+    filter_sheet([flat(2 * number) for number in range(13)], {**SPEC, "sees": []})
+    assert written.note == "13 filters · recipe fast, 10 steps · 384×384 px"
 
 
 def test_a_dead_filter_is_crossed_out_and_a_plain_one_called_so(written: Written) -> None:
     filter_sheet([flat(100), flat(101, dead=True), flat(102, plain=True)], SPEC)
-    ordinary, dead, plain = (cell(written.body, index, 3, 256)[1:-1, 1:-1] for index in range(3))
+    ordinary, dead, plain = (cell(written.body, index, 3, 384)[1:-1, 1:-1] for index in range(3))
     assert (ordinary == 200).all()
-    assert all((dead[k, k] == DEAD).all() and (dead[k, 255 - k] == DEAD).all() for k in range(5, 250, 5))
-    assert (plain[:200] == 204).all()  # the picture is whole and as bright as ever
-    word = plain[-25:, :50]
+    assert all((dead[k, k] == DEAD).all() and (dead[k, 383 - k] == DEAD).all() for k in range(5, 375, 5))
+    assert (plain[:350] == 204).all()  # the picture is whole and as bright as ever
+    word = plain[-22:, :50]
     assert (word == 255).all(2).mean() > 0.3
     assert (word < 60).all(2).any()
-    assert (plain[:, 60:] == 204).all()
+    assert (plain[:, 70:] == 204).all()
     assert (
         "1 crossed out: dead, nothing made it answer · 1 marked plain: a flat colour excites it as much" in written.note
     )
@@ -144,13 +144,13 @@ def test_small_pictures_are_enlarged_smoothly_and_large_ones_left_alone(written:
     assert (np.diff(levels) >= 0).all()
     assert len(set(levels)) > 3  # no hard edge
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8))
-    filter_sheet([SheetPicture(noise, f"filter_{number}") for number in range(9)], SPEC)
-    assert np.array_equal(cell(written.body, 8, 3, 224)[1:-1, 1:-1], np.asarray(noise))
+    filter_sheet([SheetPicture(noise, f"filter_{number}") for number in range(16)], SPEC)
+    assert np.array_equal(cell(written.body, 8, 4, 224)[1:-1, 1:-1], np.asarray(noise))
 
 
 @pytest.mark.parametrize(
     ("side", "columns", "factor"),
-    [(32, 10, 4), (64, 8, 2), (96, 8, 1), (128, 1, 3), (128, 3, 2), (224, 1, 1), (500, 1, 1)],
+    [(32, 10, 4), (64, 8, 2), (96, 6, 2), (96, 8, 1), (128, 1, 3), (128, 3, 3), (224, 1, 2), (500, 1, 1)],
 )
 def test_the_factor_fills_a_sheet(side: int, columns: int, factor: int) -> None:
     assert enlargement(side, columns) == factor

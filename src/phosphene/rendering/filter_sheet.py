@@ -13,7 +13,7 @@ from phosphene.images.display import Picture
 from phosphene.images.grid import cross_out
 
 GAP, OUTLINE = 6, (190, 190, 190)  # pixels between pictures; the line around each
-WIDTH, SIDES = 1024, (128, 384)  # pixels: of a sheet that is to be filled; least and most of a picture that is enlarged
+WIDTH, SIDES = 1024, (128, 384)  # pixels, about: of a sheet to be filled; least and most of an enlarged picture
 LETTERS_ACROSS, LEAST_WIDTH = 70, 40  # letter heights in the width of a sheet, so that large ones can be projected
 LISTED = 12  # numbers that a caption lists
 NUMBER = re.compile("[a-z]+_([0-9]+)")  # at the beginning of a picture's name
@@ -85,7 +85,7 @@ def near_square(count: int) -> int:
 
 def enlargement(side: int, columns: int) -> int:
     """Return the whole factor by which pictures of `side` pixels are enlarged."""
-    return max(1, min(max(WIDTH // columns, SIDES[0]), SIDES[1]) // side)
+    return max(1, round(min(max(WIDTH / columns, SIDES[0]), SIDES[1]) / side))
 
 
 def marked_tile(picture: SheetPicture, factor: int, letters: int) -> Picture:
