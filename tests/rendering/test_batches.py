@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import phosphene as ph
 from phosphene.images.grid import DEAD
-from phosphene.rendering.batches import in_median_colour, is_film_frame, needs_no_pattern, never_moved
+from phosphene.rendering.batches import in_own_colours, is_film_frame, needs_no_pattern, never_moved
 from phosphene.rendering.recipes import RECIPES, Recipe, choice
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -240,18 +240,19 @@ def positive(convolution: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("made", [wants_white, wants_red, wants_white_after_batchnorm])
-@pytest.mark.parametrize("recipe", ["fourier", "max-step"])
+@pytest.mark.parametrize("recipe", ["fourier", "vivid", "max-step"])
 def test_a_filter_that_wants_a_flat_colour_is_plain_and_not_dead(
     made: Callable[[], tuple[nn.Sequential, int, str]], recipe: str
 ) -> None:
     net, channels, layer = made()
     model = ph.load(net, input_size=28, channels_in=channels)
-    pictures = ph.render(model, ph.channel(layer, range(4)), recipe, size=28, steps=60)
+    pictures = ph.render(model, ph.channel(layer, range(4)), recipe, size=28, steps=None if recipe == "fourier" else 60)
     assert pictures.dead.tolist() == [False] * 4
     assert pictures.plain.tolist() == [True] * 4
     medians = pictures.displayed().flatten(2).median(2).values
-    assert bool((medians[:, 0] > 200).all())  # white, or red
-    assert bool((medians[:, 1:] < 50).all())
+    if recipe != "fourier":  # which holds the contrast, so that no picture is flat
+        assert bool((medians[:, 0] > 200).all())  # white, or red
+        assert bool((medians[:, 1:] < 50).all())
 
 
 def test_a_dead_filter_is_not_plain_and_one_that_wants_an_edge_is_neither(dead_net: nn.Sequential) -> None:
@@ -262,11 +263,15 @@ def test_a_dead_filter_is_not_plain_and_one_that_wants_an_edge_is_neither(dead_n
     assert pictures.plain.tolist() == [False, False]
 
 
-def test_the_median_colour_leaves_a_border_out() -> None:
-    framed = torch.zeros(1, 2, 5, 5)
-    framed[:, :, 1:, 1:] = torch.tensor([0.75, 0.25]).view(1, 2, 1, 1)  # 16 of 25 pixels
-    flat = in_median_colour(framed)
-    assert torch.equal(flat, torch.tensor([0.75, 0.25]).view(1, 2, 1, 1).expand(1, 2, 5, 5))
+def test_the_colours_of_a_picture_are_its_median_and_its_purer_decile_channel_by_channel() -> None:
+    # 0, .1 … 1 with median .5 in the first channel; .2 … 1 in the second; a border of 1 around .2 in the third
+    levels = torch.arange(11) / 10
+    framed = torch.tensor([1.0, *[0.2] * 9, 1])
+    image = torch.stack([levels.flip(0), (levels + 0.2).clamp(max=1), framed]).view(1, 3, 1, 11)
+    median, purer = in_own_colours(image)
+    assert median.shape == purer.shape == image.shape
+    torch.testing.assert_close(median[0, :, 0], torch.tensor([0.5, 0.7, 0.2])[:, None].expand(3, 11))
+    torch.testing.assert_close(purer[0, :, 0], torch.tensor([0.1, 1, 0.2])[:, None].expand(3, 11))
 
 
 def test_plain_is_nine_tenths_of_a_rise() -> None:

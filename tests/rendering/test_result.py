@@ -77,7 +77,7 @@ def test_every_png_says_how_it_was_made(pictures: Rendered, tmp_path: Path) -> N
         )
         assert metadata["picture"] == f"filter_{channel}"
         assert metadata["score"] == pictures.scores[index].item()
-        assert (metadata["dead"], metadata["plain"]) == (False, False)
+        assert (metadata["dead"], metadata["plain"]) == (False, pictures.plain[index].item())
         recipe = {key: value for key, value in metadata["recipe"].items() if key != "digest"}
         again = ph.Recipe.from_json(json.dumps(recipe))
         assert again == ph.RECIPES["fast"].with_settings(size=16, steps=3, seed=5)

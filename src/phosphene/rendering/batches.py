@@ -39,7 +39,7 @@ class RenderPlan:
 class RenderedBatch(NamedTuple):
     """The results of one batch, on the CPU; `items` are its pictures' indices in the objective, as are `revived`.
 
-    `flat_scores` are those of the pictures in their median colour throughout.
+    `flat_scores` are the higher of those of flat pictures in two colours of theirs, see `in_own_colours`.
     """
 
     items: list[int]
@@ -144,7 +144,9 @@ def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_
     assert start_scores is not None
     # once at the end: reading a value at every step would make a GPU wait
     check_finite(torch.stack([*history, frame.scores]), ascent, items)
-    flat_scores = clean_scores(plan.read, ascent.objective, in_median_colour(frame.image), frame.items)
+    flat_scores = torch.stack(
+        [clean_scores(plan.read, ascent.objective, flat, frame.items) for flat in in_own_colours(frame.image)]
+    ).amax(0)
     return RenderedBatch(
         items,
         frame.image.cpu(),
@@ -214,16 +216,24 @@ def never_moved(start_scores: Tensor, scores: Tensor) -> Tensor:
     return ((scores - start_scores).abs() <= 1e-6 * start_scores.abs()).all(0)
 
 
-def in_median_colour(images: Tensor) -> Tensor:
-    """Return each image (n, c, h, w) in one colour, its median channel by channel, which a ragged border leaves out."""
-    return images.flatten(2).median(2).values[..., None, None].expand_as(images).contiguous()
+def in_own_colours(images: Tensor) -> Tensor:
+    """Return images (n, c, h, w) as flat pictures (2, n, c, h, w), in two colours of their own, channel by channel.
+
+    The first is the median, which leaves a border out. The second is the decile further from mid-grey: a picture whose
+    contrast the recipe holds cannot be all in the colour that it goes to.
+    """
+    levels = images.flatten(2).sort(2).values
+    last = levels.shape[2] - 1
+    low, median, high = (levels[..., round(share * last)] for share in (0.1, 0.5, 0.9))
+    colours = torch.stack([median, torch.where(median > 0.5, high, low)])
+    return colours[..., None, None].expand(-1, *images.shape).contiguous()
 
 
 def needs_no_pattern(start_scores: Tensor, scores: Tensor, flat_scores: Tensor) -> Tensor:
     """Return for each picture whether its score rose, and in one flat colour reaches `PLAIN_SHARE` of that rise.
 
-    A limit on the contrast would not tell: recipes differ in it, and a filter that wants white may have a border of
-    any contrast where the network pads with zeros.
+    A limit on the contrast would not tell: recipes hold it, and a filter that wants white may have a border of any
+    contrast where the network pads with zeros.
     """
     rise = scores - start_scores
     return (rise > 0) & (flat_scores - start_scores >= PLAIN_SHARE * rise)

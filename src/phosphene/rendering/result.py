@@ -29,8 +29,8 @@ class Rendered:
         start_scores: (n,) score of each starting image.
         history: (steps, n) scores under the transforms, step by step.
         dead: (n,) whether the picture never left its starting score.
-        plain: (n,) whether its filter wants a flat colour and no pattern: the score rose, and the picture in its median
-            colour throughout has at least nine tenths of that rise.
+        plain: (n,) whether its filter wants a flat colour and no pattern: the score rose, and a flat picture in a
+            colour of this one has at least nine tenths of that rise.
         names: what each picture shows, such as `filter_12`, its facet `filter_12_facet_1`, or `filter_12_opposite`.
         spec: model, layers, objective, recipe and versions that made them, in JSON terms.
         moments: images (n, c, h, w) of the film, if one was requested.
