@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from phosphene import progress
+from phosphene.progress import Bar, Screen
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -65,6 +68,33 @@ def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
             assert_same(before, state_of(module))
 
     return guard
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Bar]:
+    """Return the list of all bars that count something from now on, whether they are shown or not."""
+    created: list[Bar] = []
+
+    class ListedBar(Bar):
+        def __init__(self, description: str, unit: str) -> None:
+            super().__init__(description, unit)
+            created.append(self)
+
+    monkeypatch.setattr(progress, "Bar", ListedBar)
+    return created
+
+
+@pytest.fixture
+def shown_bars(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list of the descriptions of all bars that a person would see from now on."""
+    shown: list[str] = []
+
+    def add(bar: Bar, screen: Screen) -> None:
+        shown.append(bar.description)
+
+    monkeypatch.setattr(progress, "watched_screen", lambda: progress.notebook_screen)
+    monkeypatch.setattr(progress.LIVE, "add", add)
+    return shown
 
 
 @pytest.fixture

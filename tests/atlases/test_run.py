@@ -29,17 +29,19 @@ from phosphene.atlases.verdicts import judge
 from phosphene.evidence.collect import evidence
 from phosphene.network.loading import load
 from phosphene.network.model import Model
+from phosphene.progress import Bar
 from phosphene.storage.store import Store, open_store
 from tiny_atlas import NETS, InProcessRunner, contents, tiny, tiny_atlas, tiny_model
 
 
-def test_all_jobs_are_done_once_and_none_again(tmp_path: Path) -> None:
+def test_all_jobs_are_done_once_and_none_again(tmp_path: Path, bars: list[Bar]) -> None:
     plan = tiny_atlas(tiny_model())
     first, again = InProcessRunner(), InProcessRunner()
     heard: list[tuple[str, int, int]] = []
     summary = run(plan, tmp_path, first, watch=lambda *progress: heard.append(progress))
     assert first.done == list(plan.jobs)
     assert heard == [("pictures", done, 14) for done in (0, 4, 6, 10, 14)]
+    assert (bars[0].description, bars[0].unit, bars[0].done, bars[0].total) == (plan.model.name, "pictures", 14, 14)
     assert (summary.jobs, summary.done, summary.rendered, summary.failed) == (4, 4, 4, {})
     assert sum(summary.verdicts.values()) == 14
     before = contents(tmp_path)
@@ -48,6 +50,15 @@ def test_all_jobs_are_done_once_and_none_again(tmp_path: Path) -> None:
     assert again.done == []
     assert (second.done, second.rendered, second.verdicts, second.atlas) == (4, 0, summary.verdicts, summary.atlas)
     assert contents(tmp_path) == before
+
+
+def test_a_run_shows_a_bar_for_all_jobs_and_none_for_each(tmp_path: Path, shown_bars: list[str]) -> None:
+    model = tiny_model()
+    photos = [torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    run(tiny_atlas(model), tmp_path / "shown", InProcessRunner(), photos)
+    assert shown_bars == ["evidence", "crops", model.name]
+    run(tiny_atlas(model), tmp_path / "silent", InProcessRunner(), photos, progress=False)
+    assert shown_bars == ["evidence", "crops", model.name]
 
 
 def test_only_what_is_missing_is_done(tmp_path: Path) -> None:

@@ -35,13 +35,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return command_line(monkeypatch, capsys, tmp_path, OVERFLOWS, "nets_atlas")
 
 
-def test_an_atlas_is_made_and_gone_on_with(run: Run, tmp_path: Path) -> None:
+def test_an_atlas_is_made_and_gone_on_with(run: Run, tmp_path: Path, shown_bars: list[str]) -> None:
     first = run("atlas", "nets_atlas:tiny", "--store", "s", "--layers", ".0", *OPTIONS)
     assert (first.code, first.out.count("\n")) == (0, 1)
     assert Path(first.out.strip()).is_file()
     assert "2 of 2 jobs are done; " in first.err
     assert "a page of it: phosphene report s" in first.err
     again = run("atlas", "nets_atlas:tiny", "--store", "s", *OPTIONS, "--json", "--quiet")
+    assert shown_bars == ["nets_atlas:tiny"]  # of the first alone: the second is quiet
     printed = json.loads(again.out)
     assert (printed["jobs"], printed["done"], printed["rendered"], printed["failed"]) == (4, 4, 2, {})
     assert printed["files"] == [f"s/atlases/{printed['atlas']}/manifest.json"]

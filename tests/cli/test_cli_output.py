@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.progress import Task
 
-from phosphene.cli.output import Rate, check_target, is_folder_name, progress, report, to_stderr, to_stdout
+from phosphene.cli.output import check_target, is_folder_name, report, to_stderr, to_stdout
 from phosphene.errors import InvalidRequest, OutputRefused
 
 
@@ -23,25 +22,6 @@ def test_a_report_is_a_path_a_line_or_one_json_object(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "a.png\nb.png\n"
     report([Path("a.png")], True, {"seed": 3})
     assert json.loads(capsys.readouterr().out) == {"files": ["a.png"], "seed": 3}
-
-
-@pytest.mark.parametrize(
-    ("speed", "text"), [(None, ""), (2500.0, "2,500.0/s"), (1.0, "1.0/s"), (0.05, "3.0/min")], ids=str
-)
-def test_a_rate_is_a_second_or_where_that_is_few_a_minute(speed: float | None, text: str) -> None:
-    class AtSpeed(Task):
-        @property
-        def speed(self) -> float | None:
-            return speed
-
-    task = AtSpeed(0, "jobs", None, 0, _get_time=lambda: 0.0)  # type: ignore[arg-type]
-    assert Rate().render(task).plain == text
-
-
-def test_no_bar_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("atlas", "pictures", quiet=False) as advance:
-        advance(1, 2)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_targets_are_checked_by_their_ending_and_place(tmp_path: Path) -> None:

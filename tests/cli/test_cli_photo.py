@@ -50,6 +50,17 @@ def test_cam_says_what_to_mind_about_a_method(run: Run, tmp_path: Path) -> None:
     assert "gradcam: " not in run("cam", "nets:colour", "photo.png").err
 
 
+def test_a_command_has_one_bar_and_none_when_quiet(run: Run, tmp_path: Path, shown_bars: list[str]) -> None:
+    (tmp_path / "album").mkdir()
+    for name in ("photo.png", "album/1.png", "album/2.png"):
+        gradient(tmp_path / name, 40, 40)
+    for quiet in ((), ("--quiet",)):
+        run("activations", "nets:colour", "photo.png", "--layers", ".3", *quiet)
+        run("cam", "nets:colour", "photo.png", "--method", "smoothgrad", *quiet)
+        run("cam", "nets:colour", "album", "--method", "integrated-gradients", "--input-size", 32, *quiet)
+        assert shown_bars == ["activations", "smoothgrad", "integrated-gradients"]
+
+
 def test_cam_of_a_folder_skips_what_is_no_photo_and_says_so(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "album"
     folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from cli_runner import NETS, QUICK, Run, command_line
 from phosphene.cli import render as rendering
 from phosphene.rendering.gradient_ascent import Frame
+from phosphene.rendering.render import render
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_what_stops_a_render_leaves_what_is_finished(
         if int(frame.items[0]) == 2 and frame.step == 1:
             raise reason
 
-    monkeypatch.setattr(rendering, "progress_of_frames", lambda *_: _Given(stop_in_the_second_batch))
+    monkeypatch.setattr(rendering, "render", partial(render, watch=stop_in_the_second_batch))
     ran = run("filters", "nets:colour", 1, "--channels", "0:6", "--batch", 2, *QUICK, "--out", "kept")
     assert ran.code == 1
     assert message in ran.err
@@ -152,17 +154,12 @@ def test_what_stops_a_render_leaves_what_is_finished(
     assert len(json.loads((tmp_path / "kept/manifest.json").read_text())["pictures"]) == 2
 
 
-class _Given:
-    """A context that hands out what it was given."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __enter__(self) -> object:
-        return self.value
-
-    def __exit__(self, *error: object) -> None:
-        pass
+def test_a_command_has_one_bar_and_none_when_quiet(run: Run, tmp_path: Path, shown_bars: list[str]) -> None:
+    Image.linear_gradient("L").resize((60, 40)).convert("RGB").save(tmp_path / "photo.png")
+    for quiet in ((), ("--quiet",)):
+        run("filters", "nets:colour", 1, "--channels", "0:3", *QUICK, "--out", "sheet.png", *quiet)
+        run("dream", "nets:colour", "photo.png", 1, "--steps", 2, "--out", "dreamt.png", *quiet)
+        assert shown_bars == ["3 pictures", "1 picture"]
 
 
 def test_the_output_is_checked_before_the_work(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -144,11 +144,12 @@ def test_export_needs_no_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (ran.code, ran.out) == (0, "site/index.html\n")
 
 
-def test_export_writes_the_first_page_and_says_where(run: Run) -> None:
+def test_export_writes_the_first_page_and_says_where(run: Run, shown_bars: list[str]) -> None:
     ran = run("export", "store", "--out", "site")
     assert (ran.code, ran.out) == (0, "site/index.html\n")
     assert Path("site/index.html").read_text().startswith("<!DOCTYPE html>")
     again = run("export", "store", "--out", "other", "--json", "--quiet")
+    assert shown_bars == ["export"]  # of the first alone: the second is quiet
     printed = json.loads(again.out)
     assert printed["files"] == ["other/index.html"]
     written = {path.name for path in Path("other").rglob("*") if path.is_file()} - {"made-by-phosphene.txt"}

@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fake_terminal import counts
 from phosphene import errors
 from phosphene.evidence.collect import evidence, pack_partial, plan_photo_pass, unpack_partial
 from phosphene.evidence.photo_pass import Partial, empty_partial, merge
 from phosphene.evidence.statistics import load_evidence
 from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.network.model import Model
+from phosphene.progress import Bar
 from phosphene.storage.store import open_store
 from random_photos import (
     GeneratedPhotos,
@@ -99,6 +101,37 @@ def test_watch_counts_every_photo(small_net: nn.Sequential) -> None:
     photos = GeneratedPhotos(21, broken=(4,))
     evidence(small_model(small_net), photos, [0], watch=lambda more, total: calls.append((more, total)))
     assert calls == [(0, 21), (4, 21), (4, 21), (4, 21), (4, 21), (4, 21), (1, 21)]
+
+
+@small_chunks()
+def test_the_bars_count_every_photo_and_then_those_that_are_shown(small_net: nn.Sequential, bars: list[Bar]) -> None:
+    result = evidence(small_model(small_net), GeneratedPhotos(21, broken=(4,)), [0], top=2)
+    shown = len(result.about["names"])
+    assert 2 <= shown <= 12  # of six channels
+    assert counts(bars) == [
+        ("evidence", "photos", 21, 21),
+        ("crops", "photos", shown, shown),
+    ]
+
+
+def test_a_pass_that_goes_on_begins_where_it_stopped(small_net: nn.Sequential, tmp_path: Path, bars: list[Bar]) -> None:
+    store, seen = open_store(tmp_path, create=True), list[int]()
+
+    def stop(more: int, total: int) -> None:
+        if bars[0].done >= 16:
+            raise KeyboardInterrupt
+
+    def note(more: int, total: int) -> None:
+        seen.append(bars[1].done)
+
+    photos, model = random_photos(21), small_model(small_net)
+    with small_chunks():
+        with pytest.raises(KeyboardInterrupt):
+            evidence(model, photos, [0], store=store, watch=stop, save_interval=0)
+        evidence(model, photos, [0], store=store, watch=note, save_interval=0)
+    assert bars[0].ended
+    assert seen[-1] == bars[1].total == 21
+    assert seen[0] == 8  # the first chunk was kept
 
 
 def test_a_partial_result_survives_its_file(small_net: nn.Sequential) -> None:

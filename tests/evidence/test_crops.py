@@ -19,6 +19,7 @@ from phosphene.evidence.top_photos import NO_PHOTO
 from phosphene.images.encode import png
 from phosphene.network.layers import ReceptiveField
 from phosphene.network.model import Model
+from phosphene.progress import Bar
 from random_photos import GeneratedPhotos, random_photos, small_model
 
 
@@ -133,7 +134,9 @@ def test_many_photos_go_on_several_sheets_each_whole_when_it_is_full() -> None:
     photo_pass = plan_photo_pass(small_model(nn.Sequential(nn.Conv2d(3, 2, 1))), photos := GeneratedPhotos(100), [0])
     top = crops.TopPositions(torch.arange(60).view(2, 30), torch.zeros(2, 30, 2, dtype=torch.long))
     photos.requested.clear()
-    progress = [(name, len(photos.requested)) for name, _ in crops.sheets(photo_pass, [top])]
+    bar = Bar("crops", "photos")
+    progress = [(name, len(photos.requested)) for name, _ in crops.sheets(photo_pass, [top], bar)]
+    assert (bar.done, bar.total) == (60, 60)
     # no more than one sheet of 25 is in memory at a time
     assert progress == [("photos_0.webp", 25), ("photos_1.webp", 50), ("photos_2.webp", 60), ("crops_0_0.webp", 60)]
 

@@ -17,12 +17,14 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor, nn
 
+from fake_terminal import counts
 from phosphene import errors
 from phosphene.images import encode, grid
 from phosphene.inspection.activations import Activations, activations, as_maps
 from phosphene.network.layers import Layers
 from phosphene.network.loading import load
 from phosphene.network.model import Model
+from phosphene.progress import Bar
 
 Guard = Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -301,13 +303,14 @@ def test_saving_writes_grids_summary_and_manifest_last(tmp_path: Path) -> None:
     assert (metadata["layer"], metadata["page"], metadata["fingerprint"]) == (".0", 1, model.fingerprint)
 
 
-def test_one_channel_is_saved_for_every_layer_or_none(tmp_path: Path) -> None:
+def test_one_channel_is_saved_for_every_layer_or_none(tmp_path: Path, bars: list[Bar]) -> None:
     model = handle(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 4, 3)))
     acts = activations(model, photo())
     with pytest.raises(errors.ChannelNotFound, match=r"\.0 has no channel 3"):
         acts.save(tmp_path / "none", channel=3)
     assert not (tmp_path / "none").exists()
     paths = acts.save(tmp_path, channel=1)
+    assert counts(bars) == [("activations", "layers", 2, 2)]
     assert [path.name for path in paths[:2]] == ["activations_.0_channel_1.png", "activations_.1_channel_1.png"]
     assert metadata_of(paths[0])["channel"] == 1
 

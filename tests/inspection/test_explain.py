@@ -19,6 +19,7 @@ from torchvision.models import inception
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import MBConvConfig
 
+from fake_terminal import counts
 from phosphene.errors import ChannelNotFound, InvalidRequest, LayerNotFound, LayerRefused
 from phosphene.images.photo import Region
 from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS
@@ -28,6 +29,7 @@ from phosphene.network.feature_maps import as_map, token_grid
 from phosphene.network.loading import load
 from phosphene.network.model import Model
 from phosphene.network.preprocessing import Preprocessing
+from phosphene.progress import Bar
 from raw_heatmaps import heatmaps
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -395,6 +397,18 @@ def test_what_is_refused(small_net: nn.Sequential, untouched: Untouched) -> None
         explain(model_of(Branching(), 8), noise(1, 3, 8, 8), layer="unused")
     with pytest.raises(LayerRefused, match="no convolution or normalisation with a map"):
         explain(model_of(Dense(), 8), noise(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("method", "passes"), [("gradient", 1), ("smoothgrad", 24), ("integrated-gradients", 32)])
+def test_the_bar_counts_the_passes(
+    small_net: nn.Sequential, method: str, passes: int, bars: list[Bar], shown_bars: list[str]
+) -> None:
+    model, photo = model_of(small_net, 16), noise(1, 3, 16, 16)
+    with explaining(model, method=method, progress=False) as explainer:
+        explainer.explain_batch([photo, photo])
+    explain(model, photo, method=method)
+    assert counts(bars) == [(method, "passes", passes, passes)] * 2
+    assert shown_bars == [method]
 
 
 @pytest.mark.parametrize("method", ["gradcam", "smoothgrad", "integrated-gradients"])

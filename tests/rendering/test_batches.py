@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import phosphene as ph
+from fake_terminal import counts
 from phosphene.images.grid import DEAD
+from phosphene.progress import Bar
 from phosphene.rendering.batches import in_own_colours, is_film_frame, needs_no_pattern, never_moved
 from phosphene.rendering.recipes import RECIPES, Recipe, choice
 
@@ -26,6 +28,40 @@ QUICK = Recipe("quick", "", (16,), 2, choice("pixels", low=0.3, high=0.7), choic
 @pytest.fixture
 def model(small_net: nn.Sequential) -> ph.Model:
     return ph.load(small_net, input_size=32)
+
+
+# --- the bar
+
+
+def test_the_bar_counts_the_steps_of_every_picture(model: ph.Model, bars: list[Bar]) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watch(frame: ph.Frame) -> None:
+        seen.append((bars[0].done, bars[0].total))
+
+    ph.render(model, ph.channel("4", range(5)), QUICK, batch=2, watch=watch)
+    # two steps and the finished frame of 2, 2 and 1 pictures
+    assert seen == [(done, 10) for done in (2, 4, 4, 6, 8, 8, 9, 10, 10)]
+    ph.render(model, ph.channel("4", 0), "fast", size=16, steps=3)
+    scales = len(RECIPES["fast"].with_settings(size=16).sizes)
+    assert counts(bars)[1:] == [("1 picture", "steps", 3 * scales, 3 * scales)]
+
+
+def test_the_bar_counts_pictures_that_are_tried_again(bars: list[Bar]) -> None:
+    conv = nn.Conv2d(3, 3, 1).double()
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1).expand(3, 3, 1, 1))
+        conv.bias.fill_(-0.1)  # type: ignore[union-attr]
+    net = nn.Sequential(conv, nn.ReLU())
+    rendered = ph.render(ph.load(net, input_size=16), ph.channel("1", range(3)), QUICK, batch=3)
+    assert rendered.dead.tolist() == [True, False, True]
+    assert counts(bars) == [("3 pictures", "steps", 6 + 4, 6 + 4)]
+
+
+def test_the_bar_counts_a_batch_that_did_not_fit_anew(model: ph.Model, bars: list[Bar]) -> None:
+    with pytest.warns(UserWarning, match="out of memory with"):
+        ph.render(model, ph.channel("4", range(7)), QUICK, batch=7, watch=narrow(2))
+    assert counts(bars) == [("7 pictures", "steps", 14, 14)]
 
 
 # --- stops

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fake_terminal import counts
 from page_store import FIRST, filled
 from phosphene.errors import InvalidRequest, OutputRefused, StoreRefused
+from phosphene.progress import Bar
 from phosphene.storage.atomic import write_file
 from phosphene.storage.store import open_store
 from phosphene.web import export as module
@@ -23,9 +25,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def test_all_of_the_site_is_written_and_the_index_last(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bars: list[Bar]
 ) -> None:
-    written, progress = list[str](), list[tuple[int, int]]()
+    written: list[str] = []
 
     def write(path: Path, content: bytes) -> Path:
         written.append(str(path.relative_to(tmp_path / "out")))
@@ -33,9 +35,10 @@ def test_all_of_the_site_is_written_and_the_index_last(
 
     monkeypatch.setattr(module, "write_file", write)
     paths = list(site.paths())
-    count = export(site, tmp_path / "out", lambda *done: progress.append(done))
+    count = export(site, tmp_path / "out")
     assert count == len(paths)
-    assert progress == [(n, count) for n in range(1, count + 1)]
+    # all but the index
+    assert counts(bars) == [("export", "files", count - 1, count - 1)]
     assert (written[0], written[-1]) == (MARKER, "index.html")
     files = contents(tmp_path / "out")
     assert files.pop(MARKER).startswith(b"The files here were written by `phosphene export`")

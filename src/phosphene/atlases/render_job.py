@@ -54,6 +54,7 @@ def render_job(
             watch=film.also_calling(watch),
             facets=job.facets,
             opposite=job.opposite,
+            progress=False,
         )
         measurements = None if job.opposite else measure_filters(model, job, rendered)
     files = files_of(job, rendered, measurements)

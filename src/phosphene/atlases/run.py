@@ -24,6 +24,7 @@ from phosphene.evidence.collect import evidence
 from phosphene.evidence.photo_dataset import open_photos
 from phosphene.evidence.statistics import Evidence
 from phosphene.network.layers import Layer
+from phosphene.progress import Bar, progress_bar
 from phosphene.storage.store import Store, open_store
 
 AtlasProgress = Callable[[str, int, int], None]
@@ -56,6 +57,8 @@ def run(
     runner: Runner | None = None,
     photos: Any = None,
     watch: AtlasProgress | None = None,
+    *,
+    progress: bool = True,
 ) -> Summary:
     """Do the jobs of an atlas that are not in the store yet.
 
@@ -66,6 +69,7 @@ def run(
         runner: does the jobs; by default `LocalRunner()`.
         photos: to compare the pictures with: a folder, a parquet file, a data set; see `open_photos`.
         watch: called with what is counted ("pictures" or "photos"), how many are done, and how many there are.
+        progress: whether to show a bar; see `progress.progress_bar`.
 
     Raises:
         StoreRefused, OutputRefused, PhotoRefused: the store or the photos cannot be used, from the start.
@@ -78,7 +82,8 @@ def run(
     runner = runner or LocalRunner()
     if photos is not None:  # refused, if need be, before a store is made
         photos = open_photos(photos, atlas.model.channels_in)
-    atlas_run = AtlasRun(atlas, store if isinstance(store, Store) else open_store(store, create=True), watch)
+    opened = store if isinstance(store, Store) else open_store(store, create=True)
+    atlas_run = AtlasRun(atlas, opened, watch, progress=progress)
     with errors_with_summary(atlas_run):
         if photos is not None:
             atlas_run.collect_evidence(photos, runner)
@@ -88,9 +93,10 @@ def run(
 
 
 class AtlasRun:
-    """The progress of a run.
+    """The progress of a run, which is shown with `progress`.
 
     Attributes:
+        bar: counts the pictures in the store.
         done: the digests of the jobs in the store.
         pictures, total: of these jobs, and of the whole atlas.
         unfinished: jobs of each layer that are not in the store, by path.
@@ -99,8 +105,9 @@ class AtlasRun:
         rendered: jobs that this run has done.
     """
 
-    def __init__(self, atlas: Atlas, store: Store, watch: AtlasProgress | None) -> None:
-        self.atlas, self.store, self.watch = atlas, store, watch
+    def __init__(self, atlas: Atlas, store: Store, watch: AtlasProgress | None = None, *, progress: bool) -> None:
+        self.atlas, self.store, self.watch, self.progress = atlas, store, watch, progress
+        self.bar: Bar
         self.done: set[str] = set()
         self.pictures, self.total = 0, sum(len(job.pictures) for job in atlas.jobs)
         self.unfinished = Counter(job.layer for job in atlas.jobs)
@@ -124,17 +131,19 @@ class AtlasRun:
                 self.watch("photos", seen, total)
 
         paths = [layer.path for layer in self.atlas.layers]
-        self.evidence = evidence(model, photos, paths, size=side, store=self.store, watch=on_photos, runner=on_ray)
+        options: dict[str, Any] = {"size": side, "store": self.store, "watch": on_photos, "progress": self.progress}
+        self.evidence = evidence(model, photos, paths, **options, runner=on_ray)
 
     def finished_layers(self, runner: Runner) -> Iterator[Layer]:
         """Have the missing jobs done, and yield each layer when the last of its jobs is done."""
-        self.begin()
-        yield from (layer for layer in self.atlas.layers if not self.unfinished[layer.path])
-        with closing(runner.run(self.atlas.model, self.missing_jobs())) as outcomes:
-            for outcome in outcomes:
-                self.store_outcome(outcome)
-                if not self.unfinished[outcome.job.layer]:
-                    yield self.atlas.model.find(outcome.job.layer)
+        with progress_bar(self.atlas.model.name, "pictures", self.progress) as self.bar:
+            self.begin()
+            yield from (layer for layer in self.atlas.layers if not self.unfinished[layer.path])
+            with closing(runner.run(self.atlas.model, self.missing_jobs())) as outcomes:
+                for outcome in outcomes:
+                    self.store_outcome(outcome)
+                    if not self.unfinished[outcome.job.layer]:
+                        yield self.atlas.model.find(outcome.job.layer)
 
     def begin(self) -> None:
         """Find out which jobs are in the store already."""
@@ -197,6 +206,7 @@ class AtlasRun:
 
     def report_progress(self) -> None:
         """Pass on how many pictures are in the store."""
+        self.bar.done, self.bar.total = self.pictures, self.total
         if self.watch:
             self.watch("pictures", self.pictures, self.total)
 

@@ -1,7 +1,5 @@
 """The commands of an atlas: `atlas` makes one, `report` shows it."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +10,7 @@ from phosphene.atlases.cost import estimate
 from phosphene.atlases.plan import PER_JOB, Atlas
 from phosphene.atlases.plan import atlas as plan_atlas
 from phosphene.atlases.report import report as report_of
-from phosphene.atlases.run import AtlasProgress, Summary, run
+from phosphene.atlases.run import Summary, run
 from phosphene.atlases.runners.local import LocalRunner, worker_devices
 from phosphene.atlases.runners.pool import Runner
 from phosphene.atlases.runners.ray import RayRunner
@@ -31,7 +29,7 @@ from phosphene.cli.options import (
     batch_size,
     takes_model,
 )
-from phosphene.cli.output import check_target, progress, report, to_stderr, to_stdout
+from phosphene.cli.output import check_target, report, to_stderr, to_stdout
 from phosphene.errors import EntryNotFound, InvalidRequest, Unfinished
 from phosphene.rendering.recipes import DEFAULT, find_recipe
 from phosphene.storage.atomic import write_file
@@ -91,8 +89,7 @@ def atlas(
 def run_and_report(plan: Atlas, store: str, runner: Runner, photos: str | None, quiet: bool, as_json: bool) -> None:
     """Run an atlas and print its summary; end with exit code 1 if it stopped on the way or a job failed."""
     try:
-        with progress_of_run(quiet) as watch:
-            summary = run(plan, store, runner, photos, watch)
+        summary = run(plan, store, runner, photos, progress=not quiet)
     except Unfinished as stopped:
         if as_json and isinstance(stopped.finished, Summary):
             report([], as_json, asdict(stopped.finished))
@@ -128,24 +125,6 @@ def chosen_runner(name: str, address: str | None, workers: int | None) -> Runner
     if address is not None:
         raise InvalidRequest("--ray-address is for --runner ray; add that, or leave the address out")
     return LocalRunner(workers)
-
-
-@contextmanager
-def progress_of_run(quiet: bool, name: str = "atlas") -> Iterator[AtlasProgress]:
-    """Show the progress of a run, one bar for each unit that it counts."""
-    with ExitStack() as bars:
-        advance, unit, before = None, "", 0
-
-        def watch(counted: str, done: int, total: int) -> None:
-            nonlocal advance, unit, before
-            if counted != unit:
-                bars.close()
-                advance, unit, before = bars.enter_context(progress(name, counted, quiet)), counted, 0
-            assert advance is not None
-            advance(done - before, total)
-            before = done
-
-        yield watch
 
 
 def print_cost(plan: Atlas, store: str, workers: int | None, as_json: bool) -> None:

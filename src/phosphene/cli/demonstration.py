@@ -1,6 +1,7 @@
 """The command `demo`: what filters of trained networks respond to, as a store, and what a network makes of a photo."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -12,7 +13,6 @@ from phosphene.atlases.entries import saved_pictures
 from phosphene.atlases.plan import Atlas, atlas
 from phosphene.atlases.run import AtlasRun, errors_with_summary
 from phosphene.atlases.runners.local import LocalRunner
-from phosphene.cli.atlases import progress_of_run
 from phosphene.cli.options import AsJson, Device, Quiet
 from phosphene.cli.output import report, to_stderr, to_stdout
 from phosphene.cli.web import check_web_extra, print_and_open, serve_place
@@ -63,8 +63,8 @@ def demo(
     if and_serve:
         check_web_extra()
     paths = []
-    with progress_of_run(quiet, "demo") as watch:
-        for path in demonstrate(out, torch_device(device), watch):
+    with closing(demonstrate(out, torch_device(device), not quiet)) as drawn:
+        for path in drawn:
             paths.append(path)
             if not as_json:
                 to_stdout(path)
@@ -79,15 +79,10 @@ def demo(
         to_stderr(f"to browse it: phosphene serve {out}")
 
 
-def demonstrate(
-    folder: Path, device: str | torch.device = "cpu", watch: Callable[[str, int, int], None] | None = None
-) -> Iterator[Path]:
+def demonstrate(folder: Path, device: str | torch.device = "cpu", progress: bool = True) -> Generator[Path, None, None]:
     """Draw filters of every block of two built-in networks into a store, and what they see in a photo.
 
     Yields the path of each picture once it is written. Finished jobs in the store are skipped.
-
-    Args:
-        watch: see `run`.
     """
     store = open_store(folder / STORE, create=True)
     models = {sheet: load(sheet.model, device=device) for sheet in SHEETS}
@@ -96,22 +91,22 @@ def demonstrate(
         for sheet, model in models.items()
     ]
     for plan in plans:
-        for layer, picture in sheets(store, plan, watch):
+        for layer, picture in sheets(store, plan, progress):
             name = f"{plan.model.name.removeprefix('builtin/')}_{layer.path}.png"
             yield write_file(folder / name, png(picture, {**plan.model.origin, "layer": layer.path}))
     with as_file(files("phosphene").joinpath("data", PHOTO)) as path:
         photo = read(path)
-    yield from activations(models[VGG19], photo, ACTIVATION_LAYERS).save(folder / "activations")
-    yield explain(models[LITE0], photo).save(folder / "heat_map.png", photo)
+    yield from activations(models[VGG19], photo, ACTIVATION_LAYERS).save(folder / "activations", progress=progress)
+    yield explain(models[LITE0], photo, progress=progress).save(folder / "heat_map.png", photo)
 
 
-def sheets(store: Store, plan: Atlas, watch: Callable[[str, int, int], None] | None) -> Iterator[tuple[Layer, Picture]]:
+def sheets(store: Store, plan: Atlas, progress: bool) -> Iterator[tuple[Layer, Picture]]:
     """Yield each layer with the sheet of its pictures, see `filter_sheet`, as soon as the layer is finished.
 
     Raises:
         Unfinished: a picture could not be drawn.
     """
-    atlas_run = AtlasRun(plan, store, watch)
+    atlas_run = AtlasRun(plan, store, progress=progress)
     with errors_with_summary(atlas_run):
         for layer in atlas_run.finished_layers(LocalRunner()):
             done = [job for job in plan.jobs_of(layer) if job.digest in atlas_run.done]

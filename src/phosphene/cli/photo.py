@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from phosphene.cli.options import AsJson, OpenModel, Quiet, address, takes_model
-from phosphene.cli.output import check_target, progress, report, to_stderr, to_stdout
+from phosphene.cli.output import check_target, report, to_stderr, to_stdout
 from phosphene.errors import InvalidRequest, PhotoRefused
 from phosphene.images.photo import SUFFIXES, read
 from phosphene.inspection.activations import activations as read_activations
@@ -16,6 +16,7 @@ from phosphene.inspection.explain import Explainer, explaining
 from phosphene.inspection.heatmap import Heatmap
 from phosphene.inspection.overlay import STYLES
 from phosphene.network.model import Model
+from phosphene.progress import progress_bar
 from phosphene.storage.atomic import check_writable, write_manifest
 
 BATCH = 8  # photos of a folder that go through the network at once
@@ -37,7 +38,9 @@ def activations(
     check_writable(out, folder=True)
     model = open_model()
     maps = read_activations(model, read(photo, model.channels_in), layers)
-    report(maps.save(out, channel), as_json, {**maps.spec, "layers": maps.rows()} if as_json else {})
+    report(
+        maps.save(out, channel, progress=not quiet), as_json, {**maps.spec, "layers": maps.rows()} if as_json else {}
+    )
 
 
 @takes_model
@@ -70,7 +73,8 @@ def cam(
     files = photos_in(photo) if photo.is_dir() else []
     model = open_model()
     image = None if files else read(photo, model.channels_in)
-    with explaining(model, None if layer is None else address(layer), method) as explainer:
+    single = not quiet and image is not None  # a folder has a bar of its own
+    with explaining(model, None if layer is None else address(layer), method, progress=single) as explainer:
         if not quiet:
             to_stderr(f"{method} at {explainer.spec['layer']}")
         if image is None:
@@ -115,7 +119,8 @@ def explain_folder(
     names, refused = output_names(files), dict[str, str]()
     done: list[dict[str, Any]] = []
     try:
-        with progress(f"{len(files)} photos", "photos", quiet) as advance:
+        with progress_bar(explainer.spec["method"], "photos", not quiet) as bar:
+            bar.total = len(files)
             for start in range(0, len(files), BATCH):
                 batch = files[start : start + BATCH]
                 photos = dict(readable(explainer.model, batch, refused))
@@ -125,7 +130,7 @@ def explain_folder(
                     done.append({"photo": path.name, "file": written.name, **heat.metadata()})
                     if not as_json:
                         to_stdout(written)
-                advance(len(batch), len(files))
+                bar.done += len(batch)
     finally:
         manifest = write_manifest(out / "manifest.json", {"photos": done, "refused": refused})
     report([out / row["file"] for row in done] * as_json + [manifest], as_json, {"photos": done, "refused": refused})

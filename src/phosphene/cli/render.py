@@ -1,6 +1,6 @@
 """The commands that render: `filters` and `dream`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,14 +23,13 @@ from phosphene.cli.options import (
     chosen_layer,
     takes_model,
 )
-from phosphene.cli.output import check_target, progress, report, to_stderr
+from phosphene.cli.output import check_target, report, to_stderr
 from phosphene.errors import InvalidRequest, LayerRefused, Unfinished
 from phosphene.images.encode import png
 from phosphene.images.photo import read
 from phosphene.network.channel_ranges import parse_channels
 from phosphene.network.layers import Layer, file_prefix
 from phosphene.network.model import Model
-from phosphene.rendering.gradient_ascent import Frame
 from phosphene.rendering.objectives import Objective, channel, logit, neuron
 from phosphene.rendering.objectives import layer as whole_layer
 from phosphene.rendering.recipes import DEFAULT, find_recipe
@@ -40,18 +39,6 @@ from phosphene.rendering.result import Rendered
 from phosphene.storage.atomic import write_file
 
 OBJECTIVES = ("channel", "neuron", "logit", "layer")
-
-
-@contextmanager
-def progress_of_frames(pictures: int, quiet: bool) -> Iterator[Callable[[Frame], None]]:
-    """Show a progress bar for renders, and yield the function that takes each `Frame`."""
-    with progress(f"{pictures} pictures", "steps", quiet) as advance:
-
-        def watch(frame: Frame) -> None:
-            if frame.step < frame.steps:
-                advance(len(frame.items), pictures * frame.steps)
-
-        yield watch
 
 
 @takes_model
@@ -88,8 +75,8 @@ def filters(
         check_target(film, ".gif", folders=False)
     settings = dict[str, Any](size=size, steps=steps, seed=seed, batch=batch_size(batch), precision=precision)
     settings |= {"facets": facets, "opposite": opposite, "film": 24 if film else 0}
-    with keeping_finished(target, film, as_json), progress_of_frames(score.n * facets, quiet) as watch:
-        rendered = render(handle, score, recipe, **settings, watch=watch)
+    with keeping_finished(target, film, as_json):
+        rendered = render(handle, score, recipe, **settings, progress=not quiet)
     report(write(rendered, target, film), as_json, facts(rendered))
     if not quiet:
         warn_of_dead(rendered, handle, target_layer)
@@ -180,6 +167,5 @@ def dream(
     handle = open_model()
     image = read(photo, handle.channels_in)
     path = chosen_layer(handle, layer, quiet).path
-    with progress_of_frames(1, quiet) as watch:
-        rendered = render_dream(handle, image, path, recipe, size=size, steps=steps, seed=seed, watch=watch)
+    rendered = render_dream(handle, image, path, recipe, size=size, steps=steps, seed=seed, progress=not quiet)
     report([write_file(out, png(rendered.pictures[0], rendered.metadata(0)))], as_json, facts(rendered))

@@ -25,7 +25,7 @@ from phosphene.cli.options import (
     Weights,
     load_from_options,
 )
-from phosphene.cli.output import progress, report, to_stderr, to_stdout
+from phosphene.cli.output import report, to_stderr, to_stdout
 from phosphene.errors import InvalidRequest, require_extra
 from phosphene.network.loading import torch_device
 from phosphene.storage.atomic import check_writable
@@ -186,6 +186,5 @@ def export(
     check_writable(out, folder=True)
     contents = stores_and_records_at(place)
     pages = Site(StoreReader(contents.stores), trainings(contents.histories), damaged=contents.damaged)
-    with progress("export", "files", quiet) as advance:
-        count = export_site(pages, out, lambda _, total: advance(1, total))
+    count = export_site(pages, out, progress=not quiet)
     report([out / "index.html"], as_json, {"written": count})

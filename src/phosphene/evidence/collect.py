@@ -23,6 +23,7 @@ from phosphene.evidence.statistics import Evidence, layer_statistics, load_evide
 from phosphene.evidence.top_photos import NO_PHOTO, TopPhotos
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
+from phosphene.progress import Bar, progress_bar
 from phosphene.storage.store import Store, digest_of
 
 TOP = 9
@@ -44,6 +45,7 @@ def evidence(
     watch: PhotoProgress | None = None,
     save_interval: float = SAVE_INTERVAL,
     runner: PhotoRunner | None = None,
+    progress: bool = True,
 ) -> Evidence:
     """Return what photos do to every channel of layers, from one pass that ends at the deepest of them.
 
@@ -60,6 +62,7 @@ def evidence(
         watch: called with (n, total): n more of all the photos are done.
         save_interval: seconds between two partial results.
         runner: runs the photos through the network, by default in this process; see `atlases.runners.ray_photos`.
+        progress: whether to show a bar; see `progress.progress_bar`.
 
     Raises:
         LayerNotFound, LayerRefused, SizeRefused, InvalidRequest, OutOfMemory.
@@ -73,8 +76,10 @@ def evidence(
     digest = digest_of(photo_pass.spec)
     if store and store.has("evidence", digest):
         return load_evidence(store, digest)
-    partial = collect_partials(photo_pass, store, watch, save_interval, runner or PhotoPass.partials)
-    result = assemble(photo_pass, partial)
+    with progress_bar("evidence", "photos", progress) as bar:
+        partial = collect_partials(photo_pass, store, watch, save_interval, runner or PhotoPass.partials, bar)
+    with progress_bar("crops", "photos", progress) as bar:
+        result = assemble(photo_pass, partial, bar)
     if store:
         store.put("evidence", digest, result.files(), {key: result.about[key] for key in ("spec", "seen", "lost")})
     return result
@@ -108,16 +113,22 @@ def layers_with_maps(model: Model, layers: str | Sequence[str | int]) -> list[La
 
 
 def collect_partials(
-    photo_pass: PhotoPass, store: Store | None, watch: PhotoProgress | None, save_interval: float, runner: PhotoRunner
+    photo_pass: PhotoPass,
+    store: Store | None,
+    watch: PhotoProgress | None,
+    save_interval: float,
+    runner: PhotoRunner,
+    bar: Bar,
 ) -> Partial:
     """Return the result of all photos; chunks are merged in their order, so that sums are rounded alike."""
     name = f"evidence/{digest_of(photo_pass.spec)}/{PARTIAL}"
     done, merged = load_partial(store, name, photo_pass)
-    total, saved = len(photo_pass.photos), monotonic()
+    bar.total, saved = len(photo_pass.photos), monotonic()
 
     def report(more: int) -> None:
+        bar.done += more
         if watch:
-            watch(more, total)
+            watch(more, bar.total)
 
     report(merged.seen + merged.lost)
     with closing(runner(photo_pass, range(done, photo_pass.chunk_count), report)) as partials:
@@ -156,8 +167,8 @@ def unpack_partial(content: bytes) -> tuple[int, Partial]:
     return done, Partial(top_photos, sketch, seen, lost, tuple(RefusedPhoto(*photo) for photo in refused))
 
 
-def assemble(photo_pass: PhotoPass, partial: Partial) -> Evidence:
-    """Return the result of a pass, with the crops cut out of the strongest photos.
+def assemble(photo_pass: PhotoPass, partial: Partial, bar: Bar) -> Evidence:
+    """Return the result of a pass, with the crops cut out of the strongest photos, which the bar counts.
 
     Raises:
         PhotoRefused: not one photo could be read.
@@ -179,4 +190,4 @@ def assemble(photo_pass: PhotoPass, partial: Partial) -> Evidence:
         "rows": crops.ROWS,
         "thumbnails": crops.thumbnails(photo_pass, top),
     }
-    return Evidence(statistics, about, dict(crops.sheets(photo_pass, top)))
+    return Evidence(statistics, about, dict(crops.sheets(photo_pass, top, bar)))

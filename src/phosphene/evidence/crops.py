@@ -21,6 +21,7 @@ from phosphene.images.encode import webp
 from phosphene.images.grid import EMPTY, picture
 from phosphene.images.sprites import thumbnail, tile_size
 from phosphene.network.layers import Layer
+from phosphene.progress import Bar
 
 TILE = 64  # pixels of a tile's longer side
 ROWS = 128  # channels of a sheet, which keeps it below WebP's limit of 16,383 px
@@ -117,14 +118,14 @@ def thumbnails(photo_pass: PhotoPass, top: Sequence[TopPositions]) -> dict[str, 
     return {"tile": tile, "columns": ACROSS, "rows": ACROSS, "photos": photos, "sheets": files}
 
 
-def sheets(photo_pass: PhotoPass, top: Sequence[TopPositions]) -> Iterator[tuple[str, bytes]]:
+def sheets(photo_pass: PhotoPass, top: Sequence[TopPositions], bar: Bar) -> Iterator[tuple[str, bytes]]:
     """Yield the sheets of all layers and of the photos, by name. Only the strongest photos are read again.
 
-    Each is read once for as many layers as fit the memory together, usually for all of them.
+    Each is read once for as many layers as fit the memory together, usually for all of them. The bar counts them.
     """
     photos = whole_photos(top)
     for layers in layer_groups([layer.photos.numel() for layer in top]):
-        yield from fill_sheets(photo_pass, {layer: top[layer] for layer in layers}, photos)
+        yield from fill_sheets(photo_pass, {layer: top[layer] for layer in layers}, photos, bar)
         photos = []  # they were all shown the first time
 
 
@@ -141,13 +142,16 @@ def layer_groups(tiles: Sequence[int]) -> Iterator[list[int]]:
 
 
 def fill_sheets(
-    photo_pass: PhotoPass, top: Mapping[int, TopPositions], photos: Sequence[int]
+    photo_pass: PhotoPass, top: Mapping[int, TopPositions], photos: Sequence[int], bar: Bar
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the sheets of layers, by name, and those of photos (ascending); of the latter one at a time is filled."""
     pages, tiles = blank_sheets(top), tiles_by_photo(top)
     indices = {photo: index for index, photo in enumerate(photos)}
     width, height = photo_tile_size(photo_pass)
-    for photo, image in network_views(photo_pass, sorted({*tiles, *photos})):
+    shown = sorted({*tiles, *photos})
+    bar.total += len(shown)
+    for photo, image in network_views(photo_pass, shown):
+        bar.done += 1
         for name, corner, tile in cut_tiles(photo_pass, image, tiles.get(photo, ())):
             pages[name].paste(tile, corner)
         if photo in indices:

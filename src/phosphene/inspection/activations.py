@@ -23,6 +23,7 @@ from phosphene.network.feature_maps import token_grid
 from phosphene.network.layers import Layers, file_prefix
 from phosphene.network.memory import is_out_of_memory
 from phosphene.network.model import Model
+from phosphene.progress import progress_bar
 from phosphene.storage.atomic import check_writable, write_file, write_manifest
 
 COLUMNS, GAP = 16, 2  # channels per row (R4.1), and pixels between them
@@ -199,10 +200,11 @@ class Activations(Mapping[str, Tensor]):
         note += f" · page {page + 1} of {self.summary_pages}" if self.summary_pages > 1 else ""
         return captions.with_caption(sheet, f"{self.spec['model']}, layer by layer", note)
 
-    def save(self, folder: str | Path, channel: int | None = None) -> list[Path]:
+    def save(self, folder: str | Path, channel: int | None = None, progress: bool = True) -> list[Path]:
         """Write the grid of every layer, or one channel of it, the summary, and `manifest.json` last; return the paths.
 
         A layer's file is `activations_<layer>.png`, further pages `activations_<layer>_page2.png` …
+        `progress` shows a bar; see `progress.progress_bar`.
 
         Raises:
             OutputRefused: the folder cannot be written. ChannelNotFound: a layer does not have the channel.
@@ -212,8 +214,12 @@ class Activations(Mapping[str, Tensor]):
         if channel is not None:
             for path in self:
                 check_channel(path, channel, len(self.maps(path)))
-        names = self.file_names(channel)
-        files = {path: list(self.write_layer(target, name, path, channel)) for path, name in names.items()}
+        files: dict[str, list[Path]] = {}
+        with progress_bar("activations", "layers", progress) as bar:
+            bar.total = len(self)
+            for path, name in self.file_names(channel).items():
+                files[path] = list(self.write_layer(target, name, path, channel))
+                bar.done += 1
         summary = [
             write_file(target / f"{page_name('summary', page)}.png", encode.png(self.summary_picture(page), self.spec))
             for page in range(self.summary_pages)

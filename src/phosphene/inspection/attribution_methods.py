@@ -16,6 +16,7 @@ from torch import Tensor
 
 Cam = Callable[[Tensor, Tensor], Tensor]
 InputGradient = Callable[[Tensor], Tensor]
+SAMPLES, STEPS = 24, 32  # of `smoothgrad`, of `integrated_gradients`
 
 
 def weighted(acts: Tensor, weights: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def gradient(input_gradient: InputGradient, images: Tensor) -> Tensor:
     return input_gradient(images).sum(1)
 
 
-def smoothgrad(input_gradient: InputGradient, images: Tensor, samples: int = 24, noise: float = 0.15) -> Tensor:
+def smoothgrad(input_gradient: InputGradient, images: Tensor, samples: int = SAMPLES, noise: float = 0.15) -> Tensor:
     """Return the gradient's sum over channels, its mean over noisy copies (Smilkov 2017, arXiv:1706.03825).
 
     Signed; its size is shown. (The mean of ABSOLUTE gradients would show the photo's edges: with the classifier's
@@ -119,7 +120,7 @@ def smoothgrad(input_gradient: InputGradient, images: Tensor, samples: int = 24,
     return (total / samples).sum(1)
 
 
-def integrated_gradients(input_gradient: InputGradient, images: Tensor, steps: int = 32) -> Tensor:
+def integrated_gradients(input_gradient: InputGradient, images: Tensor, steps: int = STEPS) -> Tensor:
     """Return the image times its gradient, the mean along the way from black (Sundararajan 2017, arXiv:1703.01365).
 
     Signed, summed over channels: the map's sum tends to the class score of the image minus that of black. Black parts
@@ -136,4 +137,5 @@ INPUT_METHODS: dict[str, Callable[[InputGradient, Tensor], Tensor]] = {
     "smoothgrad": smoothgrad,
     "integrated-gradients": integrated_gradients,
 }
+PASSES = {"smoothgrad": SAMPLES, "integrated-gradients": STEPS}  # through the network and back; else one
 SHOWN_BY_SIZE = ("gradient", "smoothgrad")  # whether a pixel should be lighter or darker is no evidence

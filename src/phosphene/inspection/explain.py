@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest, LayerRefused
 from phosphene.images.photo import Region
-from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS, Cam
+from phosphene.inspection.attribution_methods import CAMS, INPUT_METHODS, PASSES, Cam
 from phosphene.inspection.class_scores import ClassScore, class_indices, class_name, class_probabilities, target_logits
 from phosphene.inspection.default_layer import default_layer
 from phosphene.inspection.heatmap import Heatmap
@@ -21,6 +21,7 @@ from phosphene.network.batchnorm_folding import BatchNormFolding
 from phosphene.network.feature_maps import as_map
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
+from phosphene.progress import progress_bar
 
 Address = str | int
 Target = int | str | None
@@ -29,7 +30,13 @@ LEAST_BATCH = 4  # fewest images for which it pays to lay out the weights anew
 
 
 def explain(
-    model: Model, photo: Tensor, target: Target = None, *, layer: Address | None = None, method: str | Cam = "gradcam"
+    model: Model,
+    photo: Tensor,
+    target: Target = None,
+    *,
+    layer: Address | None = None,
+    method: str | Cam = "gradcam",
+    progress: bool = True,
 ) -> Heatmap:
     """Return where on a photo the evidence for a class lies.
 
@@ -42,6 +49,7 @@ def explain(
         method: a name from `CAMS` or `INPUT_METHODS`, or a function (acts, grads), each (b, c, h, w), -> (b, h, w).
             The methods of `INPUT_METHODS` look at the image itself and take no layer. Guided backpropagation is not
             offered: it fails the sanity checks of Adebayo 2018. For `gradcam++`, `layercam`, `eigencam` see CAUTIONS.
+        progress: whether the methods of many passes show a bar; see `progress.progress_bar`.
 
     Raises:
         LayerNotFound, ChannelNotFound: there is no such layer, or class.
@@ -51,12 +59,14 @@ def explain(
     Example:
         >>> explain(load("builtin/efficientnet-lite0"), photo).overlay(photo).save("cam.png")
     """
-    with explaining(model, layer, method) as explainer:
+    with explaining(model, layer, method, progress=progress) as explainer:
         return explainer(photo, target)
 
 
 @contextmanager
-def explaining(model: Model, layer: Address | None = None, method: str | Cam = "gradcam") -> Iterator[Explainer]:
+def explaining(
+    model: Model, layer: Address | None = None, method: str | Cam = "gradcam", *, progress: bool = True
+) -> Iterator[Explainer]:
     """Borrow a network once to explain many photos, one after another or in batches; nothing is kept between them.
 
     Example:
@@ -75,7 +85,7 @@ def explaining(model: Model, layer: Address | None = None, method: str | Cam = "
     addresses = [*roots, model.logits]
     folding = model.folding(addresses)
     with model.reading(addresses, roots) as read:
-        yield Explainer(model, target_layer, method, read, folding)
+        yield Explainer(model, target_layer, method, read, folding, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +101,7 @@ class Explainer:
     method: str | Cam
     read: Callable[[Tensor], dict[Address, Tensor]]
     folding: BatchNormFolding
+    progress: bool
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -179,9 +190,14 @@ class Explainer:
         def input_gradient(batch: Tensor) -> Tensor:
             leaf = batch.detach().requires_grad_()
             scores = target_logits(self.logits(self.read(leaf), len(leaf)), indices, self.model.labels)
-            return torch.autograd.grad(scores.sum(), leaf)[0]
+            gradient = torch.autograd.grad(scores.sum(), leaf)[0]
+            bar.done += 1
+            return gradient
 
-        return INPUT_METHODS[str(self.method)](input_gradient, images.detach()), logits
+        name = str(self.method)
+        with progress_bar(name, "passes", self.progress) as bar:
+            bar.total = PASSES.get(name, 1)
+            return INPUT_METHODS[name](input_gradient, images.detach()), logits
 
     def logits(self, values: dict[Address, Tensor], count: int) -> Tensor:
         """Return the class scores (b, k) from what `read` returned for `count` images.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from phosphene.errors import Interrupted, LayerRefused, OutOfMemory, Unfinished, first_line
 from phosphene.network.memory import is_out_of_memory
+from phosphene.progress import Bar
 from phosphene.rendering.engine.cuda_graph import ascend_with_cuda_graph
 from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, ascend, clean_scores
 from phosphene.rendering.result import Rendered
@@ -74,10 +75,10 @@ class RenderedBatch(NamedTuple):
         return self._replace(revived=tuple(self.items[row] for row, _ in revived))
 
 
-def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch]:
+def collect_batches(plan: RenderPlan, watch: Watch | None, bar: Bar) -> list[RenderedBatch]:
     """Return all pictures of an objective in batches; a batch that does not fit the memory is halved.
 
-    The facets of one filter stay in one batch.
+    The facets of one filter stay in one batch. The bar counts the steps of each picture.
 
     Raises:
         OutOfMemory: not even one picture fits.
@@ -85,11 +86,12 @@ def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch
     """
     finished: list[RenderedBatch] = []
     remaining, at_once, facets = list(range(plan.ascent.objective.n)), plan.batch, plan.ascent.facets
+    bar.total = len(remaining) * plan.ascent.total_steps
     with keeping_finished(finished, plan):
         while remaining:
-            items = remaining[:at_once]
+            items, counted = remaining[:at_once], (bar.done, bar.total)
             try:
-                finished.append(retry_unmoved(plan, render_batch(plan, items, watch), watch))
+                finished.append(retry_unmoved(plan, render_batch(plan, items, watch, bar), watch, bar))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -98,7 +100,7 @@ def collect_batches(plan: RenderPlan, watch: Watch | None) -> list[RenderedBatch
                     raise OutOfMemory(
                         f"not even {one} of {plan.ascent.recipe.size} px fits in memory; give a smaller size"
                     ) from error
-                at_once = len(items) // facets // 2 * facets
+                at_once, (bar.done, bar.total) = len(items) // facets // 2 * facets, counted
                 # 3: the line that called `render`
                 warnings.warn(
                     f"out of memory with {len(items)} pictures at once; going on with {at_once}", stacklevel=3
@@ -124,7 +126,9 @@ def keeping_finished(finished: Sequence[RenderedBatch], plan: RenderPlan) -> Ite
         raise Unfinished(f"{first_line(error)}; {len(rendered)} of {count} are done", rendered) from error
 
 
-def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_steps: int = 0) -> RenderedBatch:
+def render_batch(
+    plan: RenderPlan, items: list[int], watch: Watch | None, bar: Bar, leaky_steps: int = 0
+) -> RenderedBatch:
     """Render the given pictures at once; see `AscentPlan` for `leaky_steps`."""
     ascent = replace(plan.ascent, leaky_steps=leaky_steps)
     loop = ascend_with_cuda_graph if ascent.prototype_tensor.is_cuda and not leaky_steps else ascend
@@ -137,6 +141,7 @@ def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_
             check_finite(start_scores, ascent, items)
         if frame.step < frame.steps:
             history.append(frame.scores)
+            bar.done += len(items)
         if plan.film and is_film_frame(frame, plan.film):
             moments.append(frame.image.cpu())
         if watch:
@@ -158,7 +163,7 @@ def render_batch(plan: RenderPlan, items: list[int], watch: Watch | None, leaky_
     )
 
 
-def retry_unmoved(plan: RenderPlan, batch: RenderedBatch, watch: Watch | None) -> RenderedBatch:
+def retry_unmoved(plan: RenderPlan, batch: RenderedBatch, watch: Watch | None, bar: Bar) -> RenderedBatch:
     """Render again, with leaky rectifiers in the first steps, those pictures that never left their start.
 
     Facets are rendered again together, for each is kept apart from the others; those that have left keep their picture.
@@ -168,8 +173,9 @@ def retry_unmoved(plan: RenderPlan, batch: RenderedBatch, watch: Watch | None) -
     items = [item for item in batch.items if item // facets in filters]
     if not items:
         return batch
+    bar.total += len(items) * plan.ascent.total_steps
     leaky_steps = max(1, round(LEAKY_SHARE * plan.ascent.total_steps))
-    return batch.with_revived(render_batch(plan, items, watch, leaky_steps))
+    return batch.with_revived(render_batch(plan, items, watch, bar, leaky_steps))
 
 
 def check_finite(scores: Tensor, ascent: AscentPlan, items: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from phosphene.arguments import whole_number
 from phosphene.errors import SizeRefused
 from phosphene.network.model import Model
+from phosphene.progress import progress_bar
 from phosphene.rendering.batches import RenderPlan, Watch, assemble, collect_batches
 from phosphene.rendering.engine.batch_size import check_batch, chosen_batch
 from phosphene.rendering.engine.forward import fast_forward_pass
@@ -37,6 +38,7 @@ def render(
     watch: Watch | None = None,
     facets: int = 1,
     opposite: bool = False,
+    progress: bool = True,
 ) -> Rendered:
     """Return the pictures that excite an objective most.
 
@@ -55,6 +57,7 @@ def render(
         photo: (1, c, h, w) in [0, 1] to start from in place of noise.
         watch: called with every `Frame`.
         facets: different pictures of each filter; `opposite`: of what suppresses it most. Scores stay the network's.
+        progress: whether to show a bar; see `progress.progress_bar`.
 
     Raises:
         LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, SizeRefused, InvalidRequest, OutOfMemory.
@@ -65,8 +68,12 @@ def render(
         >>> render(load("builtin/vgg19"), channel("block3_conv1", range(4)), "fast").grid().save("grid.png")
     """
     recipe = find_recipe(recipe).with_settings(size, steps, seed)
-    with prepare(model, objective, recipe, size is not None, batch, precision, film, photo, facets, opposite) as plan:
-        batches = collect_batches(plan, watch)
+    count = objective.n * facets
+    with (
+        progress_bar(f"{count} picture{'s' * (count > 1)}", "steps", progress) as bar,
+        prepare(model, objective, recipe, size is not None, batch, precision, film, photo, facets, opposite) as plan,
+    ):
+        batches = collect_batches(plan, watch, bar)
     return assemble(batches, plan)
 
 
@@ -163,6 +170,7 @@ def dream(
     steps: int | None = None,
     seed: int | None = None,
     watch: Watch | None = None,
+    progress: bool = True,
 ) -> Rendered:
     """Return a photo (1, c, h, w) changed so that a layer sees more of what it already sees in it (DeepDream).
 
@@ -171,4 +179,7 @@ def dream(
     model.check_photo(photo)
     short = min(photo.shape[-2:])
     side = min(short, find_recipe(recipe).size) if size is None else size
-    return render(model, layer(address), recipe, size=side, steps=steps, seed=seed, photo=photo, watch=watch)
+    objective = layer(address)
+    return render(
+        model, objective, recipe, size=side, steps=steps, seed=seed, photo=photo, watch=watch, progress=progress
+    )

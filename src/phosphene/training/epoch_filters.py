@@ -46,7 +46,7 @@ class EpochFilters(NamedTuple):
     def render_all(self) -> tuple[Rendered | None, tuple[str, ...]]:
         """Return the filters as they are now, or None and why they were not rendered."""
         try:
-            return render(self.model, channel(self.layer, self.channels), self.recipe), ()
+            return render(self.model, channel(self.layer, self.channels), self.recipe, progress=False), ()
         except Interrupted:
             raise
         except Exception as error:  # the training continues whatever it is

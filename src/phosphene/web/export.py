@@ -1,10 +1,11 @@
 """Write the site as plain files, for any web host or for none."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from phosphene.errors import InvalidRequest, OutputRefused
+from phosphene.progress import progress_bar
 from phosphene.storage.atomic import check_writable, write_file
 from phosphene.web.site import Site
 
@@ -16,13 +17,13 @@ MARKER_TEXT = (
 )
 
 
-def export(site: Site, folder: Path, watch: Callable[[int, int], None] | None = None) -> int:
+def export(site: Site, folder: Path, progress: bool = True) -> int:
     """Write all pages and files of a site into a folder, the index last, and return how many.
 
     Args:
         folder: new, empty, or holding an earlier export, which is overwritten: files of it that this export does not
             have are removed.
-        watch: called with the number of files written and their total.
+        progress: whether to show a bar; see `progress.progress_bar`.
 
     Raises:
         InvalidRequest: the folder holds anything else.
@@ -33,16 +34,15 @@ def export(site: Site, folder: Path, watch: Callable[[int, int], None] | None = 
     paths = [path for path in dict.fromkeys(site.paths()) if path != INDEX]
     earlier = exported_paths(folder)
     write_file(folder / MARKER, marker_text([*paths, INDEX, *earlier]))  # of both exports, if this is interrupted
-    for done, path in enumerate(paths, 1):
-        write_file(folder / path, site.get(path).body)
-        if watch:
-            watch(done, len(paths) + 1)
+    with progress_bar("export", "files", progress) as bar:
+        bar.total = len(paths)
+        for path in paths:
+            write_file(folder / path, site.get(path).body)
+            bar.done += 1
     kept = {path.casefold() for path in (*paths, INDEX)}  # some disks do not tell "A" from "a"
     remove_files(folder, [path for path in earlier if path.casefold() not in kept])
     write_file(folder / MARKER, marker_text([*paths, INDEX]))
     write_file(folder / INDEX, site.get(INDEX).body)
-    if watch:
-        watch(len(paths) + 1, len(paths) + 1)
     return len(paths) + 1
 
 

@@ -117,10 +117,11 @@ def test_classes_and_map_are_those_of_explain(
     assert of(result["picture"]) == encode.webp(heat.overlay(photo(), legend=False), 80)
 
 
-def test_a_method_that_looks_at_the_image_takes_no_layer() -> None:
+def test_a_method_that_looks_at_the_image_takes_no_layer(shown_bars: list[str]) -> None:
     result = explanation(classifying(), photo(), "gradient", "conv2", "cat")
     assert (result["layer"], result["map"]) == ("input", [24, 24])
     assert result["target"]["name"] == "cat"
+    assert shown_bars == []  # in the terminal of the server
 
 
 def test_a_silent_map_says_so() -> None:

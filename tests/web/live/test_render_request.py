@@ -88,12 +88,13 @@ def test_the_recipes_to_choose_from_are_told_with_their_settings(reader: StoreRe
     assert choices["recipes"]["rms"] == {"size": 150, "steps": 40, "seed": 0}
 
 
-def test_a_recipe_without_a_name_has_no_command(tmp_path: Path) -> None:
+def test_a_recipe_without_a_name_has_no_command(tmp_path: Path, shown_bars: list[str]) -> None:
     model = tiny_model()
     recipe = replace(RECIPES["fast"].with_settings(16, 3), blur=3, name="mine")
-    run(tiny_atlas(model, recipe=recipe), tmp_path, InProcessRunner())
+    run(tiny_atlas(model, recipe=recipe), tmp_path, InProcessRunner(), progress=False)
     ((_, facts),) = StoreReader([open_store(tmp_path)]).atlases()
     done = render_response(model, facts, RenderRequest(".0", 0), lambda *_: None)
     assert done["command"] == ""
+    assert shown_bars == []  # in the terminal of the server
     named = render_response(model, facts, RenderRequest(".0", 0, "fast", 16, 3), lambda *_: None)
     assert named["command"].startswith("phosphene filters Sequential .0 --channels 0 --recipe fast --size 16 --steps 3")

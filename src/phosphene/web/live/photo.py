@@ -62,7 +62,8 @@ def explanation(model: Model, photo: Tensor, method: str, layer: str | None, tar
     A network that is no classifier has no classes and no heat map: the picture is then the photo itself.
     """
     try:
-        heat = explain(model, photo, target, layer=None if method in INPUT_METHODS else layer, method=method)
+        layer = None if method in INPUT_METHODS else layer
+        heat = explain(model, photo, target, layer=layer, method=method, progress=False)
     except LayerRefused:
         if classifies(model):
             raise

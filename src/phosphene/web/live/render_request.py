@@ -111,7 +111,11 @@ def render_response(
     """Render what is requested and return the facts of `done`; `watch` gets each frame and its display rule."""
     recipe, size = request.settings(atlas)
     objective = channel(request.layer, [request.channel])
-    rendered = render(model, objective, recipe, size=size, batch=1, watch=lambda frame: watch(frame, recipe.display))
+
+    def on_frame(frame: Frame) -> None:
+        watch(frame, recipe.display)
+
+    rendered = render(model, objective, recipe, size=size, batch=1, watch=on_frame, progress=False)
     return {
         "score": finite_or_none(float(rendered.scores[0])),
         "start_score": finite_or_none(float(rendered.start_scores[0])),
