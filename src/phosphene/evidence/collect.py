@@ -23,7 +23,7 @@ from phosphene.evidence.statistics import Evidence, layer_statistics, load_evide
 from phosphene.evidence.top_photos import NO_PHOTO, TopPhotos
 from phosphene.network.layers import Layer
 from phosphene.network.model import Model
-from phosphene.progress import Bar, progress_bar
+from phosphene.progress import progress_bar
 from phosphene.storage.store import Store, digest_of
 
 TOP = 9
@@ -55,14 +55,12 @@ def evidence(
         model: from `load`; it is used as it is and left as it was.
         photos: a folder, a Parquet file, `package.module:callable`, or a dataset; see `open_photos`.
         layers: addresses, or a glob, which means those of its layers that have maps.
-        size: side in pixels at which the network sees the photos, by default its own input size.
-        top: how many of the strongest photos to keep for each channel.
+        size: side in pixels of what the network sees, by default its own input size; `top`: photos kept per channel.
         store: keeps the result, or already has it. During the pass the partial result is saved there now and then, so
             that an interrupted pass goes on from it.
         watch: called with (n, total): n more of all the photos are done.
-        save_interval: seconds between two partial results.
+        save_interval: seconds between two partial results; `progress`: whether to show a bar, see `progress_bar`.
         runner: runs the photos through the network, by default in this process; see `atlases.runners.ray_photos`.
-        progress: whether to show a bar; see `progress.progress_bar`.
 
     Raises:
         LayerNotFound, LayerRefused, SizeRefused, InvalidRequest, OutOfMemory.
@@ -76,10 +74,8 @@ def evidence(
     digest = digest_of(photo_pass.spec)
     if store and store.has("evidence", digest):
         return load_evidence(store, digest)
-    with progress_bar("evidence", "photos", progress) as bar:
-        partial = collect_partials(photo_pass, store, watch, save_interval, runner or PhotoPass.partials, bar)
-    with progress_bar("crops", "photos", progress) as bar:
-        result = assemble(photo_pass, partial, bar)
+    partial = collect_partials(photo_pass, store, watch, save_interval, runner or PhotoPass.partials, progress)
+    result = assemble(photo_pass, partial, progress)
     if store:
         store.put("evidence", digest, result.files(), {key: result.about[key] for key in ("spec", "seen", "lost")})
     return result
@@ -118,20 +114,22 @@ def collect_partials(
     watch: PhotoProgress | None,
     save_interval: float,
     runner: PhotoRunner,
-    bar: Bar,
+    progress: bool,
 ) -> Partial:
     """Return the result of all photos; chunks are merged in their order, so that sums are rounded alike."""
     name = f"evidence/{digest_of(photo_pass.spec)}/{PARTIAL}"
     done, merged = load_partial(store, name, photo_pass)
-    bar.total, saved = len(photo_pass.photos), monotonic()
+    saved = monotonic()
 
     def report(more: int) -> None:
         bar.done += more
         if watch:
             watch(more, bar.total)
 
-    report(merged.seen + merged.lost)
-    with closing(runner(photo_pass, range(done, photo_pass.chunk_count), report)) as partials:
+    partials = runner(photo_pass, range(done, photo_pass.chunk_count), report)
+    with progress_bar("evidence", "photos", progress) as bar, closing(partials):
+        bar.total = len(photo_pass.photos)
+        report(merged.seen + merged.lost)
         for partial in partials:
             merged, done = merge(merged, partial), done + 1
             if store and monotonic() - saved >= save_interval:
@@ -167,8 +165,8 @@ def unpack_partial(content: bytes) -> tuple[int, Partial]:
     return done, Partial(top_photos, sketch, seen, lost, tuple(RefusedPhoto(*photo) for photo in refused))
 
 
-def assemble(photo_pass: PhotoPass, partial: Partial, bar: Bar) -> Evidence:
-    """Return the result of a pass, with the crops cut out of the strongest photos, which the bar counts.
+def assemble(photo_pass: PhotoPass, partial: Partial, progress: bool) -> Evidence:
+    """Return the result of a pass, with the crops cut out of the strongest photos; `progress` shows a bar.
 
     Raises:
         PhotoRefused: not one photo could be read.
@@ -190,4 +188,5 @@ def assemble(photo_pass: PhotoPass, partial: Partial, bar: Bar) -> Evidence:
         "rows": crops.ROWS,
         "thumbnails": crops.thumbnails(photo_pass, top),
     }
-    return Evidence(statistics, about, dict(crops.sheets(photo_pass, top, bar)))
+    with progress_bar("crops", "photos", progress) as bar:
+        return Evidence(statistics, about, dict(crops.sheets(photo_pass, top, bar)))

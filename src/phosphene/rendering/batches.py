@@ -13,7 +13,7 @@ from torch import Tensor
 
 from phosphene.errors import Interrupted, LayerRefused, OutOfMemory, Unfinished, first_line
 from phosphene.network.memory import is_out_of_memory
-from phosphene.progress import Bar
+from phosphene.progress import Bar, progress_bar
 from phosphene.rendering.engine.cuda_graph import ascend_with_cuda_graph
 from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, ascend, clean_scores
 from phosphene.rendering.result import Rendered
@@ -75,10 +75,10 @@ class RenderedBatch(NamedTuple):
         return self._replace(revived=tuple(self.items[row] for row, _ in revived))
 
 
-def collect_batches(plan: RenderPlan, watch: Watch | None, bar: Bar) -> list[RenderedBatch]:
+def collect_batches(plan: RenderPlan, watch: Watch | None, progress: bool) -> list[RenderedBatch]:
     """Return all pictures of an objective in batches; a batch that does not fit the memory is halved.
 
-    The facets of one filter stay in one batch. The bar counts the steps of each picture.
+    The facets of one filter stay in one batch. `progress` shows a bar, which counts the steps of every picture.
 
     Raises:
         OutOfMemory: not even one picture fits.
@@ -86,8 +86,9 @@ def collect_batches(plan: RenderPlan, watch: Watch | None, bar: Bar) -> list[Ren
     """
     finished: list[RenderedBatch] = []
     remaining, at_once, facets = list(range(plan.ascent.objective.n)), plan.batch, plan.ascent.facets
-    bar.total = len(remaining) * plan.ascent.total_steps
-    with keeping_finished(finished, plan):
+    name = f"{len(remaining)} picture{'s' * (len(remaining) > 1)}"
+    with progress_bar(name, "steps", progress) as bar, keeping_finished(finished, plan):
+        bar.total = len(remaining) * plan.ascent.total_steps
         while remaining:
             items, counted = remaining[:at_once], (bar.done, bar.total)
             try:

@@ -11,7 +11,6 @@ from torch import Tensor
 from phosphene.arguments import whole_number
 from phosphene.errors import SizeRefused
 from phosphene.network.model import Model
-from phosphene.progress import progress_bar
 from phosphene.rendering.batches import RenderPlan, Watch, assemble, collect_batches
 from phosphene.rendering.engine.batch_size import check_batch, chosen_batch
 from phosphene.rendering.engine.forward import fast_forward_pass
@@ -55,9 +54,8 @@ def render(
             pictures are always scored by the network as it is. `auto`: see `precision.chosen_precision`.
         film: how many moments to keep besides the start.
         photo: (1, c, h, w) in [0, 1] to start from in place of noise.
-        watch: called with every `Frame`.
+        watch: called with every `Frame`; `progress`: whether to show a bar, see `progress.progress_bar`.
         facets: different pictures of each filter; `opposite`: of what suppresses it most. Scores stay the network's.
-        progress: whether to show a bar; see `progress.progress_bar`.
 
     Raises:
         LayerNotFound, LayerRefused, ChannelNotFound, RecipeNotFound, SizeRefused, InvalidRequest, OutOfMemory.
@@ -68,12 +66,8 @@ def render(
         >>> render(load("builtin/vgg19"), channel("block3_conv1", range(4)), "fast").grid().save("grid.png")
     """
     recipe = find_recipe(recipe).with_settings(size, steps, seed)
-    count = objective.n * facets
-    with (
-        progress_bar(f"{count} picture{'s' * (count > 1)}", "steps", progress) as bar,
-        prepare(model, objective, recipe, size is not None, batch, precision, film, photo, facets, opposite) as plan,
-    ):
-        batches = collect_batches(plan, watch, bar)
+    with prepare(model, objective, recipe, size is not None, batch, precision, film, photo, facets, opposite) as plan:
+        batches = collect_batches(plan, watch, progress)
     return assemble(batches, plan)
 
 
