@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 
 import pytest
@@ -128,7 +127,7 @@ def test_the_first_facet_is_the_picture_and_more_facets_leave_the_others(
 
 
 def test_facets_are_less_alike_than_seeds_and_their_scores_are_the_networks_own(model: ph.Model) -> None:
-    recipe = dataclasses.replace(RECIPES["fast"], steps=16, sizes=(24,))
+    recipe = RECIPES["vivid"].with_settings(size=24, steps=16)
     objective = ph.channel("4", [0, 1, 5])
     facets = ph.render(model, objective, recipe, facets=3)
     seeds = [ph.render(model, objective, recipe, seed=seed) for seed in range(3)]
@@ -172,7 +171,7 @@ def test_an_opposite_is_dead_only_if_it_never_left_its_start() -> None:
 
 
 def test_facets_in_bf16_are_kept_apart_too(small_net: nn.Sequential) -> None:
-    model, recipe = ph.load(small_net.float(), input_size=32), RECIPES["fast"].with_settings(size=24, steps=8)
+    model, recipe = ph.load(small_net.float(), input_size=32), RECIPES["vivid"].with_settings(size=24, steps=8)
     plain, facets = (
         ph.render(model, ph.channel("4", [0, 5]), recipe, precision="bf16", facets=count) for count in (1, 2)
     )
