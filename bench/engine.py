@@ -89,10 +89,10 @@ def steps_row(size: int, layer: str, name: str, times: dict[str, list[float]], l
         if ours in times:
             row[f"time / {ours}"] = over(times[name], times[ours])
     format_of = "bf16" if OURS.get(name) == "bf16" else "float32"
-    if limits[0].get(format_of):  # no compiler, or no such instructions
+    if measured := [limit for limit in limits if limit.get(format_of)]:
         row["GFLOP"] = needed(layer, size)
-        row["limit GFLOP/s"] = statistics.median(limit[format_of] for limit in limits)
-        row["limit by"] = limits[0][f"{format_of} by"]
+        row["limit GFLOP/s"] = statistics.median(limit[format_of] for limit in measured)
+        row["limit by"] = measured[0][f"{format_of} by"]
         row["share of limit"] = row["GFLOP"] / row["milliseconds"] * 1000 / row["limit GFLOP/s"]
     return row
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -41,6 +42,7 @@ class Bench:
     stack: ExitStack
     started: dict[str, Ask] = field(default_factory=dict)
     limits: list[Row] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
 
     def ask(self, name: str, **wish: Any) -> Row:
         """Have a tool fulfil a wish, in a process that is kept."""
@@ -62,11 +64,11 @@ class Bench:
     @cached_property
     def limit_program(self) -> Path | None:
         """The program that measures the limit, built by the system's C compiler; None where there is none."""
-        compiler, built = shutil.which("cc"), HERE / "build/limit"
+        compiler = shutil.which("cc")
         if compiler is None:
             print("no C compiler `cc` on this system: the machine's limit is not measured")
             return None
-        built.parent.mkdir(exist_ok=True)
+        built = Path(self.stack.enter_context(TemporaryDirectory())) / "limit"
         command = [compiler, "-O3", "-pthread", str(HERE / "limit.c"), "-o", str(built)]
         failed = subprocess.run(command, capture_output=True, text=True, check=False)
         if failed.returncode:
@@ -74,13 +76,33 @@ class Bench:
             return None
         return built
 
-    def note_limit(self) -> None:
-        """Measure what the machine can do at most, in 1e9 multiplications and additions a second, by format."""
+    def note_limit(self, seconds: float = 0.3) -> None:
+        """Measure what the machine can do at most, in 1e9 multiplications and additions a second, by format.
+
+        A format that cannot be measured is None or left out, and the reason is printed once.
+        """
+        self.limits.append({})
         if self.limit_program is None:
-            self.limits.append({})
             return
-        done = subprocess.run([self.limit_program, str(self.options.threads), "0.3"], capture_output=True, check=True)
-        self.limits.append(json.loads(done.stdout))
+        command = [str(self.limit_program), str(self.options.threads), str(seconds)]
+        printed, reason = "", "this processor has no instructions for it"
+        try:
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except subprocess.CalledProcessError as error:
+            printed, reason = error.stdout, str(error)  # what it measured before it died counts
+        except OSError as error:
+            reason = str(error)
+        for line in printed.splitlines():
+            self.limits[-1].update(json.loads(line))
+        for number_format in ("float32", "bf16"):
+            if self.limits[-1].get(number_format) is None:
+                self.say_once(f"the machine's limit in {number_format} is not measured: {reason}")
+
+    def say_once(self, sentence: str) -> None:
+        """Print a sentence unless it was printed before."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            print(sentence, flush=True)
 
 
 @contextmanager
