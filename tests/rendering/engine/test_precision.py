@@ -28,12 +28,21 @@ def test_auto_is_bfloat16_for_dense_networks_alone() -> None:
     assert chosen_precision(handle(nn.Flatten(), nn.Linear(768, 2)), "auto") == "fp32"
 
 
-@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": False, "amx_bf16": False}])
-def test_auto_is_float32_where_the_processor_would_only_imitate_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool]
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({}, "fp32"),
+        ({"avx512_bf16": False, "amx_bf16": False, "cpu_name": "AMD EPYC"}, "fp32"),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bf16"),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, "fp32"),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "bf16"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_makes_more_products_in_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool | str], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert chosen_precision(handle(nn.Conv2d(3, 4, 3)), "auto") == "fp32"
+    assert chosen_precision(handle(nn.Conv2d(3, 4, 3)), "auto") == precision
     assert chosen_precision(handle(nn.Conv2d(3, 4, 3)), "bf16") == "bf16"
 
 
