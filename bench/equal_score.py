@@ -1,6 +1,6 @@
 """The part `score` of `engine.py`: how long each recipe takes to a picture that is as good.
 
-As good means the same robust score, see `quality.py`: E of the saved picture, the mean over small random moves, and of
+As good means the same robust score, see `pictures.py`: E of the saved picture, the mean over small random moves, and of
 that the median over filters. The target is what torch-lucent's default recipe reaches in 256 steps.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import phosphene as ph
 from phosphene.rendering.transforms import RandomDraws, resample
-from pictures import DRAWS, Photos, channel_means, read_squares
+from pictures import DRAWS, Excitation, channel_means, read_squares
 from rounds import OURS, Bench, Row, Run, interleaved, over
 
 PHOTOS = 300  # of the folder, evenly spread
@@ -26,11 +26,11 @@ LUCENT_STEPS = 256
 
 @dataclass
 class Judge:
-    """Who gives pictures their robust score: E of `quality.py`, the mean over small random moves."""
+    """Who gives pictures their robust score: E of `pictures.py`, the mean over small random moves."""
 
     model: ph.Model
     layer: str
-    photos: Photos
+    photos: Excitation
     channels: list[int]
 
     def score(self, pictures: Tensor) -> float:
@@ -41,7 +41,7 @@ class Judge:
             shift, turn, scale = draws.uniform(-4, 4, (2,)), draws.uniform(-5, 5), draws.uniform(0.95, 1.05)
             moved = resample(picture, shift, turn, scale).float()
             means = channel_means(self.model, [self.layer], moved)[self.layer]
-            excitations.append(self.photos.excitation(means).gather(1, torch.tensor(self.channels)[:, None])[:, 0])
+            excitations.append(self.photos.of(means).gather(1, torch.tensor(self.channels)[:, None])[:, 0])
         return float(torch.stack(excitations).mean(0).median())
 
 
@@ -57,7 +57,7 @@ def score_part(bench: Bench) -> list[Row]:
         means = channel_means(model, [layer], squares)[layer]
         count = means.shape[1]
         channels = [index * count // options.filters for index in range(options.filters)]
-        judge = Judge(model, layer, Photos(means.mean(0), means.amax(0)), channels)
+        judge = Judge(model, layer, Excitation(means), channels)
         rows += scores_at(bench, judge)
     return rows
 

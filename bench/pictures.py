@@ -208,12 +208,15 @@ def measure(
     """Render some filters of a cell and return their figures."""
     channels = chosen_filters(model.find(cell.layer).channels or 0, options.filters, options.half)
     began = time.perf_counter()
-    rendered = ph.render(model, ph.channel(cell.layer, channels), recipe, size=options.size)
+    rendered = ph.render(
+        model, ph.channel(cell.layer, channels), recipe, size=options.size, facets=options.facets, progress=False
+    )
     seconds = (time.perf_counter() - began) / len(channels)
     rendered.grid().save(options.sheets / f"{recipe.name} {str(cell).replace('/', '-')}.png")
-    saved = rendered.displayed()
+    everything = rendered.displayed()
+    saved = everything[:: options.facets]
     judged = {
-        judge: prediction(photos, excitation.activations[photos.chosen], channels, saved, judge)
+        judge: prediction(photos, excitation.activations[photos.chosen], channels, everything, judge)
         for judge in options.judges
     }
     return {
