@@ -148,7 +148,8 @@ def test_receptive_fields_are_no_negative_number() -> None:
         dataclasses.replace(RECIPES["fourier"], receptive_fields=-1.0)
 
 
-def test_the_recipe_of_an_earlier_version_is_read() -> None:
-    fields = RECIPES["vivid"].as_dict()
-    del fields["receptive_fields"]
-    assert Recipe.from_json(json.dumps(fields)) == RECIPES["vivid"]
+def test_a_recipe_without_receptive_fields_is_written_as_by_earlier_versions() -> None:
+    assert "receptive_fields" not in RECIPES["vivid"].as_dict()
+    assert RECIPES["vivid"].digest.startswith("547c1e9e62d2d19b")
+    assert Recipe.from_json(RECIPES["vivid"].to_json()) == RECIPES["vivid"]
+    assert RECIPES["fourier"].as_dict()["receptive_fields"] == 3.5

@@ -126,8 +126,11 @@ class Recipe:
         return min(1.0, (self.steps - step) / (self.cooldown * self.steps)) if self.cooldown else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values."""
-        return dataclasses.asdict(self)
+        """Return the settings as JSON values; without `receptive_fields` if it is 0, as earlier versions had none."""
+        fields = dataclasses.asdict(self)
+        if not self.receptive_fields:
+            del fields["receptive_fields"]
+        return fields
 
     def to_json(self) -> str:
         """Return the recipe as one line of JSON."""
@@ -153,7 +156,7 @@ class Recipe:
     @property
     def digest(self) -> str:
         """The SHA-256 of the settings without name and source: equal digests make equal pictures."""
-        fields = dataclasses.asdict(self)
+        fields = self.as_dict()
         del fields["name"], fields["source"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
