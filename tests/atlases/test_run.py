@@ -125,7 +125,7 @@ def test_a_layer_has_its_sheet_and_verdicts(tmp_path: Path) -> None:
     assert [(row["channel"], row["verdict"], row["agreement"], row["score"]) for row in entry["verdicts"]] == [
         (verdict.channel, verdict.verdict, verdict.agreement, verdict.score) for verdict in expected_verdicts
     ]
-    assert None not in [row["agreement"] for row in entry["verdicts"]]
+    assert sum(row["agreement"] is not None for row in entry["verdicts"]) >= 7  # None: below the grey picture
     assert entry["jobs"] == [job.digest for job in plan.jobs]
     assert (entry["layer"]["path"], entry["missing"], entry["evidence"]) == (".2", [], None)
 

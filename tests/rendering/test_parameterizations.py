@@ -328,7 +328,8 @@ def test_the_contrast_is_brought_to_its_share_and_the_mean_colour_is_kept() -> N
     assert spread(parameterization.image(), inside).tolist() == pytest.approx([0.25] * 3, rel=0.02)
     with torch.no_grad():
         parameterization.project(0.1)
-    # far from saturation one step brings it there
+        parameterization.project(0.1)
+    # far from saturation a step brings it there
     assert spread(parameterization.image(), inside).tolist() == pytest.approx([0.025] * 3, rel=0.2)
 
 

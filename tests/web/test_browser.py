@@ -107,7 +107,7 @@ def see_filter(page: Page, base: str, reader: StoreReader) -> None:
     expect(page.locator(".figures")).to_contain_text(f"{verdict.excitation:.3g}")
     moments = page.locator(".film .tile")
     assert moments.count() >= 5
-    expect(moments.last).to_have_attribute("aria-label", "after 32 steps")
+    expect(moments.last).to_have_attribute("aria-label", "after 16 steps")
     photos = page.locator(".photos > li")
     assert photos.count() == 9
     assert page.locator(".photos rect.frame").count() == 9

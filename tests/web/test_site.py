@@ -18,6 +18,7 @@ from PIL import Image
 
 from fake_training_record import record_of
 from page_store import SECOND, filled
+from phosphene.atlases.verdict_text import verdict_words
 from phosphene.atlases.verdicts import THRESHOLDS, Verdict
 from phosphene.errors import EntryNotFound, PhospheneError, StoreRefused
 from phosphene.images.sprites import sprite_sheets
@@ -183,7 +184,7 @@ def test_the_layer_s_page_has_a_link_a_filter_with_its_figures(site: Site, atlas
     ]
     assert [link["id"] for link in page.all("a") if "id" in link] == [f"f{n}" for n in range(8)]
     labels = [svg["aria-label"] for svg in page.all("svg") if svg.get("role") == "img"]
-    assert labels[3] == f"filter 3, {verdicts[3].verdict}, excitation {verdicts[3].excitation:.1f}"
+    assert labels[3] == f"filter 3, {verdict_words(verdicts[3].verdict)}, excitation {verdicts[3].excitation:.1f}"
     assert "8 of 8" in page.words
 
 

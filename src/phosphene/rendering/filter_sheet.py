@@ -42,9 +42,7 @@ def filter_sheet(pictures: Sequence[SheetPicture], spec: Mapping[str, Any], colu
     Raises:
         InvalidRequest: there are no pictures, or fewer than one column.
     """
-    facets = spec.get("facets", 1)
-    if columns is None:
-        columns = facets if facets > 1 else near_square(len(pictures))
+    columns = near_square(len(pictures)) if columns is None else columns
     if not pictures or columns < 1:
         raise InvalidRequest(f"a sheet needs pictures and columns, not {len(pictures)} pictures in {columns} columns")
     columns = min(columns, len(pictures))
@@ -54,9 +52,9 @@ def filter_sheet(pictures: Sequence[SheetPicture], spec: Mapping[str, Any], colu
     letters = max(LETTERS, columns * (width + GAP) // LETTERS_ACROSS)
     tiles = [marked_tile(picture, factor, letters) for picture in pictures]
     numbers = [number_of(picture.name) for picture in pictures]
-    if columns == facets > 1:
+    if columns == spec.get("facets", 1) > 1:
         body = paste_tiles(tiles, columns, (width, height))
-        offsets = [f"facet {column + 1}" for column in range(columns)]
+        offsets = ["", *(f"facet {column}" for column in range(1, columns))]
         body = with_axis_labels(body, centres(height, numbers[::columns]), centres(width, offsets), letters)
     elif len(tiles) <= columns:
         body = paste_tiles(tiles, columns, (width, height))

@@ -71,7 +71,8 @@ class Rendered:
         near square with 5 black pixels between them, and only dead filters are marked. Facets have a row
         for each filter.
         """
-        size = self.pictures[0].size
+        facets, size = self.spec.get("facets", 1), self.pictures[0].size
+        columns = facets if columns is None and facets > 1 else columns
         pictures = (
             self.pictures
             if images is None
