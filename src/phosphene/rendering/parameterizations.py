@@ -119,9 +119,7 @@ def fourier(
     `disc`, and have within it a standard deviation that grows evenly over the steps to `contrast`.
     """
     _, channels, height, width = shape
-    frequency = frequencies(height, width)
-    scale = frequency.clamp(min=1 / max(height, width)) ** -decay / (1 + (frequency / cutoff) ** 4)
-    weight = (scale * math.sqrt(height * width)).to(like)[..., None]  # for real and imaginary part
+    weight = frequency_weight(height, width, decay, cutoff).to(like)[..., None]  # for real and imaginary part
     from_noise = isinstance(start, RandomDraws)
     is_windowed = from_noise and window < math.inf
     inside = disc(height, width, window if is_windowed else math.inf).to(like)
@@ -145,8 +143,7 @@ def fourier(
     if isinstance(start, RandomDraws):
         tensor = deviation * start.normal((channels, height, width // 2 + 1, 2)).to(like)
     else:
-        logits = decorrelate(to_logits(start.to(like)))
-        tensor = torch.view_as_real(torch.fft.rfft2(4 * logits)) / weight
+        tensor = torch.view_as_real(torch.fft.rfft2(4 * decorrelate(to_logits(start.to(like))))) / weight
     tensor = tensor.requires_grad_()
     return Parameterization(tensor, image, project)
 
@@ -157,6 +154,13 @@ def image_sum(values: Tensor) -> Tensor:
     A sum over all axes at once is split over threads if the batch is one image, and then it rounds differently.
     """
     return values.sum(-1, keepdim=True).sum(-2, keepdim=True).sum(-3, keepdim=True)
+
+
+def frequency_weight(height: int, width: int, decay: float, cutoff: float) -> Tensor:
+    """Return by what each coefficient of a Fourier picture is multiplied, (h, w // 2 + 1)."""
+    frequency = frequencies(height, width)
+    scale = frequency.clamp(min=1 / max(height, width)) ** -decay / (1 + (frequency / cutoff) ** 4)
+    return scale * math.sqrt(height * width)
 
 
 def disc(height: int, width: int, radius: float) -> Tensor:

@@ -45,15 +45,13 @@ def render(
         model: from `load`; it is used as it is and left as it was.
         objective: what to excite, such as `channel("block3_conv1", range(64))`; its `n` pictures go in batches.
         recipe: a name or a `Recipe`.
-        size: side of the pictures in pixels, by default the recipe's for the layer's receptive field, but at most twice
-            the network's input.
+        size: side in pixels, by default that of the recipe and receptive field, at most twice the network's input.
         steps: at each scale; `seed`: of starts and transforms; both by default the recipe's.
         batch: pictures at once; `auto`: up to 8 on a CPU and 64 on a GPU, as the free memory allows. A batch that
             does not fit is halved, with a warning.
         precision: of the steps: `fp32` runs the network as it is, `bf16` from the second fifth on in bfloat16; finished
             pictures are always scored by the network as it is. `auto`: see `precision.chosen_precision`.
-        film: how many moments to keep besides the start.
-        photo: (1, c, h, w) in [0, 1] to start from in place of noise.
+        film: how many moments to keep besides the start; `photo`: (1, c, h, w) in [0, 1], a start in place of noise.
         watch: called with every `Frame`; `progress`: whether to show a bar, see `progress.progress_bar`.
         facets: different pictures of each filter; `opposite`: of what suppresses it most. Scores stay the network's.
 
