@@ -25,12 +25,13 @@ from phosphene.inspection.explain import explain
 from phosphene.network.layers import Layer
 from phosphene.network.loading import load, torch_device
 from phosphene.rendering.filter_sheet import SheetPicture, filter_sheet
+from phosphene.rendering.recipes import find_recipe
 from phosphene.storage.atomic import check_writable, write_file
 from phosphene.storage.store import Store, open_store
 
 STORE = "store"  # in the demonstration's folder
 COLUMNS = 6
-SIZE = 96
+SIZE = 96  # px, at most
 PER_JOB = 12  # so that two processes share a layer
 ACTIVATION_LAYERS = "block?_relu1"  # after a ReLU, the channels that stay blank can be counted
 PHOTO = "chelsea.jpg"
@@ -87,7 +88,7 @@ def demonstrate(folder: Path, device: str | torch.device = "cpu", progress: bool
     store = open_store(folder / STORE, create=True)
     models = {sheet: load(sheet.model, device=device) for sheet in SHEETS}
     plans = [
-        atlas(model, sheet.layers, range(sheet.filters), "fast", size=SIZE, per_job=PER_JOB)
+        atlas(model, sheet.layers, range(sheet.filters), find_recipe("fast").with_settings(SIZE), per_job=PER_JOB)
         for sheet, model in models.items()
     ]
     for plan in plans:
