@@ -16,10 +16,11 @@ from .network.layers import Layer, Layers, ReceptiveField
 from .network.loading import load
 from .network.model import Model
 from .network.preprocessing import Preprocessing
+from .rendering.accentuation import accentuate, dream
 from .rendering.gradient_ascent import Frame
 from .rendering.objectives import Objective, channel, direction, l1, l2, layer, logit, neuron, total_variation
 from .rendering.recipes import RECIPES, Recipe
-from .rendering.render import dream, render
+from .rendering.render import render
 from .rendering.result import Rendered
 from .training.film_strip import film, save_film, strip
 from .training.gradient_plot import curves
@@ -50,6 +51,7 @@ __all__ = [
     "Recorder",
     "Rendered",
     "__version__",
+    "accentuate",
     "activations",
     "atlas",
     "channel",

@@ -38,9 +38,7 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 
 
 def test_a_number_that_is_none_is_refused() -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"--std is one number or one a channel, such as 0\.5,0\.4,0\.3, not '1;2'"
-    ):
+    with pytest.raises(InvalidRequest, match=r"--std is one number or several, such as 0\.5,0\.4,0\.3, not '1;2'"):
         numbers("1;2", "std")
 
 

@@ -131,6 +131,32 @@ def test_dream_keeps_the_shape_of_the_photo(run: Run, tmp_path: Path) -> None:
         assert dreamt.tobytes() != photo.tobytes()
 
 
+def test_accentuate_says_how_much_the_filter_answers_before_and_after(run: Run, tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((60, 40)).convert("RGB").save(tmp_path / "photo.png")
+    ran = run("accentuate", "nets:colour", "photo.png", 1, "--channel", 3, "--amount", "0,1")
+    assert (ran.code, ran.out) == (0, "accentuated.png\n")
+    ran = run("accentuate", "nets:colour", "photo.png", 1, "--channel", 3, "--amount", "0,1", "--json")
+    facts = json.loads(ran.out)
+    before, (at_0, at_1) = facts["before"], facts["after"]
+    assert before == at_0 == facts["pictures"][0]["score"] != at_1
+    assert f".3, mean of filter 3: {before:.4g} before, {at_0:.4g}, {at_1:.4g} after" in ran.err
+    assert [row["picture"] for row in facts["pictures"]] == ["filter_3_amount_0", "filter_3_amount_1"]
+    with Image.open(tmp_path / "accentuated.png") as sheet, Image.open(tmp_path / "photo.png") as start:
+        assert sheet.size == (125, 40)
+        assert sheet.crop((0, 0, 60, 40)).tobytes() == start.tobytes()
+        assert sheet.crop((65, 0, 125, 40)).tobytes() != start.tobytes()
+
+
+def test_accentuate_without_a_channel_is_a_caricature_of_the_layer(run: Run, tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((60, 40)).convert("RGB").save(tmp_path / "photo.png")
+    ran = run("accentuate", "nets:colour", "photo.png", 0, "--out", "all.png", "--json")
+    facts = json.loads(ran.out)
+    assert facts["files"] == ["all.png"]
+    assert facts["before"] == pytest.approx(1)
+    assert facts["after"][0] > 1
+    assert [row["picture"] for row in facts["pictures"]] == ["caricature"]
+
+
 @pytest.mark.parametrize(
     ("reason", "message"),
     [(KeyboardInterrupt(), "stopped with 2 of 6 done"), (ValueError("no room left."), "no room left; 2 of 6 are done")],

@@ -279,18 +279,3 @@ def test_bf16_steps_in_low_precision_and_scores_as_the_network_is(small_net: nn.
     assert low.scores.tolist() == pytest.approx(as_it_is, rel=1e-6)  # bfloat16 would be off by 1e-3
     assert low.start_scores.tolist() == pytest.approx(full.start_scores.tolist(), rel=1e-5)  # the hook costs a shortcut
     assert low.scores.tolist() == pytest.approx(full.scores.tolist(), abs=0.02)
-
-
-# --- dreaming
-
-
-def test_dreaming_keeps_the_photo_and_raises_the_layers_squares(model: ph.Model, small_net: nn.Sequential) -> None:
-    photo = torch.rand(1, 3, 40, 60, generator=torch.Generator().manual_seed(5))
-    dreamt = ph.dream(model, photo, "4", steps=2)
-    assert dreamt.images.shape == (1, 3, 40, 60)
-    before, after = (small_net[:5](image.double()).square().mean().item() for image in (photo, dreamt.images))
-    assert dreamt.scores.item() == pytest.approx(after, rel=1e-12)
-    assert after > before
-    # four octaves of two steps of 1.5 bytes, root mean square
-    assert float((dreamt.images - photo).square().mean().sqrt()) < 4 * 2 * 1.5 / 255 * 1.5
-    assert ph.dream(model, photo, "4", size=20, steps=1).images.shape == (1, 3, 20, 30)

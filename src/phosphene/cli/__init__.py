@@ -21,6 +21,7 @@ COMMANDS = {
     "kernels": ("training:kernels", "Draw the weights of a convolution."),
     "strip": ("training:strip", "Draw a layer of a recorded training, one row per epoch."),
     "gradients": ("training:gradients", "Draw the gradients of a recorded training, and judge them."),
+    "accentuate": ("render:accentuate", "Draw what excites a filter in a photo into that photo."),
     "dream": ("render:dream", "Draw more of what a layer sees into a photo (DeepDream)."),
     "atlas": ("atlases:atlas", "Draw every filter of many layers into a store."),
     "serve": ("web:serve", "Show an atlas or a recorded training in a browser."),

@@ -105,7 +105,7 @@ def numbers(text: str | None, name: str) -> list[float] | None:
     try:
         return None if text is None else [float(number) for number in text.split(",")]
     except ValueError as error:
-        raise InvalidRequest(f"--{name} is one number or one a channel, such as 0.5,0.4,0.3, not {text!r}") from error
+        raise InvalidRequest(f"--{name} is one number or several, such as 0.5,0.4,0.3, not {text!r}") from error
 
 
 def height_and_width(text: str | None) -> tuple[int, int] | None:

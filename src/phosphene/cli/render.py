@@ -1,4 +1,4 @@
-"""The commands that render: `filters` and `dream`."""
+"""The commands that render: `filters`, `accentuate` and `dream`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from phosphene.cli.options import (
     Steps,
     batch_size,
     chosen_layer,
+    numbers,
     takes_model,
 )
 from phosphene.cli.output import check_target, report, to_stderr
@@ -30,14 +31,17 @@ from phosphene.images.photo import read
 from phosphene.network.channel_ranges import parse_channels
 from phosphene.network.layers import Layer, file_prefix
 from phosphene.network.model import Model
+from phosphene.rendering.accentuation import accentuate as render_accentuated
+from phosphene.rendering.accentuation import checked_amounts
+from phosphene.rendering.accentuation import dream as render_dream
 from phosphene.rendering.objectives import Objective, channel, logit, neuron
 from phosphene.rendering.objectives import layer as whole_layer
 from phosphene.rendering.recipes import DEFAULT, find_recipe
-from phosphene.rendering.render import dream as render_dream
 from phosphene.rendering.render import render
 from phosphene.rendering.result import Rendered
 from phosphene.storage.atomic import write_file
 
+Photo = Annotated[Path, typer.Argument(metavar="PHOTO", help="the photo to start from")]
 OBJECTIVES = ("channel", "neuron", "logit", "layer")
 
 
@@ -149,9 +153,45 @@ def facts(rendered: Rendered) -> dict[str, Any]:
 
 
 @takes_model
+def accentuate(
+    open_model: OpenModel,
+    photo: Photo,
+    layer: LayerArgument,
+    channel: Annotated[
+        int | None, typer.Option(metavar="N", help="a filter; by default all that the layer sees")
+    ] = None,
+    amount: Annotated[str, typer.Option(metavar="A[,B,C]", help="from 0, the photo itself, to 1")] = "1",
+    out: Annotated[Path, typer.Option(metavar="PATH.png", help="the picture to write")] = Path("accentuated.png"),
+    recipe: Annotated[str | None, typer.Option(metavar="NAME", help="by default accentuate or caricature")] = None,
+    size: Size = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw what excites a filter, or a layer, in a photo into that photo."""
+    find_recipe(recipe or "accentuate").with_settings(size, steps, seed)
+    amounts = checked_amounts(numbers(amount, "amount") or [])
+    check_target(out, ".png", folders=False)
+    handle = open_model()
+    image, target = read(photo, handle.channels_in), chosen_layer(handle, layer, quiet)
+    settings = dict[str, Any](size=size, steps=steps, seed=seed, progress=not quiet)
+    rendered = render_accentuated(handle, image, target.path, channel, amounts, recipe, **settings)
+    before, after = float(rendered.start_scores[0]), rendered.scores.tolist()
+    picture = rendered.grid(len(amounts), captions=False)
+    metadata = rendered.metadata(0) if len(amounts) == 1 else rendered.spec
+    report([write_file(out, png(picture, metadata))], as_json, {**facts(rendered), "before": before, "after": after})
+    if not quiet:
+        subject = f"mean of filter {channel}" if channel is not None else "response along that to the photo"
+        to_stderr(
+            f"{target.path}, {subject}: {before:.4g} before, {', '.join(f'{score:.4g}' for score in after)} after"
+        )
+
+
+@takes_model
 def dream(
     open_model: OpenModel,
-    photo: Annotated[Path, typer.Argument(metavar="PHOTO", help="the photo to start from")],
+    photo: Photo,
     layer: LayerArgument,
     out: Annotated[Path, typer.Option(metavar="PATH.png", help="the picture to write")] = Path("dream.png"),
     recipe: RecipeName = "dream",

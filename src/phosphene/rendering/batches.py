@@ -138,7 +138,7 @@ def render_batch(
     start_scores = None
     for frame in loop(plan.read, ascent, items):
         if start_scores is None:
-            start_scores = clean_scores(plan.read, ascent.objective, frame.image, frame.items)
+            start_scores = clean_scores(plan.read, ascent, frame.image, frame.items)
             check_finite(start_scores, ascent, items)
         if frame.step < frame.steps:
             history.append(frame.scores)
@@ -151,7 +151,7 @@ def render_batch(
     # once at the end: reading a value at every step would make a GPU wait
     check_finite(torch.stack([*history, frame.scores]), ascent, items)
     flat_scores = torch.stack(
-        [clean_scores(plan.read, ascent.objective, flat, frame.items) for flat in in_own_colours(frame.image)]
+        [clean_scores(plan.read, ascent, flat, frame.items) for flat in in_own_colours(frame.image)]
     ).amax(0)
     return RenderedBatch(
         items,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phosphene.errors import LayerRefused
 from phosphene.rendering.facets import kept_apart
-from phosphene.rendering.objectives import Acts, MapOf, Objective
+from phosphene.rendering.objectives import Acts, InPhoto, MapOf, Objective
 from phosphene.rendering.parameterizations import PARAMETERIZATIONS, Parameterization
 from phosphene.rendering.recipes import Recipe
 from phosphene.rendering.relu_gradients import LeakyReluGradients
@@ -111,6 +111,15 @@ class AscentPlan:
         count = len(start.generators) if isinstance(start, RandomDraws) else len(start)
         return PARAMETERIZATIONS[name]((count, *shape), start, self.prototype_tensor, **dict(options))
 
+    def compared_photo(self, shape: Sequence[int]) -> Tensor | None:
+        """Return the photo as a batch of a shape (n, c, h, w), if the objective compares pictures with it."""
+        if not self.objective.compared:
+            return None
+        photo = self.start_image.photo
+        assert photo is not None  # see `render.prepare`
+        count, channels, height, width = shape
+        return resize(photo, (channels, height, width)).to(self.prototype_tensor).expand(count, -1, -1, -1)
+
     def step_rule(self) -> StepRule:
         """Return the recipe's step rule."""
         name, options = self.recipe.step_rule
@@ -142,10 +151,11 @@ def ascend(read: ReadActivations, plan: AscentPlan, items: Sequence[int]) -> Ite
     done, image = 0, None
     for size in recipe.sizes:
         shape, start = plan.start_image.start(size, image, recipe.blur, draws)
-        current = plan.parameterization(shape, start)
+        current, photo = plan.parameterization(shape, start), plan.compared_photo((len(items), *shape))
         state: State = None
         for step in range(recipe.steps):
-            image = transformed = current.image()
+            image = current.image()
+            transformed = beside(image, photo)
             for transform in transforms:
                 transformed = transform(transformed, draws)
             with LeakyReluGradients() if done < plan.leaky_steps else nullcontext():
@@ -173,13 +183,28 @@ def score(
         with torch.autocast(transformed.device.type, torch.bfloat16):
             acts: Acts = {
                 address: act if isinstance(address, MapOf) else act.to(transformed.dtype)
-                for address, act in read(transformed, items).items()
+                for address, act in read_compared(read, plan.objective, transformed, items).items()
             }
     else:
-        acts = read(transformed, items)
-    check_gradient_flows(acts)
+        acts = read_compared(read, plan.objective, transformed, items)
+    check_gradient_flows({address: act for address, act in acts.items() if not isinstance(address, InPhoto)})
     scores = plan.objective.score(acts, image, items)
     return scores, plan.ascended(scores, acts)
+
+
+def beside(image: Tensor, photo: Tensor | None) -> Tensor:
+    """Return images (b, c, h, w), and in c more channels the photo, which so undergoes the same transforms."""
+    return image if photo is None else torch.cat([image, photo], 1)
+
+
+def read_compared(read: ReadActivations, objective: Objective, images: Tensor, items: Tensor) -> Acts:
+    """Return the activations of images, and those of the photos `beside` them that the objective compares with."""
+    if not objective.compared:
+        return read(images, items)
+    pictures, photos = images.chunk(2, 1)
+    with torch.no_grad():
+        of_photos = read(photos, items)
+    return {**read(pictures, items), **{InPhoto(address): of_photos[address] for address in objective.compared}}
 
 
 def check_gradient_flows(acts: Acts) -> None:
@@ -196,13 +221,14 @@ def check_gradient_flows(acts: Acts) -> None:
 def finished_frame(read: ReadActivations, plan: AscentPlan, rows: Tensor, image: Tensor | None) -> Frame:
     """Return the last frame of an ascent: the finished image, scored without transforms."""
     assert image is not None  # a recipe has at least one step
-    return Frame(plan.total_steps, plan.total_steps, rows, clean_scores(read, plan.objective, image, rows), image)
+    return Frame(plan.total_steps, plan.total_steps, rows, clean_scores(read, plan, image, rows), image)
 
 
-def clean_scores(read: ReadActivations, objective: Objective, image: Tensor, items: Tensor) -> Tensor:
+def clean_scores(read: ReadActivations, plan: AscentPlan, image: Tensor, items: Tensor) -> Tensor:
     """Return the scores of images without transforms, in the network's own dtype."""
+    seen = beside(image, plan.compared_photo(image.shape))
     with torch.no_grad():
-        return objective.score(read(image, items), image, items)
+        return plan.objective.score(read_compared(read, plan.objective, seen, items), image, items)
 
 
 def resize(image: Tensor, shape: Shape) -> Tensor:

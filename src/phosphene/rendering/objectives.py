@@ -30,7 +30,13 @@ class MapOf(NamedTuple):
     address: Address
 
 
-Acts = Mapping[Any, Tensor]  # by `Address` or `MapOf`
+class InPhoto(NamedTuple):
+    """The key under which `Acts` also hold a layer's output for the photo that pictures are compared with."""
+
+    address: Address
+
+
+Acts = Mapping[Any, Tensor]  # by `Address`, `MapOf` or `InPhoto`
 Score = Callable[[Acts, Tensor, Tensor], Tensor]
 OUTPUT = ""  # the address of the network's output
 
@@ -51,7 +57,8 @@ class Objective:
     """A score for each of `n` pictures; see the module's text.
 
     `spec` describes it in JSON terms; `names` holds what each picture shows, such as `filter_12`; `scalar_reads` covers
-    the layers from which it reads one number per item.
+    the layers from which it reads one number per item. At the layers `compared`, pictures are compared with the photo
+    that they start from: `acts` then also holds the outputs for the photo, under the same transforms, at `InPhoto`.
     """
 
     layers: tuple[Address, ...]
@@ -60,6 +67,7 @@ class Objective:
     spec: Mapping[str, Any]
     names: tuple[str, ...]
     scalar_reads: Mapping[Address, ScalarRead] = field(default_factory=dict, compare=False)
+    compared: tuple[Address, ...] = ()
 
     def __add__(self, other: Objective | float) -> Objective:
         return add(self, other)
@@ -115,6 +123,7 @@ def add(left: Objective, right: Objective | float) -> Objective:
         spec={"sum": [left.spec, right.spec]},
         names=naming.names,
         scalar_reads=scalar_reads_of_sum(left, right, naming.n),
+        compared=tuple(dict.fromkeys(left.compared + right.compared)),
     )
 
 

@@ -179,6 +179,9 @@ STRIDE = 8  # px, of which such a side is a multiple
 AFFINE = choice("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
 SPECTRUM = {"decay": 1.3, "cutoff": 0.55}
 ADAM = {"betas": (0.25, 0.9), "window": 3}
+# for photos: momentum, unlike Adam, changes a photo only where the objective wants it
+PHOTO_FOURIER = choice("fourier", decay=0.75, cutoff=0.4)
+PHOTO_AFFINE = choice("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -268,6 +271,26 @@ RECIPES: dict[str, Recipe] = {
             parameterization=choice("pixels", unit="byte"),
             step_rule=choice("rms", rate=1.5),
             transforms=(choice("jitter", pixels=16),),
+        ),
+        Recipe(
+            name="accentuate",
+            source="Hamblin et al., Feature Accentuation, 2024; for a filter and a photo",
+            sizes=(224,),
+            steps=12,
+            parameterization=PHOTO_FOURIER,
+            step_rule=choice("momentum", rate=0.1, keep=0.7),
+            transforms=(PHOTO_AFFINE,),
+            cooldown=1.0,
+        ),
+        Recipe(
+            name="caricature",
+            source="Olah et al. 2017; for a layer and a photo",
+            sizes=(224,),
+            steps=24,
+            parameterization=PHOTO_FOURIER,
+            step_rule=choice("momentum", rate=0.1, keep=0.7),
+            transforms=(PHOTO_AFFINE,),
+            cooldown=1.0,
         ),
     )
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phosphene.arguments import whole_number
-from phosphene.errors import SizeRefused
+from phosphene.errors import InvalidRequest, SizeRefused
 from phosphene.network.model import Model
 from phosphene.rendering.batches import RenderPlan, Watch, assemble, collect_batches
 from phosphene.rendering.engine.batch_size import check_batch, chosen_batch
@@ -17,7 +17,7 @@ from phosphene.rendering.engine.forward import fast_forward_pass
 from phosphene.rendering.engine.precision import chosen_precision, float32_steps
 from phosphene.rendering.facets import with_facets
 from phosphene.rendering.gradient_ascent import AscentPlan, ReadActivations, StartImage
-from phosphene.rendering.objectives import Address, Objective, layer
+from phosphene.rendering.objectives import Objective
 from phosphene.rendering.recipes import DEFAULT, Recipe, find_recipe
 from phosphene.rendering.result import Rendered
 
@@ -88,6 +88,8 @@ def prepare(
     precision, film = chosen_precision(model, precision), whole_number(film, "film")
     if photo is not None:
         model.check_photo(photo)
+    elif objective.compared:
+        raise InvalidRequest("this objective compares pictures with the photo that they start from; give photo=")
     layers = tuple(address if address == "" else model.find(address).path for address in objective.layers)
     if photo is None and not size_given:
         recipe = recipe.with_settings(size=recipe.size_for(receptive_side(model, layers)))
@@ -150,28 +152,3 @@ def specification(model: Model, ascent: AscentPlan) -> dict[str, Any]:
         **({"facets": ascent.facets} if ascent.facets > 1 else {}),
         **({"opposite": True} if ascent.opposite else {}),
     }
-
-
-def dream(
-    model: Model,
-    photo: Tensor,
-    address: Address,
-    recipe: str | Recipe = "dream",
-    *,
-    size: int | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    watch: Watch | None = None,
-    progress: bool = True,
-) -> Rendered:
-    """Return a photo (1, c, h, w) changed so that a layer sees more of what it already sees in it (DeepDream).
-
-    `size` is the short side of the result in pixels, by default the photo's own, at most the recipe's.
-    """
-    model.check_photo(photo)
-    short = min(photo.shape[-2:])
-    side = min(short, find_recipe(recipe).size) if size is None else size
-    objective = layer(address)
-    return render(
-        model, objective, recipe, size=side, steps=steps, seed=seed, photo=photo, watch=watch, progress=progress
-    )

@@ -22,6 +22,7 @@ from phosphene.rendering.engine.cuda_graph import GraphedSteps, PredrawnNumbers,
 from phosphene.rendering.engine.forward import fast_forward_pass
 from phosphene.rendering.facets import with_facets
 from phosphene.rendering.gradient_ascent import AscentPlan, Frame, StartImage, ascend
+from phosphene.rendering.photo_objectives import accent, caricature, perceptual_distance
 from phosphene.rendering.recipes import RECIPES, Recipe, choice
 from phosphene.rendering.transforms import RandomDraws, affine, jitter
 
@@ -80,13 +81,14 @@ def frames(
     exact: int | None = None,
     facets: int = 1,
     opposite: bool = False,
+    photo: Tensor | None = None,
 ) -> list[Frame]:
     objective = with_facets(objective, facets, opposite)
     with fast_forward_pass(model, objective, maps=facets > 1) as (read, _):
         plan = AscentPlan(
             objective,
             recipe,
-            StartImage(3),
+            StartImage(3, photo),
             ("layer",),
             model.prototype_tensor,
             exact,
@@ -157,6 +159,15 @@ def test_facets_and_opposites(small_net: nn.Sequential, opposite: bool) -> None:
         for loop in (ascend, partial(ascend_with_cuda_graph, capture=recorded))
     )
     assert_same(ours, plain, 1e-9)
+
+
+def test_pictures_that_are_compared_with_their_photo(small_net: nn.Sequential) -> None:
+    model = ph.load(small_net, input_size=32)
+    photo = torch.rand(1, 3, 30, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for recipe in (RULES["dream"].with_settings(steps=3), RECIPES["accentuate"].with_settings(24, 5)):
+        for objective in (accent("4", 2) - 0.5 * perceptual_distance("0"), caricature("4")):
+            ours = frames(model, objective, recipe, partial(ascend_with_cuda_graph, capture=recorded), photo=photo)
+            assert_same(ours, frames(model, objective, recipe, ascend, photo=photo), 1e-9)
 
 
 def test_each_number_format_and_scale_is_captured_on_its_own(small_net: nn.Sequential) -> None:

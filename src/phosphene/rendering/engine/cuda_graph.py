@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, finished_frame, score
+from phosphene.rendering.gradient_ascent import AscentPlan, Frame, ReadActivations, beside, finished_frame, score
 from phosphene.rendering.parameterizations import Parameterization
 from phosphene.rendering.transforms import RandomDraws, Transform
 
@@ -74,6 +74,7 @@ class GraphedSteps:
         recipe, device = plan.recipe, plan.prototype_tensor.device
         self.transforms, self.rule, self.bf16 = plan.transforms(), plan.step_rule(), False
         self.image = current.image().detach()
+        self.photo = plan.compared_photo(self.image.shape)
         self.scores = self.image.new_zeros(len(rows))
         self.step_number = torch.zeros(1, dtype=torch.long, device=device)
         factors = [recipe.cooldown_factor(step) for step in range(recipe.steps)]
@@ -83,7 +84,8 @@ class GraphedSteps:
 
     def run(self) -> None:
         """Run a step without waiting for the device; only the values in memory depend on which step it is."""
-        image = transformed = self.current.image()
+        image = self.current.image()
+        transformed = beside(image, self.photo)
         self.random_numbers.next = 0
         for transform in self.transforms:
             transformed = transform(transformed, self.random_numbers)
