@@ -367,6 +367,47 @@ def test_a_photo_that_is_dropped(chromium: Browser, served: Served, reader: Stor
         expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(r"Filter \d+ of _blocks"))
 
 
+def test_a_slider_blends_what_excites_a_filter_into_the_photo(
+    chromium: Browser, served: Served, reader: StoreReader
+) -> None:
+    with visiting(chromium, served.base) as page:
+        page.goto(f"{atlas_at(served.base, reader)}photo.html")
+        page.locator("#cat").click()
+        expect(page.locator("#filters a").first).to_be_visible()
+        expect(page.locator("#state")).to_have_text("")
+        strongest = page.locator("#filters a").first.locator("span").all_inner_texts()
+        layer, number = strongest[0], strongest[1].removeprefix("filter ")
+        assert (page.locator("#accented").input_value(), page.locator("#filter").input_value()) == (layer, number)
+        page.get_by_role("button", name="Draw it in").click()
+        after, slider, answer = (page.locator(selector) for selector in ("#after", "#amount", "#answer"))
+        expect(page.locator("#blend")).to_be_visible(timeout=30_000)
+        until(lambda: after.evaluate("one => one.complete && one.naturalWidth") == 337)
+        expect(answer).to_have_text(re.compile(rf"^filter {number} of {layer}: "))
+        full, start = responses(answer.inner_text())
+        assert full > start
+        look(page, "accentuated")
+        slider.press("Home")
+        expect(after).to_have_css("opacity", "0")
+        assert responses(answer.inner_text()) == (start, start)
+        for _ in range(30):
+            slider.press("ArrowRight")
+        expect(after).to_have_css("opacity", "0.3")
+        expect(slider).to_have_attribute("aria-valuetext", re.compile(r"^30 percent, response "))
+        assert start < responses(answer.inner_text())[0] < full
+        page.locator("#filter").fill("")  # all that the layer sees
+        page.get_by_role("button", name="Draw it in").click()
+        expect(answer).to_have_text(re.compile(rf"^all that {layer} sees: .*, in your photo 1$"), timeout=30_000)
+        page.locator("#cat").click()
+        expect(page.locator("#blend")).to_be_hidden()  # it was drawn into the photo before
+
+
+def responses(text: str) -> tuple[float, float]:
+    """Return the response at the slider, and that to the photo, as the page tells them."""
+    _, _, numbers = text.partition(": ")
+    now, _, start = numbers.partition(", in your photo ")
+    return float(now), float(start)
+
+
 def test_a_photo_that_cannot_be_read_leaves_the_one_before(
     chromium: Browser, served: Served, reader: StoreReader, tmp_path: Path
 ) -> None:

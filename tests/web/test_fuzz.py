@@ -68,7 +68,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     queue = RenderQueue(reader, "cpu", load("large_store:narrow", input_size=64))
     site = Site(reader, [TrainingView(history, "run~201") for history in histories], live=True)
     atlas_id = reader.atlases()[0].atlas_id
-    live = ["photo", "activations", "excited", "render", "layers.json", "photo.html"]
+    live = ["photo", "activations", "excited", "accentuated", "render", "layers.json", "photo.html"]
     paths = [*site.paths(), "healthz", "", *(f"atlas/{atlas_id}/{name}" for name in live)]
     app = application(site, live_routes(queue), on_shutdown=queue.close)
     with TestClient(app, HERE, raise_server_exceptions=False, follow_redirects=False) as at:
@@ -123,7 +123,9 @@ def check_addresses(attacked: Attacked, count: int) -> None:
 
 
 def test_every_page_is_there(attacked: Attacked) -> None:
-    posts = {f"atlas/{attacked.atlas_id}/{name}" for name in ("photo", "activations", "excited", "render")}
+    posts = {
+        f"atlas/{attacked.atlas_id}/{name}" for name in ("photo", "activations", "excited", "accentuated", "render")
+    }
     for path in attacked.paths:
         answer = attacked.ask("GET", quote(path, safe="/~"))
         assert answer.status_code == (404 if path in posts else 200), path
@@ -168,12 +170,15 @@ def check_queries(attacked: Attacked, count: int) -> None:
         st.sampled_from(["gradcam", ".0", ".3", "0", "1", "tabby", "-1", "", "999999999999999999999", "nan", "²"]),
         st.text(max_size=12),
     )
-    names = st.sampled_from(["method", "layer", "target", "x", "", "layer[]"])
+    names = st.sampled_from(["method", "layer", "channel", "target", "x", "", "layer[]"])
 
     @settings(
         max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(st.sampled_from(["photo", "activations", "excited"]), st.lists(st.tuples(names, value), max_size=3))
+    @given(
+        st.sampled_from(["photo", "activations", "excited", "accentuated"]),
+        st.lists(st.tuples(names, value), max_size=3),
+    )
     def check(endpoint: str, query: list[tuple[str, str]]) -> None:
         attacked.ask("POST", f"atlas/{attacked.atlas_id}/{endpoint}", params=query, content=jpeg())
 
@@ -394,7 +399,7 @@ def test_uploads_that_are_no_photo(attacked: Attacked) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("endpoint", ["activations?layer=.0", "excited"])
+@pytest.mark.parametrize("endpoint", ["activations?layer=.0", "excited", "accentuated?layer=.0"])
 def test_uploads_that_are_no_photo_anywhere(attacked: Attacked, endpoint: str) -> None:
     for name, made in MALFORMED.items():
         answer = attacked.ask("POST", f"atlas/{attacked.atlas_id}/{endpoint}", content=made())

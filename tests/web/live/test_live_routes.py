@@ -34,6 +34,7 @@ from phosphene.inspection.explain import explain
 from phosphene.network.model import Model
 from phosphene.storage.store import open_store
 from phosphene.web.live import routes as live
+from phosphene.web.live.accentuation import accentuation
 from phosphene.web.live.render_queue import MAX_VISITORS, RenderQueue
 from phosphene.web.live.routes import live_routes
 from phosphene.web.server import application
@@ -199,6 +200,17 @@ def test_activations_come_as_a_picture(client: TestClient, at: str) -> None:
     assert answer.content == encode.webp(activations(classifying(), photo(), ["conv2"]).grid("conv2"), 80)
 
 
+def test_what_excites_a_filter_comes_drawn_into_the_photo(client: TestClient, at: str) -> None:
+    headers = {"Origin": HERE}
+    answer = client.post(f"{at}/accentuated?layer=conv2&channel=3", content=png(picture()), headers=headers)
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.json() == accentuation(classifying(), photo(), "conv2", "3")
+    for query, sentence in (("channel=3", "give layer="), ("layer=conv2&channel=10", "there is no 10"), ("x=1", "'x'")):
+        refused = client.post(f"{at}/accentuated?{query}", content=png(picture()), headers=headers)
+        assert refused.status_code in (400, 404)
+        assert sentence in refused.json()["error"]
+
+
 def test_excited_filters_come_with_their_views(client: TestClient, at: str) -> None:
     result = client.post(f"{at}/excited", content=png(picture()), headers={"Origin": HERE}).json()
     assert (result["photos"], result["size"]) == (4, [16, 16])
@@ -329,9 +341,9 @@ FUZZ = settings(
 
 
 @FUZZ
-@given(query=st.dictionaries(st.sampled_from(["method", "layer", "target", "x"]), ADDRESSES, min_size=1))
+@given(query=st.dictionaries(st.sampled_from(["method", "layer", "channel", "target", "x"]), ADDRESSES, min_size=1))
 def test_whatever_is_asked_of_a_photo_the_answer_is_clear(client: TestClient, at: str, query: dict[str, str]) -> None:
-    for kind in ("photo", "activations", "excited"):
+    for kind in ("photo", "activations", "excited", "accentuated"):
         answer = client.post(f"{at}/{kind}", content=png(picture(8, 6)), params=query, headers={"Origin": HERE})
         assert answer.status_code < 500, answer.text
         if answer.status_code != 200:
@@ -348,7 +360,7 @@ def test_whatever_is_wished_for_the_answer_is_clear(client: TestClient, at: str,
 
 
 def test_an_atlas_that_is_not_there_is_not_found(client: TestClient) -> None:
-    for kind in ("photo", "excited", "activations?layer=conv1", "render"):
+    for kind in ("photo", "excited", "activations?layer=conv1", "accentuated?layer=conv1", "render"):
         body = {"layer": "conv1", "channel": 0}
         assert client.post(f"/atlas/none/{kind}", json=body, headers={"Origin": HERE}).status_code == 404
     for name in ("layers.json", "recipes.json"):

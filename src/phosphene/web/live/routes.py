@@ -20,6 +20,7 @@ from torch import Tensor
 
 from phosphene.errors import InvalidRequest
 from phosphene.network.model import Model
+from phosphene.web.live.accentuation import accentuation
 from phosphene.web.live.photo import MAX_UPLOAD, activation_sheet, explanation, layer_choices, read_photo, top_filters
 from phosphene.web.live.render_queue import QueueFull, RenderQueue, RenderTask
 from phosphene.web.live.render_request import RenderRequest, recipe_choices
@@ -34,7 +35,13 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # wit
 
 def live_routes(queue: RenderQueue) -> list[Route]:
     """Return the live routes."""
-    posts = {"photo": photo, "excited": excited, "activations": activations, "render": render}
+    posts = {
+        "photo": photo,
+        "excited": excited,
+        "activations": activations,
+        "accentuated": accentuated,
+        "render": render,
+    }
     gets = {"layers.json": layers, "recipes.json": recipes}
     routes = [Route("/example.jpg", example)]
     for method, handlers in (("POST", posts), ("GET", gets)):
@@ -81,6 +88,15 @@ async def activations(queue: RenderQueue, request: Request) -> Response:
     if layer is None:
         raise InvalidRequest("the activations of a photo are those of a layer; give layer=")
     return await run_on_photo(queue, request, lambda model, photo: activation_sheet(model, photo, layer))
+
+
+async def accentuated(queue: RenderQueue, request: Request) -> Response:
+    """Answer with the photo in the body, and what excites a filter or a layer drawn into it."""
+    query = query_values(request, "layer", "channel")
+    layer, channel = query["layer"], query["channel"]
+    if layer is None:
+        raise InvalidRequest("what excites a filter in a photo is that of a layer; give layer=")
+    return await run_on_photo(queue, request, lambda model, photo: accentuation(model, photo, layer, channel))
 
 
 async def render(queue: RenderQueue, request: Request) -> Response:

@@ -246,6 +246,7 @@ function visitor(root) {
   let photo = null; // the last one that the server has read
   let coming = null; // the one that it has not answered yet
   let excited = null;
+  let drawing = null; // the last answer to `accent`
   let top = "";
   let turn = 0;
 
@@ -322,7 +323,10 @@ function visitor(root) {
     heat(result, values.layer === "");
     if (!mine) return;
     seen.hidden = false;
+    part("blend").hidden = true;
     await Promise.all([filters(), sheet(), fill()]);
+    const [strongest] = excited?.strongest ?? [];
+    if (strongest) [part("accented").value, part("filter").value] = [strongest.layer, strongest.channel];
   }
 
   function heat(result, usual) {
@@ -388,6 +392,31 @@ function visitor(root) {
     image.alt = `what each channel of ${channels.value} answers to your photo`;
   }
 
+  // the picture of an amount is the full one over the photo, with the amount as its opacity
+  async function accent() {
+    const [before, after, blend] = ["before", "after", "blend"].map(part);
+    const [path, number] = [part("accented").value, part("filter").value];
+    const answer = await ask("accentuated", { layer: path, channel: number }).catch(without(() => (blend.hidden = true)));
+    drawing = await answer.json();
+    drawing.name = number === "" ? `all that ${path} sees` : `filter ${number} of ${path}`;
+    [before.src, before.alt] = [drawing.before, "your photo"];
+    [after.src, after.alt] = [drawing.after, `your photo, with what excites ${drawing.name} drawn into it`];
+    part("amount").value = 100;
+    blend.hidden = false;
+    weigh();
+  }
+
+  function weigh() {
+    const share = part("amount").value / 100;
+    const { amounts, responses, name } = drawing;
+    const step = Math.min(amounts.length - 2, Math.floor(share * (amounts.length - 1)));
+    const rest = share * (amounts.length - 1) - step;
+    const response = responses.includes(null) ? null : (1 - rest) * responses[step] + rest * responses[step + 1];
+    part("after").style.opacity = share;
+    part("answer").textContent = `${name}: ${short(response)}, in your photo ${short(responses[0])}`;
+    part("amount").setAttribute("aria-valuetext", `${part("amount").value} percent, response ${short(response)}`);
+  }
+
   function show(content, name = content?.name || "the photo") {
     if (!content || root.hidden) return;
     const why = { 0: "The file is empty" }[content.size] ?? (content.size > MOST ? "The file is larger than 20 MB" : "");
@@ -444,7 +473,12 @@ function visitor(root) {
   });
   group.addEventListener("change", gallery);
   channels.addEventListener("change", () => trying(sheet));
-  for (const input of [otherClass, layer, channels]) input.addEventListener("focus", fill);
+  part("accent").addEventListener("submit", (event) => {
+    event.preventDefault();
+    trying(accent, "Drawing …");
+  });
+  part("amount").addEventListener("input", weigh);
+  for (const input of [otherClass, layer, channels, part("accented")]) input.addEventListener("focus", fill);
 }
 
 for (const [id, begin] of [["render", easel], ["any", anything], ["visitor", visitor]]) {
