@@ -77,10 +77,11 @@ class Photos:
     chosen: Tensor
 
     @cache  # noqa: B019 - one for the whole run
-    def styles(self, judge: str) -> tuple[FeatureMaps, Style]:
-        """Return a judge, and how it sees all photos."""
+    def styles(self, judge: str) -> tuple[FeatureMaps, Style, Tensor]:
+        """Return a judge, how it sees all photos, and that standardised for those that are used."""
         maps = JUDGES[judge]()
-        return maps, styles(maps, self.pixels)
+        everyone = styles(maps, self.pixels)
+        return maps, everyone, everyone.standardised(everyone)[self.chosen]
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ def prediction(photos: Photos, activations: Tensor, channels: Sequence[int], pic
 
     `activations` (photos, c) are those of the chosen photos; pictures (n · e, 3, h, w), e of each filter in turn.
     """
-    maps, everyone = photos.styles(judge)
-    seen = everyone.standardised(everyone)[photos.chosen]
+    maps, everyone, seen = photos.styles(judge)
     explanations = styles(maps, pictures).standardised(everyone)
     explanations = explanations.view(len(channels), -1, explanations.shape[1])
     rows = []

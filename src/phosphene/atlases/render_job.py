@@ -159,7 +159,7 @@ def spec_and_recipe(job: Job, rendered: Rendered) -> dict[str, Any]:
 
 
 def picture_size(model: Model, job: Job) -> tuple[int, int]:
-    """Return the height and width that a job's pictures will have; see `render`."""
+    """Return the height and width of a job's pictures if its layer sees all of them; photos are seen at that size."""
     with fast_forward_pass(model, channel(job.layer, job.channels[:1])) as (read, _):
         recipe, base = fit_to_network(model, read, job.recipe.with_settings(job.size), job.size is not None, None)
     return base.shape(recipe.size)[1:]

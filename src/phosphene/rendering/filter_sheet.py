@@ -52,22 +52,24 @@ def filter_sheet(pictures: Sequence[SheetPicture], spec: Mapping[str, Any], colu
     letters = max(LETTERS, columns * (width + GAP) // LETTERS_ACROSS)
     tiles = [marked_tile(picture, factor, letters) for picture in pictures]
     numbers = [number_of(picture.name) for picture in pictures]
-    if columns == spec.get("facets", 1) > 1:
-        body = paste_tiles(tiles, columns, (width, height))
-        offsets = ["", *(f"facet {column}" for column in range(1, columns))]
-        body = with_axis_labels(body, centres(height, numbers[::columns]), centres(width, offsets), letters)
-    elif len(tiles) <= columns:
-        body = paste_tiles(tiles, columns, (width, height))
-        body = with_axis_labels(body, {}, centres(width, numbers) if len(tiles) > 1 else {}, letters)
-    elif counts_up(numbers):
-        body = paste_tiles(tiles, columns, (width, height))
-        offsets = [f"+{column}" for column in range(columns)]
-        body = with_axis_labels(body, centres(height, numbers[::columns]), centres(width, offsets), letters)
-    else:
+    axes = axis_labels(numbers, columns, spec.get("facets", 1))
+    if axes is None:
         body = paste_tiles(tiles, columns, (width, height), numbers, letters)
+    else:
+        body = paste_tiles(tiles, columns, (width, height))
+        body = with_axis_labels(body, centres(height, axes[0]), centres(width, axes[1]), letters)
     facts = [*what_is_shown(pictures, numbers), *how_it_was_made(pictures, spec, factor), *marks_in_words(pictures)]
     note = wrap_text(facts, max(body.width, LEAST_WIDTH * letters), letters=letters)
     return with_caption(body, title_of(spec), note, letters)
+
+
+def axis_labels(numbers: Sequence[str], columns: int, facets: int) -> tuple[Sequence[str], Sequence[str]] | None:
+    """Return the labels of rows and columns, None if pictures need a label each."""
+    if columns == facets > 1:
+        return numbers[::columns], ["", *(f"facet {column}" for column in range(1, columns))]
+    if len(numbers) <= columns:
+        return [], numbers if len(numbers) > 1 else []
+    return (numbers[::columns], [f"+{column}" for column in range(columns)]) if counts_up(numbers) else None
 
 
 def near_square(count: int) -> int:

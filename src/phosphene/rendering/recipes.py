@@ -178,9 +178,11 @@ SMALLEST = 64  # px, of a picture that is as wide as its receptive field asks
 STRIDE = 8  # px, of which such a side is a multiple
 AFFINE = choice("affine", pixels=3.0, degrees=8.0, scale=0.05, least=0.5)
 SPECTRUM = {"decay": 1.3, "cutoff": 0.55}
+WINDOWED = choice("fourier", **SPECTRUM, window=0.9, contrast=0.25)
 ADAM = {"betas": (0.25, 0.9), "window": 3}
 # for photos: momentum, unlike Adam, changes a photo only where the objective wants it
 PHOTO_FOURIER = choice("fourier", decay=0.75, cutoff=0.4)
+PHOTO_STEP = choice("momentum", rate=0.1, keep=0.7)
 PHOTO_AFFINE = choice("affine", pixels=2.0, degrees=4.0, scale=0.03, least=0.5)
 
 RECIPES: dict[str, Recipe] = {
@@ -227,7 +229,7 @@ RECIPES: dict[str, Recipe] = {
             source="Olah et al. 2017; contrast, window, rate and steps chosen by bench/pictures.py",
             sizes=(128,),
             steps=32,
-            parameterization=choice("fourier", **SPECTRUM, window=0.9, contrast=0.25),
+            parameterization=WINDOWED,
             step_rule=choice("normalised-adam", rate=0.06, **ADAM),
             transforms=(AFFINE,),
             cooldown=1.0,
@@ -238,7 +240,7 @@ RECIPES: dict[str, Recipe] = {
             source="fourier with half the steps",
             sizes=(128,),
             steps=16,
-            parameterization=choice("fourier", **SPECTRUM, window=0.9, contrast=0.25),
+            parameterization=WINDOWED,
             step_rule=choice("normalised-adam", rate=0.09, **ADAM),
             transforms=(AFFINE,),
             cooldown=1.0,
@@ -278,7 +280,7 @@ RECIPES: dict[str, Recipe] = {
             sizes=(224,),
             steps=12,
             parameterization=PHOTO_FOURIER,
-            step_rule=choice("momentum", rate=0.1, keep=0.7),
+            step_rule=PHOTO_STEP,
             transforms=(PHOTO_AFFINE,),
             cooldown=1.0,
         ),
@@ -288,7 +290,7 @@ RECIPES: dict[str, Recipe] = {
             sizes=(224,),
             steps=24,
             parameterization=PHOTO_FOURIER,
-            step_rule=choice("momentum", rate=0.1, keep=0.7),
+            step_rule=PHOTO_STEP,
             transforms=(PHOTO_AFFINE,),
             cooldown=1.0,
         ),
